@@ -1,0 +1,103 @@
+"""The parts of the transformers models that the peers cut at: embedding, blocks, head."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from benchmarks.workloads import Batch, Workload
+
+
+def blocks(model: nn.Module, workload: Workload) -> nn.ModuleList:
+    """Return the list of the model's equal blocks."""
+    path = {"gpt2": "transformer.h", "llama": "model.layers", "vit": "vit.layers"}[workload.family]
+    found = model.get_submodule(path)
+    assert isinstance(found, nn.ModuleList)
+    return found
+
+
+def input_of(batch: Batch) -> Tensor:
+    """Return the tensor that enters the model: tokens or pixels."""
+    return batch["pixel_values"] if "pixel_values" in batch else batch["input_ids"]
+
+
+def target_of(batch: Batch) -> Tensor:
+    """Return the labels, those of language models moved by one; the last position is ignored."""
+    if "pixel_values" in batch:
+        return batch["labels"]
+    return F.pad(batch["labels"], (0, 1), value=-100)[:, 1:].contiguous()
+
+
+def loss_of(logits: Tensor, target: Tensor) -> Tensor:
+    """Return the mean cross-entropy of `logits` [..., classes] for `target` [...]."""
+    return F.cross_entropy(logits.reshape(-1, logits.shape[-1]), target.reshape(-1))
+
+
+class Gpt2Embedding(nn.Module):
+    """Token plus position."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.wte = model.get_submodule("transformer.wte")
+        self.wpe = model.get_submodule("transformer.wpe")
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Tokens [batch, sequence] to [batch, sequence, hidden]."""
+        return self.wte(tokens) + self.wpe(torch.arange(tokens.shape[1]).unsqueeze(0))
+
+
+class FirstPosition(nn.Module):
+    """The class token of an image."""
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """[batch, sequence, hidden] to [batch, hidden]."""
+        return hidden[:, 0]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parts:
+    """A model cut open; `rotary` makes Llama's position tables, which every stage needs."""
+
+    embedding: nn.Module
+    blocks: nn.ModuleList
+    head: nn.Module
+    rotary: nn.Module | None = None
+
+
+def parts(model: nn.Module, workload: Workload) -> Parts:
+    """Cut `model` open."""
+    inner = blocks(model, workload)
+    get = model.get_submodule
+    if workload.family == "gpt2":
+        return Parts(embedding=Gpt2Embedding(model), blocks=inner, head=nn.Sequential(get("transformer.ln_f"), get("lm_head")))
+    if workload.family == "llama":
+        head = nn.Sequential(get("model.norm"), get("lm_head"))
+        return Parts(embedding=get("model.embed_tokens"), blocks=inner, head=head, rotary=get("model.rotary_emb"))
+    head = nn.Sequential(get("vit.layernorm"), FirstPosition(), get("classifier"))
+    return Parts(embedding=get("vit.embeddings"), blocks=inner, head=head)
+
+
+class Stage(nn.Module):
+    """Consecutive blocks, with the embedding before them in the first stage and the head after them in the last."""
+
+    def __init__(self, cut: Parts, first: int, end: int) -> None:
+        super().__init__()
+        self.embedding = cut.embedding if first == 0 else nn.Identity()
+        self.blocks = cut.blocks[first:end]
+        self.head = cut.head if end == len(cut.blocks) else nn.Identity()
+        self.rotary = cut.rotary
+
+    def forward(self, value: Tensor) -> Tensor:
+        """Tokens, pixels or hidden states to hidden states or logits."""
+        hidden = self.embedding(value)
+        tables = {} if self.rotary is None else {"position_embeddings": self._tables(hidden)}
+        for block in self.blocks:
+            hidden = block(hidden, **tables)
+        return self.head(hidden)
+
+    def _tables(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        assert self.rotary is not None
+        return self.rotary(hidden, position_ids=torch.arange(hidden.shape[1]).unsqueeze(0))

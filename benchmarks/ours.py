@@ -1,0 +1,47 @@
+"""Ours: shardwise with the layout that it chooses (or one pinned with `--layout`)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from benchmarks.context import RankContext, StepFunction
+from benchmarks.workloads import Workload, optimizer
+
+RANKS = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prediction:
+    """What the plan promised: seconds a step, and the peak bytes of each rank."""
+
+    text: str
+    step_time_s: float
+    memory_bytes: tuple[float, ...]
+
+
+def make_plan(workload: Workload, layout: str | None, path: Path) -> Prediction:
+    """Plan as a user does, on one process before any rank starts; save the plan for the ranks."""
+    import shardwise as sw
+
+    plan = sw.plan(workload.build(), workload.batch(0), cluster=f"local:{RANKS}", layout=layout)
+    if not isinstance(plan, sw.Plan):
+        raise RuntimeError(f"no plan for this workload: {plan}")
+    plan.save(path)
+    predicted = plan.predicted
+    return Prediction(text=str(plan), step_time_s=float(predicted.step_time_s), memory_bytes=_per_rank(predicted.memory_bytes))
+
+
+def _per_rank(memory: float | Sequence[float]) -> tuple[float, ...]:
+    return tuple(float(size) for size in memory) if isinstance(memory, Sequence) else (float(memory),) * RANKS
+
+
+def build(context: RankContext) -> StepFunction:
+    """Return the job's step: it takes the global batch and returns the global loss on every rank."""
+    import shardwise as sw
+
+    assert context.plan_path is not None
+    plan = sw.Plan.load(context.plan_path)
+    job = sw.parallelize(context.workload.build(), context.workload.batch(0), plan=plan, optimizer=optimizer)
+    return job.step

@@ -1,0 +1,157 @@
+"""What one run found out: the findings, the table and the JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import platform
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import transformers
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.context import CONTESTANTS, OURS
+from benchmarks.ours import Prediction
+from benchmarks.race import Record
+from benchmarks.verdict import (
+    MAX_MEMORY_ERROR,
+    MAX_TIME_ERROR,
+    MIN_QUIET_STEPS,
+    Finding,
+    Outcome,
+    Timing,
+    best_peer,
+    enough,
+    error_finding,
+    overall,
+    speed_finding,
+    timing,
+    worst_error,
+)
+from benchmarks.workloads import Workload
+
+MIB = 2**20
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """Measurements of all contestants of one workload; `prediction` where ours took part."""
+
+    workload: Workload
+    records: dict[str, Record]
+    prediction: Prediction | None
+
+    @property
+    def timings(self) -> dict[str, Timing | None]:
+        """The steps that count, by contestant."""
+        return {name: timing(record.samples) for name, record in self.records.items()}
+
+    @property
+    def best_peer(self) -> str | None:
+        """The fastest of torch's own."""
+        return best_peer(self.timings, [name for name in self.records if CONTESTANTS[name].is_peer])
+
+    def findings(self) -> list[Finding]:
+        """Judge ours; nothing to judge gives an empty list."""
+        ours = self.timings.get(OURS)
+        if self.prediction is None:
+            return []
+        if ours is None or not enough(self.timings):
+            text = f"fewer than {MIN_QUIET_STEPS} quiet steps for some contestant"
+            return [Finding(text=text, outcome=Outcome.INCONCLUSIVE)]
+        return [*self._speed(ours), *_prediction(self.prediction, ours, self.records[OURS])]
+
+    def _speed(self, ours: Timing) -> list[Finding]:
+        best = self.best_peer
+        peer = self.timings[best] if best else None
+        return [speed_finding(ours, CONTESTANTS[best].title, peer)] if best and peer else []
+
+    def outcome(self) -> Outcome:
+        """The verdict over all findings."""
+        return overall(self.findings())
+
+
+def _prediction(prediction: Prediction, ours: Timing, record: Record) -> list[Finding]:
+    time_error = worst_error([prediction.step_time_s], [ours.median_s])
+    memory_error = worst_error(prediction.memory_bytes, record.peak_bytes)
+    return [
+        error_finding("step time", time_error, MAX_TIME_ERROR),
+        error_finding("peak memory", memory_error, MAX_MEMORY_ERROR),
+    ]
+
+
+def show(result: Result, console: Console) -> None:
+    """Print the table, the prediction beside the measurement, and the findings."""
+    console.print(_table(result))
+    if result.prediction is not None:
+        console.print(_prediction_table(result, result.prediction))
+    for finding in result.findings():
+        console.print(f"{finding.outcome.value}: {finding.text}")
+    console.print(f"result: {result.outcome().value}" if result.prediction else "result: ours did not take part; nothing to judge")
+
+
+def _table(result: Result) -> Table:
+    family, batch = result.workload.family, result.workload.batch_size
+    table = Table(title=f"{family}, {result.workload.layers} layers, hidden {result.workload.hidden}, batch {batch}: one training step")
+    columns = ("contestant", "median s", "min – max s", "speed × best torch", "quiet steps", "peak MiB a rank", "set-up MiB", "loss")
+    for column in columns:
+        table.add_column(column, justify="left" if column == "contestant" else "right")
+    peer = result.timings[result.best_peer] if result.best_peer else None
+    for name, found in result.timings.items():
+        table.add_row(CONTESTANTS[name].title, *_speed_cells(found, peer), *_other_cells(result.records[name], found))
+    return table
+
+
+def _speed_cells(found: Timing | None, peer: Timing | None) -> tuple[str, str, str]:
+    if found is None:
+        return "–", "–", "–"
+    ratio = f"{peer.median_s / found.median_s:.3f}" if peer else "–"
+    return f"{found.median_s:.3f}", f"{found.min_s:.3f} – {found.max_s:.3f}", ratio
+
+
+def _other_cells(record: Record, found: Timing | None) -> tuple[str, str, str, str]:
+    steps = f"{found.steps if found else 0} of {len(record.samples)}"
+    losses = f"{record.samples[0].loss:.4f} → {record.samples[-1].loss:.4f}"
+    return steps, _mib(record.peak_bytes), _mib(record.set_up_peak_bytes), losses
+
+
+def _mib(sizes: list[int] | tuple[float, ...]) -> str:
+    return " / ".join(f"{size / MIB:.0f}" for size in sizes)
+
+
+def _prediction_table(result: Result, prediction: Prediction) -> Table:
+    table = Table("ours", "predicted", "measured", "error", title="prediction")
+    ours, record = result.timings[OURS], result.records[OURS]
+    if ours is not None:
+        error = worst_error([prediction.step_time_s], [ours.median_s])
+        table.add_row("step time s", f"{prediction.step_time_s:.3f}", f"{ours.median_s:.3f}", f"{error:+.1%}")
+    error = worst_error(prediction.memory_bytes, record.peak_bytes)
+    table.add_row("peak MiB a rank", _mib(prediction.memory_bytes), _mib(record.peak_bytes), f"{error:+.1%}")
+    return table
+
+
+def as_json(result: Result) -> dict[str, Any]:
+    """Return everything, every sample included, for a JSON file."""
+    return {
+        "workload": dataclasses.asdict(result.workload),
+        "machine": {"cpus": os.cpu_count(), "platform": platform.platform(), "python": platform.python_version()},
+        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+        "contestants": {name: _record_json(record) for name, record in result.records.items()},
+        "prediction": None if result.prediction is None else dataclasses.asdict(result.prediction),
+        "findings": [{"text": finding.text, "outcome": finding.outcome.value} for finding in result.findings()],
+        "outcome": result.outcome().value,
+    }
+
+
+def _record_json(record: Record) -> dict[str, Any]:
+    found = timing(record.samples)
+    samples = [dataclasses.asdict(sample) | {"counts": sample.counts} for sample in record.samples]
+    return {
+        "timing": None if found is None else dataclasses.asdict(found),
+        "peak_bytes": record.peak_bytes,
+        "set_up_peak_bytes": record.set_up_peak_bytes,
+        "samples": samples,
+    }

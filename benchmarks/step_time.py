@@ -1,0 +1,137 @@
+"""How fast is one training step, ours against torch's own ways, on two ranks of this machine?
+
+    python benchmarks/step_time.py --workload gpt2 [--steps 8] [--json out.json] [--check]
+
+Runs our chosen layout, DDP, FSDP2, tensor parallelism, 1F1B pipelining and one process with two threads on the same model and
+batches, in turn (see race.py), and prints a table. Exit codes: 0 done; with --check also 1 a bound is broken and 75 inconclusive
+(too few quiet steps); 2 an error, wrong losses included.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import signal
+import sys
+import tempfile
+from collections.abc import Sequence
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from rich.console import Console
+
+from benchmarks import (
+    ours,
+    peers,  # noqa: F401  imported before the ranks fork, so that they need not
+)
+from benchmarks.context import CONTESTANTS, OURS, Contestant, RankContext
+from benchmarks.processes import Child, ChildFailed, receive
+from benchmarks.race import Record, race
+from benchmarks.ranks import Team
+from benchmarks.result import Result, as_json, show
+from benchmarks.verdict import MIN_QUIET_STEPS, Outcome, WrongNumbers
+from benchmarks.workloads import FULL, SMALL, Workload
+
+PLAN_TIMEOUT_S = 300.0
+EXIT_CODES = {Outcome.PASS: 0, Outcome.FAIL: 1, Outcome.INCONCLUSIVE: 75}
+EXIT_ERROR = 2
+EXIT_INTERRUPTED = 130
+FILE_WIDTH = 140
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the benchmark; return the exit code."""
+    options = _parse(arguments)
+    console = Console(width=None if sys.stdout.isatty() else FILE_WIDTH)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(EXIT_ERROR))
+    try:
+        result = run(options, console)
+    except (ChildFailed, WrongNumbers) as error:
+        console.print(f"error: {error}", markup=False, soft_wrap=True)
+        return EXIT_ERROR
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
+    show(result, console)
+    if options.json:
+        options.json.write_text(json.dumps(as_json(result), indent=1) + "\n")
+    return EXIT_CODES[result.outcome()] if options.check else 0
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Seconds of one training step: ours and torch's own ways, on two local ranks.")
+    parser.add_argument("--workload", choices=sorted(FULL), required=True)
+    parser.add_argument("--steps", type=int, default=8, help="quiet steps wanted of each contestant (default %(default)s)")
+    parser.add_argument("--only", type=_names, default=list(CONTESTANTS), help=f"comma-separated, of {', '.join(CONTESTANTS)}")
+    parser.add_argument("--layout", help="pin the layout of ours, as in tp=2")
+    parser.add_argument("--time-limit", type=float, default=480.0, metavar="S", help="end the race after S seconds (default %(default)g)")
+    parser.add_argument("--small", action="store_true", help="tiny models: tries the benchmark, measures nothing")
+    parser.add_argument("--json", type=Path, help="write everything measured to this file")
+    parser.add_argument("--check", action="store_true", help="exit 1 if a bound is broken, 75 if there were too few quiet steps")
+    options = parser.parse_args(arguments)
+    _refuse_useless(parser, options)
+    return options
+
+
+def _names(text: str) -> list[str]:
+    wanted = text.split(",")
+    unknown = sorted(set(wanted) - set(CONTESTANTS))
+    if unknown:
+        raise argparse.ArgumentTypeError(f"no contestant {', '.join(unknown)}; there are {', '.join(CONTESTANTS)}")
+    return [name for name in CONTESTANTS if name in wanted]
+
+
+def _refuse_useless(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    if options.check and options.small:
+        parser.error("--check judges the full size: leave out --small")
+    if options.check and options.only != list(CONTESTANTS):
+        parser.error("--check compares with all contestants: leave out --only")
+    if options.check and options.steps < MIN_QUIET_STEPS:
+        parser.error(f"--check needs at least {MIN_QUIET_STEPS} quiet steps: --steps {options.steps} cannot suffice")
+    if options.layout and OURS not in options.only:
+        parser.error("--layout pins the layout of ours, which --only leaves out")
+
+
+def run(options: argparse.Namespace, console: Console) -> Result:
+    """Plan, start all contestants, race them, end them."""
+    workload = (SMALL if options.small else FULL)[options.workload]
+    records = {name: Record() for name in options.only}
+    teams: dict[str, Team] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        plan_path = Path(folder) / "plan.json"
+        try:
+            prediction = _plan(workload, options.layout, plan_path, console) if OURS in options.only else None
+            for name in options.only:
+                teams[name] = Team(CONTESTANTS[name], _contexts(CONTESTANTS[name], workload, plan_path))
+                records[name].set_up_peak_bytes = teams[name].wait_ready()
+            race(teams, records, steps=options.steps, limit_s=options.time_limit, report=console.print)
+        finally:
+            for team in teams.values():
+                team.end()
+    return Result(workload=workload, records=records, prediction=prediction)
+
+
+def _plan(workload: Workload, layout: str | None, path: Path, console: Console) -> ours.Prediction:
+    """Plan in a process of its own, which leaves no memory or threads behind in this one."""
+    planner = Child("the planner", _send_plan, workload, layout, path)
+    try:
+        prediction: ours.Prediction = receive([planner], PLAN_TIMEOUT_S, "the plan")[0]
+    finally:
+        planner.end()
+    console.print(prediction.text, markup=False)
+    return prediction
+
+
+def _send_plan(pipe: Connection, workload: Workload, layout: str | None, path: Path) -> None:
+    pipe.send(ours.make_plan(workload, layout, path))
+
+
+def _contexts(contestant: Contestant, workload: Workload, plan_path: Path) -> list[RankContext]:
+    path = plan_path if contestant.name == OURS else None
+    ranks = contestant.ranks
+    return [RankContext(rank=rank, world_size=ranks, workload=workload, plan_path=path) for rank in range(ranks)]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,129 @@
+"""From samples to a verdict: pure functions, without torch."""
+
+from __future__ import annotations
+
+import enum
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from benchmarks.quiet import is_quiet
+
+WARM_UP_STEPS = 2
+MIN_QUIET_STEPS = 5
+LOSS_TOLERANCE = 1e-4
+MIN_SPEED_RATIO = 0.97
+MAX_TIME_ERROR = 0.25
+MAX_MEMORY_ERROR = 0.15
+
+
+class WrongNumbers(Exception):
+    """Contestants that should compute the same do not: there is nothing to compare."""
+
+
+class Outcome(enum.Enum):
+    """What a check can come to."""
+
+    PASS = "pass"
+    FAIL = "fail"
+    INCONCLUSIVE = "inconclusive"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample:
+    """One step of one contestant: seconds of its slowest rank, the global loss, and others' share of the CPU meanwhile."""
+
+    round: int
+    seconds: float
+    loss: float
+    others_share: float
+
+    @property
+    def counts(self) -> bool:
+        """Whether the step is a result: warm and quiet."""
+        return self.round >= WARM_UP_STEPS and is_quiet(self.others_share)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Timing:
+    """The steps of one contestant that count."""
+
+    median_s: float
+    min_s: float
+    max_s: float
+    steps: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finding:
+    """One bound, and what was measured against it."""
+
+    text: str
+    outcome: Outcome
+
+
+def timing(samples: Iterable[Sample]) -> Timing | None:
+    """Return the timing over the steps that count, or None when there are none."""
+    seconds = [sample.seconds for sample in samples if sample.counts]
+    if not seconds:
+        return None
+    return Timing(median_s=statistics.median(seconds), min_s=min(seconds), max_s=max(seconds), steps=len(seconds))
+
+
+def quiet_steps(samples: Iterable[Sample]) -> int:
+    """Return how many steps count."""
+    return sum(sample.counts for sample in samples)
+
+
+def check_losses(losses: Mapping[str, float], round_: int) -> None:
+    """Raise `WrongNumbers` unless the contestants' losses of one step agree to a relative 1e-4."""
+    low, high = min(losses, key=losses.__getitem__), max(losses, key=losses.__getitem__)
+    middle = statistics.median(losses.values())
+    if not losses[high] - losses[low] <= LOSS_TOLERANCE * abs(middle):
+        told = ", ".join(f"{name} {loss:.7g}" for name, loss in losses.items())
+        raise WrongNumbers(f"step {round_}: losses differ by more than a relative {LOSS_TOLERANCE:g}: {told}")
+
+
+def best_peer(timings: Mapping[str, Timing | None], peers: Sequence[str]) -> str | None:
+    """Return the fastest of `peers`, or None when one of them has no timing."""
+    medians = {name: found.median_s for name in peers if (found := timings.get(name)) is not None}
+    return min(medians, key=medians.__getitem__) if medians and len(medians) == len(peers) else None
+
+
+def enough(timings: Mapping[str, Timing | None], needed: int = MIN_QUIET_STEPS) -> bool:
+    """Whether every contestant has at least `needed` steps that count."""
+    return all(found is not None and found.steps >= needed for found in timings.values())
+
+
+def relative_error(predicted: float, measured: float) -> float:
+    """Return how far the prediction is off, as a part of what was measured; negative when it is too low."""
+    return predicted / measured - 1
+
+
+def worst_error(predicted: Sequence[float], measured: Sequence[float]) -> float:
+    """Return the relative error of the rank whose prediction is furthest off."""
+    return max(map(relative_error, predicted, measured), key=abs)
+
+
+def speed_finding(ours: Timing, peer_name: str, peer: Timing) -> Finding:
+    """Ours against the best peer."""
+    ratio = peer.median_s / ours.median_s
+    text = f"speed {ratio:.3f} x {peer_name} (bound: at least {MIN_SPEED_RATIO})"
+    return Finding(text=text, outcome=_passes(ratio >= MIN_SPEED_RATIO))
+
+
+def error_finding(what: str, error: float, bound: float) -> Finding:
+    """A prediction against its bound."""
+    return Finding(text=f"predicted {what} off by {error:+.1%} (bound: {bound:.0%})", outcome=_passes(abs(error) <= bound))
+
+
+def _passes(holds: bool) -> Outcome:
+    return Outcome.PASS if holds else Outcome.FAIL
+
+
+def overall(findings: Sequence[Finding]) -> Outcome:
+    """Inconclusive when there is nothing to judge or something could not be judged, else fail when any bound is broken."""
+    outcomes = {finding.outcome for finding in findings}
+    if not outcomes or Outcome.INCONCLUSIVE in outcomes:
+        return Outcome.INCONCLUSIVE
+    return Outcome.FAIL if Outcome.FAIL in outcomes else Outcome.PASS

@@ -1,0 +1,134 @@
+"""The models that are timed, and their batches: equal in every process that asks for them.
+
+`FULL` holds the shapes that results are reported for; `SMALL` the same families in a size that trains in milliseconds,
+to try the harness itself. Dropout is off everywhere, so that the losses of all contestants can be compared.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, ViTConfig, ViTForImageClassification
+
+SEED = 1234
+LEARNING_RATE = 1e-3
+
+Batch = dict[str, Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Workload:
+    """One model shape and its training data; `sequence` and `vocabulary` are unused by `vit`."""
+
+    family: str
+    layers: int = 8
+    hidden: int = 512
+    ffn: int = 2048
+    heads: int = 8
+    vocabulary: int = 8192
+    sequence: int = 256
+    image: int = 224
+    patch: int = 16
+    classes: int = 1000
+    batch_size: int = 16
+
+    def build(self) -> nn.Module:
+        """Return the model in training mode, float32, with the same weights in every process."""
+        torch.manual_seed(SEED)
+        return _MODELS[self.family](self).train()
+
+    def batch(self, index: int) -> Batch:
+        """Return the global batch of training step `index`, the same in every process."""
+        generator = torch.Generator().manual_seed(SEED + 1 + index)
+        return _images(self, generator) if self.family == "vit" else _tokens(self, generator)
+
+
+def optimizer(parameters: object) -> torch.optim.Optimizer:
+    """Return the optimizer that every contestant uses."""
+    return torch.optim.AdamW(parameters, lr=LEARNING_RATE)  # type: ignore[arg-type]
+
+
+def _gpt2(shape: Workload) -> nn.Module:
+    config = GPT2Config(
+        n_layer=shape.layers,
+        n_embd=shape.hidden,
+        n_inner=shape.ffn,
+        n_head=shape.heads,
+        n_positions=shape.sequence,
+        vocab_size=shape.vocabulary,
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+        bos_token_id=0,
+        eos_token_id=0,
+        use_cache=False,
+        attn_implementation="sdpa",
+    )
+    model = GPT2LMHeadModel(config)
+    model.loss_type = "ForCausalLM"  # its class name does not tell transformers, which would warn
+    return model
+
+
+def _llama(shape: Workload) -> nn.Module:
+    config = LlamaConfig(
+        num_hidden_layers=shape.layers,
+        hidden_size=shape.hidden,
+        intermediate_size=shape.ffn,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.heads,
+        max_position_embeddings=shape.sequence,
+        vocab_size=shape.vocabulary,
+        attention_dropout=0.0,
+        use_cache=False,
+        attn_implementation="sdpa",
+    )
+    return LlamaForCausalLM(config)
+
+
+def _vit(shape: Workload) -> nn.Module:
+    config = ViTConfig(
+        num_hidden_layers=shape.layers,
+        hidden_size=shape.hidden,
+        intermediate_size=shape.ffn,
+        num_attention_heads=shape.heads,
+        image_size=shape.image,
+        patch_size=shape.patch,
+        num_labels=shape.classes,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+        attn_implementation="sdpa",
+    )
+    return ViTForImageClassification(config)
+
+
+_MODELS: dict[str, Callable[[Workload], nn.Module]] = {"gpt2": _gpt2, "llama": _llama, "vit": _vit}
+
+
+def _tokens(shape: Workload, generator: torch.Generator) -> Batch:
+    """Text-like tokens: rare ones are rarer, and every odd position follows from the one before, so that the loss can fall."""
+    size = (shape.batch_size, shape.sequence)
+    tokens = (shape.vocabulary * torch.rand(size, generator=generator) ** 4).long()
+    tokens[:, 1::2] = (7 * tokens[:, 0::2] + 1) % shape.vocabulary
+    return {"input_ids": tokens, "labels": tokens.clone()}
+
+
+def _images(shape: Workload, generator: torch.Generator) -> Batch:
+    """Noise whose brightness tells the class; few classes occur, so that the loss can fall."""
+    labels = torch.randint(min(10, shape.classes), (shape.batch_size,), generator=generator)
+    noise = torch.randn(shape.batch_size, 3, shape.image, shape.image, generator=generator)
+    return {"pixel_values": noise + labels.view(-1, 1, 1, 1) / 5 - 1, "labels": labels}
+
+
+FULL = {
+    "gpt2": Workload(family="gpt2"),
+    "llama": Workload(family="llama", ffn=1376),
+    "vit": Workload(family="vit", hidden=384, ffn=1536),
+}
+SMALL = {
+    "gpt2": Workload(family="gpt2", layers=2, hidden=32, ffn=128, heads=4, vocabulary=64, sequence=16),
+    "llama": Workload(family="llama", layers=2, hidden=32, ffn=96, heads=4, vocabulary=64, sequence=16),
+    "vit": Workload(family="vit", layers=2, hidden=32, ffn=128, heads=4, image=32, patch=8, classes=16),
+}

@@ -1,0 +1,40 @@
+"""The private or changing parts of torch that shardwise stands on, in one place."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx
+from torch.fx.graph import CodeGen
+
+__all__ = ["BoxedCodeGen", "FakeTensorMode", "make_fx", "register_group", "traced_names"]
+
+
+def traced_names() -> set[str]:
+    """Names of the nodes that the make_fx trace in progress has recorded so far."""
+    mode = get_proxy_mode()
+    assert mode is not None, "no trace is in progress"
+    return {node.name for node in mode.tracer.graph.nodes}  # type: ignore[union-attr]
+
+
+def register_group(name: str, group: torch.distributed.ProcessGroup) -> None:
+    """Lets torch's operators find a process group by this name."""
+    torch._C._distributed_c10d._register_process_group(name, group)
+
+
+class BoxedCodeGen(CodeGen):
+    """Python code that takes its inputs in one list and empties it, so that each is freed at its last use."""
+
+    def gen_fn_def(self, free_vars: list[str], maybe_return_annotation: str, **more: Any) -> str:
+        names = [name.split(":")[0].strip() for name in free_vars]
+        unpack = f"    {', '.join(names)}, = inputs\n    inputs.clear()\n" if names else ""
+        return f"def forward(self, inputs: list){maybe_return_annotation}:\n{unpack}"
+
+    def process_inputs(self, *args: Any) -> Any:
+        return args[0]
+
+
+Function = Callable[[Sequence[Any]], Any]

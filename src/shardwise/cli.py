@@ -1,0 +1,293 @@
+"""The command line: parses, calls the Python interface, prints. Exit codes: 0 done, 1 verification failed, 2 wrong input, 3 infeasible."""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Callable
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, ParamSpec, TypeVar
+
+import typer
+from rich.console import Console
+
+from shardwise.errors import ShardwiseError
+
+if TYPE_CHECKING:
+    from shardwise import Plan
+
+__all__ = ["app", "main"]
+
+DIFFERS, WRONG_INPUT, INFEASIBLE = 1, 2, 3
+
+app = typer.Typer(
+    help="Runs an ordinary single-device PyTorch model split over many devices, with the same numbers.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+
+ModelOption = Annotated[
+    str | None,
+    typer.Option("--model", help="hf:CONFIG.json, or FILE.py:FUNCTION, a function that returns the model and an example batch."),
+]
+ClusterOption = Annotated[str, typer.Option("--cluster", help="local:N, N ranks on this machine, or a cluster file (.toml).")]
+LayoutOption = Annotated[str | None, typer.Option("--layout", help="What to pin, such as tp=2,pp=2,microbatches=4. The rest is searched.")]
+GlobalBatchOption = Annotated[int | None, typer.Option("--global-batch", min=1, help="Examples in a step, over all ranks.")]
+SequenceOption = Annotated[int | None, typer.Option("--sequence", min=1, help="Tokens in an example, for hf: language models.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for programs instead of text for people.")]
+PlanOption = Annotated[Path | None, typer.Option("--plan", help="Use this plan.json instead of searching for one.")]
+
+
+class Precision(StrEnum):
+    """The precision that `verify` compares in."""
+
+    FLOAT64 = "float64"
+    FLOAT32 = "float32"
+
+
+def main() -> None:
+    """The console script `shardwise`."""
+    app()
+
+
+def _reported(command: Callable[_P, _R]) -> Callable[_P, _R]:
+    """A wrong input prints one message and exits with 2, without a traceback."""
+
+    @functools.wraps(command)
+    def wrapper(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        try:
+            return command(*args, **kwargs)
+        except ShardwiseError as error:
+            Console(stderr=True).print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+            raise typer.Exit(WRONG_INPUT) from None
+
+    return wrapper
+
+
+@app.command()
+@_reported
+def plan(
+    model: ModelOption = None,
+    cluster: ClusterOption = "local:2",
+    layout: LayoutOption = None,
+    global_batch: GlobalBatchOption = None,
+    sequence: SequenceOption = None,
+    out: Annotated[Path, typer.Option("--out", help="Where the plan goes.")] = Path("plan.json"),
+    as_json: JsonOption = False,
+) -> None:
+    """Choose how to split a model over a cluster, explain the choice and write it to plan.json.
+
+    [bold]Examples[/bold]
+
+    shardwise plan --model hf:config.json --cluster local:4
+
+    shardwise plan --model train.py:model_and_batch --cluster local:4 --layout tp=2,pp=2 --out tp2pp2.json
+    """
+    chosen = _plan(model, cluster, layout, global_batch, sequence)
+    _save(chosen, out)
+    if as_json:
+        typer.echo(out.read_text())
+    else:
+        typer.echo(f"{chosen}\n\nplan: {out}")
+
+
+@app.command()
+@_reported
+def train(
+    model: ModelOption = None,
+    data: Annotated[Path | None, typer.Option("--data", help="A text file, read as bytes. Default: Python's own sources.")] = None,
+    steps: Annotated[int, typer.Option("--steps", min=1, help="Optimizer steps.")] = 100,
+    learning_rate: Annotated[float, typer.Option("--lr", min=0.0, help="AdamW's learning rate.")] = 1e-3,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Of the weights and the order of the data.")] = 0,
+    cluster: ClusterOption = "local:2",
+    layout: LayoutOption = None,
+    global_batch: GlobalBatchOption = None,
+    sequence: SequenceOption = None,
+    plan_file: PlanOption = None,
+    port: Annotated[int, typer.Option("--port", min=0, max=65535, help="For the ranks to meet at; 0 takes a free one.")] = 0,
+    out: Annotated[Path, typer.Option("--out", help="A directory for plan.json and training.json.")] = Path("out/train"),
+    as_json: JsonOption = False,
+) -> None:
+    """Train a language model on the bytes of a text, split over local ranks, which this command starts itself.
+
+    Started by torchrun it is one of the ranks instead; then --cluster or --plan must describe all nodes.
+
+    [bold]Examples[/bold]
+
+    shardwise train --model hf:config.json --data book.txt --steps 200 --cluster local:4
+
+    shardwise train --model hf:config.json --plan plan.json
+
+    torchrun --nnodes 2 --nproc-per-node 4 ... -m shardwise train --model hf:config.json --plan plan.json
+    """
+    from shardwise.training import TrainRequest, run_training
+
+    request = TrainRequest(
+        model=_required(model),
+        data=data,
+        steps=steps,
+        learning_rate=learning_rate,
+        seed=seed,
+        cluster=cluster,
+        layout=layout,
+        global_batch=global_batch,
+        sequence=sequence,
+        plan_file=plan_file,
+        port=port,
+        out=out,
+        shown=not as_json,
+    )
+    summary = _feasible(run_training(request))
+    if summary is not None:  # None on all ranks but the first
+        _show(summary, as_json)
+
+
+@app.command()
+@_reported
+def verify(
+    model: ModelOption = None,
+    cluster: ClusterOption = "local:2",
+    layout: LayoutOption = None,
+    global_batch: GlobalBatchOption = None,
+    sequence: SequenceOption = None,
+    dtype: Annotated[Precision, typer.Option("--dtype", help="float64 is the proof, float32 the practice.")] = Precision.FLOAT64,
+    as_json: JsonOption = False,
+) -> None:
+    """Run one step split and one step whole, and compare the loss, every gradient and the optimizer's step. Exits with 1 if they differ.
+
+    [bold]Examples[/bold]
+
+    shardwise verify --model hf:config.json --cluster local:4 --layout tp=2,pp=2
+
+    shardwise verify --model train.py:model_and_batch --dtype float32 --json
+    """
+    import torch
+
+    import shardwise as sw
+    from shardwise.models import load_model
+
+    module, batch = load_model(_required(model), batch_size=global_batch, sequence=sequence)
+    report = _feasible(sw.verify(module, batch, cluster=cluster, layout=layout, dtype=getattr(torch, dtype.value)))
+    if as_json:
+        names = ("ok", "max_relative_error", "first_difference", "layout")
+        typer.echo(json.dumps({name: _plain(getattr(report, name)) for name in names}, indent=2))
+    else:
+        typer.echo(report)
+    if not report.ok:
+        raise typer.Exit(DIFFERS)
+
+
+@app.command()
+@_reported
+def simulate(
+    model: ModelOption = None,
+    plan_file: PlanOption = None,
+    cluster: ClusterOption = "local:2",
+    layout: LayoutOption = None,
+    global_batch: GlobalBatchOption = None,
+    sequence: SequenceOption = None,
+    out: Annotated[Path, typer.Option("--out", help="Where the timeline goes; open it in Perfetto or chrome://tracing.")] = Path(
+        "trace.json"
+    ),
+    as_json: JsonOption = False,
+) -> None:
+    """Predict a step's time and each rank's memory, without running it.
+
+    [bold]Examples[/bold]
+
+    shardwise simulate --plan plan.json --out trace.json
+
+    shardwise simulate --model hf:config.json --cluster cluster.toml --layout tp=8
+    """
+    import shardwise as sw
+
+    chosen = sw.Plan.load(plan_file) if plan_file else _plan(model, cluster, layout, global_batch, sequence)
+    simulation = sw.simulate(chosen)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    simulation.save_trace(out)
+    _show({"step_time_s": simulation.step_time_s, "memory_bytes": _plain(simulation.memory_bytes), "trace": str(out)}, as_json)
+
+
+@app.command()
+@_reported
+def doctor(
+    as_json: JsonOption = False,
+    measure: Annotated[bool, typer.Option(help="Also measure how fast this machine computes and communicates (once; then cached).")] = True,
+) -> None:
+    """Show versions, devices, backends and what this machine measured, and say what is wrong. Exits with 1 if something is.
+
+    [bold]Examples[/bold]
+
+    shardwise doctor
+
+    shardwise doctor --no-measure --json
+    """
+    from shardwise.doctor import examine, table
+
+    findings = examine(measure=measure)
+    if as_json:
+        typer.echo(json.dumps([finding.model_dump() for finding in findings], indent=2))
+    else:
+        Console().print(table(findings))
+    if any(finding.problem for finding in findings):
+        raise typer.Exit(DIFFERS)
+
+
+# ---- shared ------------------------------------------------------------------------------------------------------------------------
+
+
+def _required(model: str | None) -> str:
+    if model is None:
+        raise ShardwiseError("no model was given: add --model hf:CONFIG.json or --model FILE.py:FUNCTION.")
+    return model
+
+
+def _plan(model: str | None, cluster: str, layout: str | None, global_batch: int | None, sequence: int | None) -> Plan:
+    import shardwise as sw
+    from shardwise.models import load_model
+
+    module, batch = load_model(_required(model), batch_size=global_batch, sequence=sequence, device="meta")
+    return _feasible(sw.plan(module, batch, cluster=cluster, layout=layout, global_batch=global_batch))
+
+
+def _feasible(result: Any) -> Any:
+    import shardwise as sw
+
+    if isinstance(result, sw.Infeasible):
+        _give_up(str(result))
+    return result
+
+
+def _give_up(reasons: str) -> None:
+    Console(stderr=True).print(reasons, style="yellow", markup=False, highlight=False, soft_wrap=True)
+    raise typer.Exit(INFEASIBLE)
+
+
+def _save(chosen: Plan, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    chosen.save(path)
+
+
+def _show(values: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        typer.echo(json.dumps(values, indent=2))
+        return
+    width = max(len(name) for name in values)
+    for name, value in values.items():
+        typer.echo(f"{name.replace('_', ' '):{width}}  {value}")
+
+
+def _plain(value: Any) -> Any:
+    """Something that JSON can hold."""
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, list | tuple):
+        return [_plain(one) for one in value]
+    if isinstance(value, dict):
+        return {str(key): _plain(one) for key, one in value.items()}
+    return str(value)

@@ -1,0 +1,96 @@
+"""Clusters: how many ranks there are, what each can hold, and what it can do."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from shardwise.cluster.described import read_machine
+from shardwise.cluster.machine import available_cores, available_memory_bytes
+from shardwise.cluster.rates import Rates
+from shardwise.errors import ClusterError
+
+__all__ = ["Cluster", "Device"]
+
+_ACCEPTED = 'accepted are a Cluster, "local:N" (N ranks sharing this machine) and the path of a .toml file describing a machine'
+
+
+@dataclass(frozen=True, kw_only=True)
+class Device:
+    """What one rank computes on."""
+
+    name: str
+    memory_bytes: int
+    rates: Rates
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cluster:
+    """Equal ranks.
+
+    name: as it was asked for ("local:4") or as its file says. backend: torch.distributed's ("gloo", "nccl").
+    cores: CPU cores that the ranks share, None where each rank has a device of its own.
+    memory_bytes: of each rank. rates: of each rank.
+    """
+
+    name: str
+    ranks: int
+    backend: str
+    cores: int | None
+    memory_bytes: int
+    rates: Rates
+
+    @property
+    def threads_per_rank(self) -> int:
+        """Threads that a rank computes with: an equal share of the cores, at least 1."""
+        return max(1, (self.cores or 1) // self.ranks)
+
+    @property
+    def devices(self) -> tuple[Device, ...]:
+        """The device of each rank."""
+        return tuple(Device(name=f"{self.name}/{rank}", memory_bytes=self.memory_bytes, rates=self.rates) for rank in range(self.ranks))
+
+    @classmethod
+    def parse(cls, spec: Cluster | str | Path, *, refresh: bool = False) -> Cluster:
+        """The cluster that a specification names.
+
+        ``"local:N"`` measures this machine where that was not done before (or again, with ``refresh``), which takes seconds and
+        starts N processes; a described machine measures nothing. Raises ClusterError for anything that is not accepted.
+        """
+        if isinstance(spec, Cluster):
+            return spec
+        text = str(spec)
+        if text.startswith("local:"):
+            return _local(text, refresh)
+        if text.endswith(".toml"):
+            return _described(Path(text))
+        raise ClusterError(f"cluster {text!r} is not understood: {_ACCEPTED}")
+
+
+def _local(spec: str, refresh: bool) -> Cluster:
+    from shardwise.cluster.probe import local_rates  # loads all that measures: only where asked for
+
+    count = spec.removeprefix("local:")
+    if not (count.isascii() and count.isdigit()) or int(count) < 1:
+        raise ClusterError(f'cluster {spec!r}: {count!r} is not a number of ranks; give 1 or more, such as "local:4"')
+    ranks = int(count)
+    return Cluster(
+        name=spec,
+        ranks=ranks,
+        backend="gloo",
+        cores=available_cores(),
+        memory_bytes=available_memory_bytes() // ranks,
+        rates=local_rates(ranks, refresh=refresh),
+    )
+
+
+def _described(path: Path) -> Cluster:
+    machine = read_machine(path)
+    return Cluster(
+        name=machine.name or path.stem,
+        ranks=machine.ranks,
+        backend=machine.backend,
+        cores=machine.cores,
+        memory_bytes=machine.memory_bytes,
+        rates=machine.described_rates(),
+    )

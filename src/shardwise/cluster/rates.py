@@ -1,0 +1,181 @@
+"""What one rank of a machine can do while all of its ranks are busy: figures, and how to read between them.
+
+Measured by `shardwise.cluster.probe` or described in a cluster file (`shardwise.cluster.model`). How an operator's time is
+composed of these figures is the business of `shardwise.cost`.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_right
+from collections.abc import Mapping
+from typing import Final
+
+from pydantic import BaseModel, ConfigDict, model_validator
+
+__all__ = ["IMPLEMENTATIONS", "KERNEL_WORKING_SET_BYTES", "CollectiveRate", "Curve", "MatmulRate", "OptimizerRate", "Rates"]
+
+IMPLEMENTATIONS: Final[Mapping[str, tuple[str, ...]]] = {
+    "all_reduce": ("native", "exchange"),
+    "all_gather": ("native", "exchange", "all_reduce"),
+    "reduce_scatter": ("native", "exchange", "all_reduce"),
+    "all_to_all": ("native", "exchange"),
+    "broadcast": ("native",),
+    "send_recv": ("native",),
+}
+"""Kinds of communication and the implementations of each (`shardwise.runtime.collectives`)."""
+
+KERNEL_WORKING_SET_BYTES: Final = 3 << 18
+"""Bytes that a kernel of `Rates.element_s` has before it: three tensors of 256 KiB, which a core's own cache holds."""
+
+
+class _Figures(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Curve(_Figures):
+    """A positive quantity measured at a few increasing sizes; straight between them on doubly logarithmic paper, constant outside."""
+
+    sizes: tuple[float, ...]
+    values: tuple[float, ...]
+
+    @model_validator(mode="after")
+    def _valid(self) -> Curve:
+        increasing = all(a < b for a, b in zip(self.sizes, self.sizes[1:], strict=False))
+        if not self.sizes or len(self.sizes) != len(self.values) or not increasing or min(*self.sizes, *self.values) <= 0:
+            raise ValueError(f"a curve wants positive increasing sizes and as many positive values, not {self.sizes} and {self.values}")
+        return self
+
+    @classmethod
+    def constant(cls, value: float) -> Curve:
+        """The same value for every size."""
+        return cls(sizes=(1.0,), values=(value,))
+
+    def at(self, size: float) -> float:
+        """The value at ``size``."""
+        sizes, values = self.sizes, self.values
+        if size <= sizes[0]:
+            return values[0]
+        if size >= sizes[-1]:
+            return values[-1]
+        right = bisect_right(sizes, size)
+        part = math.log(size / sizes[right - 1]) / math.log(sizes[right] / sizes[right - 1])
+        return values[right - 1] * (values[right] / values[right - 1]) ** part
+
+
+class MatmulRate(_Figures):
+    """Rate of matrix products of one dtype.
+
+    cubes_flops: flop/s of products m = n = k, by their flops (2·m·n·k).
+    thinness: what a product keeps of that when its smallest of m, n, k is small, by that smallest (1 for cubes).
+    batched_flops: flop/s of batched products, by the flops of one matrix of the batch.
+    """
+
+    cubes_flops: Curve
+    thinness: Curve
+    batched_flops: Curve
+
+    def flops_per_s(self, m: int, n: int, k: int) -> float:
+        """Rate, flop/s, of an (m, k) by (k, n) product."""
+        return self.cubes_flops.at(2.0 * m * n * k) * self.thinness.at(min(m, n, k))
+
+    def batched_flops_per_s(self, m: int, n: int, k: int) -> float:
+        """Rate, flop/s, of a batch of (m, k) by (k, n) products."""
+        return self.batched_flops.at(2.0 * m * n * k)
+
+
+class CollectiveRate(_Figures):
+    """Seconds of one implementation of one kind of communication within groups of ``ranks``, all groups of that size busy at once.
+
+    message_bytes: the largest tensor that a rank holds before or after (`shardwise.cost.collectives` spells it out).
+    seconds: of each size; straight lines between, the last line continued beyond.
+    """
+
+    kind: str
+    impl: str
+    ranks: int
+    message_bytes: tuple[float, ...]
+    seconds: tuple[float, ...]
+
+    @property
+    def latency_s(self) -> float:
+        """Time of the smallest message, s."""
+        return self.seconds[0]
+
+    @property
+    def bytes_per_s(self) -> float:
+        """Slope between the two largest messages, byte/s: what each further byte costs."""
+        return (self.message_bytes[-1] - self.message_bytes[-2]) / max(self.seconds[-1] - self.seconds[-2], 1e-12)
+
+    def seconds_for(self, message_bytes: float) -> float:
+        """Time of a message, s."""
+        sizes, seconds = self.message_bytes, self.seconds
+        if message_bytes <= sizes[0]:
+            return seconds[0]
+        if message_bytes >= sizes[-1]:
+            return seconds[-1] + (message_bytes - sizes[-1]) / self.bytes_per_s
+        right = bisect_right(sizes, message_bytes)
+        part = (message_bytes - sizes[right - 1]) / (sizes[right] - sizes[right - 1])
+        return seconds[right - 1] + part * (seconds[right] - seconds[right - 1])
+
+    @model_validator(mode="after")
+    def _valid(self) -> CollectiveRate:
+        if self.kind not in IMPLEMENTATIONS or self.impl not in IMPLEMENTATIONS[self.kind]:
+            raise ValueError(f"no implementation {self.impl!r} of {self.kind!r}; there are {dict(IMPLEMENTATIONS)}")
+        increasing = all(a < b for a, b in zip(self.message_bytes, self.message_bytes[1:], strict=False))
+        if len(self.message_bytes) < 2 or len(self.message_bytes) != len(self.seconds) or not increasing:
+            raise ValueError(f"{self.kind} ({self.impl}): two or more increasing sizes and as many times, not {self.message_bytes}")
+        return self
+
+
+class OptimizerRate(_Figures):
+    """One step of an optimizer over one parameter: ``fixed_s`` + elements × ``element_s`` (by the parameter's bytes)."""
+
+    fixed_s: float
+    element_s: Curve
+
+
+class Rates(_Figures):
+    """All figures of one rank. Keys of ``dtype`` are torch's names without the ``torch.``; float32 is always there.
+
+    matmul: by dtype.
+    attention_flops: flop/s of fused attention by number of keys; keys ``forward``, ``backward``, each also with ``_causal`` (then the
+        flops counted are those of the whole square, of which about half is computed).
+    attention_ragged: what is left of these rates when the number of keys is no multiple of 16.
+    convolution_flops: flop/s by the smaller of output channels a group and (input channels a group × kernel size); keys ``forward``,
+        ``backward_input``, ``backward_weight``.
+    read_bytes_per_s, write_bytes_per_s: of streaming kernels, by working set in bytes; a read costs 1/read, a write to another
+        tensor than those read 1/write more.
+    fresh_bytes_per_s, fresh_from_bytes: results of at least ``fresh_from_bytes`` are mapped anew by the allocator at every call, and
+        their pages zeroed by the kernel at this rate.
+    element_s: for each dtype, seconds per element of a kernel whose data, of
+        KERNEL_WORKING_SET_BYTES, is in cache (`shardwise.cluster.probe_kernels` has the names).
+    call_s, view_s: one ATen call's fixed time, and that of a view.
+    collectives: each (kind, implementation, group size) measured.
+    optimizers: by ``adamw``, ``adam``, ``sgd``, ``sgd_momentum``.
+    contention: wall time ÷ CPU time while measuring; well above 1 when other processes disturbed it.
+    """
+
+    matmul: Mapping[str, MatmulRate]
+    attention_flops: Mapping[str, Curve]
+    attention_ragged: float = 1.0
+    convolution_flops: Mapping[str, Curve]
+    read_bytes_per_s: Curve
+    write_bytes_per_s: Curve
+    fresh_bytes_per_s: float
+    fresh_from_bytes: float
+    element_s: Mapping[str, Mapping[str, float]]
+    call_s: float
+    view_s: float
+    collectives: tuple[CollectiveRate, ...]
+    optimizers: Mapping[str, OptimizerRate]
+    contention: float = 1.0
+
+    def matmul_of(self, dtype: str) -> MatmulRate:
+        """The rate of a dtype; float32's for one that was not measured."""
+        return self.matmul.get(dtype) or self.matmul["float32"]
+
+    def kernel_s(self, kernel: str, dtype: str) -> float:
+        """Seconds per element of a kernel; float32's for a dtype that was not measured, 0 for a kernel that was not."""
+        seconds = self.element_s.get(dtype, {}).get(kernel)
+        return self.element_s.get("float32", {}).get(kernel, 0.0) if seconds is None else seconds

@@ -1,0 +1,46 @@
+"""How the probe takes times."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+
+__all__ = ["Stopwatch"]
+
+_MOST, _LEAST = 200, 3
+
+
+@dataclass(kw_only=True)
+class Stopwatch:
+    """Median times of calls, each repeated for about ``budget_s``.
+
+    A single-threaded call is timed by the CPU time of this thread: what it takes whatever else the machine does meanwhile.
+    With several threads it is the wall time. The sums of both tell how much else there was.
+    """
+
+    budget_s: float
+    wall_s: float = field(default=0.0, init=False)
+    cpu_s: float = field(default=0.0, init=False)
+
+    @property
+    def contention(self) -> float:
+        """Wall time ÷ CPU time of all calls so far."""
+        return self.wall_s / self.cpu_s if self.cpu_s else 1.0
+
+    def seconds(self, function: Callable[[], object]) -> float:
+        """Median time of a call, s; the first call is not counted."""
+        function()
+        clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
+        times: list[float] = []
+        begin = time.perf_counter()
+        while len(times) < _LEAST or (time.perf_counter() - begin < self.budget_s and len(times) < _MOST):
+            start = clock()
+            function()
+            times.append(clock() - start)
+        self.wall_s += time.perf_counter() - begin
+        self.cpu_s += sum(times)
+        return max(statistics.median(times), 1e-9)

@@ -1,0 +1,62 @@
+"""Seconds of communication, and the fastest implementation of it.
+
+**The message** is the largest tensor that one rank holds before or after, in bytes:
+
+    all_reduce       the tensor (every rank holds all of it)
+    all_gather       the gathered result
+    reduce_scatter   the input, before it is reduced
+    all_to_all       a rank's input (its result is about as large); the global tensor is ``ranks`` times that
+    broadcast        the tensor
+    send_recv        the tensor sent
+
+**Other group sizes.** The time of a group of n that was not measured is that of the nearest measured group size m (the larger of
+two equally near), with its latency scaled by (n − 1)/(m − 1), the messages of a pairwise exchange or the steps of a ring, and the
+rest by the bytes that a rank sends: all_reduce, all_gather, reduce_scatter and all_to_all (n − 1)/n ÷ (m − 1)/m, broadcast and
+send_recv 1 (Thakur, Rabenseifner, Gropp, 2005). `exchange` and `native` are scaled alike.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from shardwise.cluster.model import Cluster
+from shardwise.cluster.rates import IMPLEMENTATIONS, CollectiveRate
+
+__all__ = ["CollectiveCost", "collective_cost", "collective_seconds"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class CollectiveCost:
+    """Time, and the implementation (`shardwise.runtime.collectives`) that takes it."""
+
+    seconds: float
+    impl: str
+
+
+def collective_cost(kind: str, message_bytes: float, ranks: int, cluster: Cluster) -> CollectiveCost:
+    """The fastest implementation of ``kind`` for this message within groups of ``ranks``; nothing within a group of one."""
+    if ranks <= 1:
+        return CollectiveCost(seconds=0.0, impl="native")
+    costs = {impl: collective_seconds(kind, impl, message_bytes, ranks, cluster) for impl in IMPLEMENTATIONS[kind]}
+    impl = min(costs, key=costs.__getitem__)
+    assert costs[impl] < float("inf"), f"no {kind} among the rates of {cluster.name}"
+    return CollectiveCost(seconds=costs[impl], impl=impl)
+
+
+def collective_seconds(kind: str, impl: str, message_bytes: float, ranks: int, cluster: Cluster) -> float:
+    """Time, s, of one implementation; infinite where the cluster has no figures of it."""
+    if ranks <= 1:
+        return 0.0
+    measured = [rate for rate in cluster.rates.collectives if rate.kind == kind and rate.impl == impl]
+    if not measured:
+        return float("inf")
+    nearest = min(measured, key=lambda rate: (abs(rate.ranks - ranks), -rate.ranks))
+    return _scaled(nearest, message_bytes, ranks)
+
+
+def _scaled(rate: CollectiveRate, message_bytes: float, ranks: int) -> float:
+    seconds = rate.seconds_for(message_bytes)
+    if rate.ranks == ranks or rate.kind == "send_recv":
+        return seconds
+    part = 1.0 if rate.kind == "broadcast" else ((ranks - 1) / ranks) / ((rate.ranks - 1) / rate.ranks)
+    return rate.latency_s * (ranks - 1) / (rate.ranks - 1) + (seconds - rate.latency_s) * part

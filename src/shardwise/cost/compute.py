@@ -1,0 +1,201 @@
+"""Seconds, flops and bytes of one ATen call, from the shapes, strides and dtypes of its arguments and results.
+
+    products       flops ÷ rate of that shape, or the time to read the operands where that is longer (matrix times vector)
+    attention, convolution    likewise; a convolution also reorders its operands into blocks, which is a copy
+    all others     elements × what the kernel takes per element in cache beyond streaming
+                   + bytes read ÷ read rate + bytes written ÷ write rate, both rates of that working set
+    views          a call
+    each           + a call's fixed time, + the time of mapping new pages for results so large that the allocator asks for them anew
+
+Rates are those of `shardwise.cluster.rates`, of one rank while all are busy. The results of an operator written in place are
+lines that it has read anyway: they cost no write.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Final
+
+from torch import Tensor
+from torch.utils.flop_counter import flop_registry
+
+from shardwise.cluster.model import Cluster
+from shardwise.cluster.rates import KERNEL_WORKING_SET_BYTES, Rates
+from shardwise.cost.operators import FREE, MATMULS, is_inplace, is_view, kernel_of, name_of, reads_only_rows, writes_only
+from shardwise.cost.tensors import dtype_name, reordered, tensors_in, touched_bytes
+
+__all__ = ["op_bytes", "op_flops", "op_seconds"]
+
+_Args = tuple[Any, ...]
+_Kwargs = Mapping[str, Any]
+_ATTENTION_BACKWARD: Final = "_scaled_dot_product_flash_attention_for_cpu_backward"
+_PASSES: Final = {"native_batch_norm": 3, "native_batch_norm_backward": 2}  # over what no cache holds: mean, variance, result
+_CONVOLUTION: Final = frozenset({"convolution", "conv2d", "conv1d", "conv3d"})
+_INDEX_OF_CAUSAL: Final = {"scaled_dot_product_attention": 5, "_scaled_dot_product_flash_attention_for_cpu": 4, _ATTENTION_BACKWARD: 7}
+
+
+def op_seconds(target: Any, args: Sequence[Any], kwargs: _Kwargs, output: Any, cluster: Cluster) -> float:
+    """Time, s, of one call on one rank while all ranks are busy; 0 for what is no ATen operator (``getitem``, symbolic sizes)."""
+    name, rates = name_of(target), cluster.rates
+    if not name or name in FREE:
+        return 0.0
+    if is_view(target):
+        return rates.view_s
+    seconds = _chosen(name)(name, tuple(args), kwargs, output, rates)
+    return seconds + rates.call_s + _fresh_seconds(target, output, rates)
+
+
+def op_flops(target: Any, args: Sequence[Any], kwargs: _Kwargs, output: Any) -> float:
+    """Floating-point operations of products, convolutions and attention (a multiply-add is two, causal masks are not taken off);
+    0 for all other operators. Formulas: torch.utils.flop_counter where it has one."""
+    name = name_of(target)
+    if name in _INDEX_OF_CAUSAL:
+        return _attention_flops(name, args)
+    if name in ("linear", "matmul"):
+        return 2.0 * args[0].shape[-1] * output.numel()
+    formula = flop_registry.get(getattr(target, "overloadpacket", target))
+    return float(formula(*args, **kwargs, out_val=output)) if formula is not None else 0.0
+
+
+def op_bytes(target: Any, args: Sequence[Any], kwargs: _Kwargs, output: Any) -> int:
+    """Bytes that a call reads and writes; 0 for views and for what is no operator. Expanded dims count once, an embedding's table
+    as far as it is looked up."""
+    if not name_of(target) or name_of(target) in FREE or is_view(target):
+        return 0
+    read, written = _traffic(name_of(target), tuple(args), kwargs, output)
+    return read + written
+
+
+_Cost = Callable[[str, _Args, _Kwargs, Any, Rates], float]
+
+
+def _chosen(name: str) -> _Cost:
+    if name in MATMULS:
+        return _product_seconds
+    if name in _INDEX_OF_CAUSAL:
+        return _attention_seconds
+    if name in _CONVOLUTION or name == "convolution_backward":
+        return _convolution_seconds
+    return _SPECIAL.get(name, _streaming_seconds)
+
+
+# --- products -------------------------------------------------------------------------------------------------------------
+
+
+def _product_seconds(name: str, args: _Args, _kwargs: _Kwargs, output: Tensor, rates: Rates) -> float:
+    operands = [arg for arg in args if isinstance(arg, Tensor)]
+    left, right = operands[-2:] if name in ("addmm", "baddbmm") else operands[:2]
+    rate = rates.matmul_of(dtype_name(operands))
+    k, n = left.shape[-1], output.shape[-1] if output.dim() > 1 else 1
+    if right.dim() > 2 and name != "linear":
+        m = left.shape[-2] if left.dim() > 1 else 1
+        speed = rate.batched_flops_per_s(m, n, k)
+    else:
+        m = output.numel() // max(n, 1)
+        speed = rate.flops_per_s(m, n, k)
+    return max(2.0 * output.numel() * k / speed, touched_bytes(right) / rates.read_bytes_per_s.at(touched_bytes(right)))
+
+
+# --- attention ------------------------------------------------------------------------------------------------------------
+
+
+def _attention_flops(name: str, args: Sequence[Any]) -> float:
+    """Two products forward, five backward (Dao, FlashAttention-2, 2023, section 3.1)."""
+    query, key = (args[1], args[2]) if name == _ATTENTION_BACKWARD else (args[0], args[1])
+    return (10.0 if name == _ATTENTION_BACKWARD else 4.0) * query.numel() * key.shape[-2]
+
+
+def _attention_seconds(name: str, args: _Args, kwargs: _Kwargs, _output: Any, rates: Rates) -> float:
+    place = _INDEX_OF_CAUSAL[name]
+    causal = bool(args[place]) if len(args) > place else bool(kwargs.get("is_causal", False))
+    key = args[2] if name == _ATTENTION_BACKWARD else args[1]
+    curve = ("backward" if name == _ATTENTION_BACKWARD else "forward") + ("_causal" if causal else "")
+    speed = rates.attention_flops[curve].at(key.shape[-2]) * _against_float32(rates, dtype_name([key]))
+    if key.shape[-2] % 16:
+        speed *= rates.attention_ragged
+    return _attention_flops(name, args) / speed
+
+
+def _against_float32(rates: Rates, dtype: str) -> float:
+    """How much faster large products of a dtype are than float32's."""
+    return rates.matmul_of(dtype).cubes_flops.values[-1] / rates.matmul_of("float32").cubes_flops.values[-1]
+
+
+# --- convolution ----------------------------------------------------------------------------------------------------------
+
+
+def _convolution_seconds(name: str, args: _Args, kwargs: _Kwargs, output: Any, rates: Rates) -> float:
+    backward = name == "convolution_backward"
+    weight, groups = (args[2], args[9]) if backward else (args[1], args[8] if len(args) > 8 else kwargs.get("groups", 1))
+    transposed = bool(args[7] if backward else len(args) > 8 and args[6])
+    image = (args[1] if transposed else args[0]) if backward else (args[0] if transposed else output)
+    flops = 2.0 * image.numel() * weight[0].numel()
+    width = min(weight.shape[0] // groups, weight[0].numel())
+    factor = _against_float32(rates, dtype_name([weight]))
+    reorders = _memory_seconds(*_traffic(name, args, kwargs, output), rates)
+    wanted = [part for part, use in zip(("backward_input", "backward_weight"), args[10], strict=False) if use] if backward else ["forward"]
+    return sum(flops / (rates.convolution_flops[part].at(width) * factor) for part in wanted) + reorders
+
+
+# --- memory-bound ---------------------------------------------------------------------------------------------------------
+
+
+def _streaming_seconds(name: str, args: _Args, kwargs: _Kwargs, output: Any, rates: Rates) -> float:
+    inputs, outputs = tensors_in(*args, kwargs), tensors_in(output)
+    kernel = kernel_of(name, args, kwargs)
+    if kernel == "clone" and inputs and outputs and reordered(inputs[-1], outputs[0]):
+        kernel = "transposed"
+    count = max((tensor.numel() for tensor in (outputs if reads_only_rows(name) else inputs + outputs)), default=0)
+    read, written = _traffic(name, args, kwargs, output)
+    passes = _PASSES.get(kernel, 1)
+    return _excess_seconds(kernel, count, inputs + outputs, (passes * read, written), rates) + _memory_seconds(passes * read, written, rates)
+
+
+def _excess_seconds(kernel: str, count: int, tensors: list[Tensor], traffic: tuple[int, int], rates: Rates) -> float:
+    """What a kernel takes in cache beyond streaming through it. In cache and beyond, only the streaming differs."""
+    dtype = dtype_name(tensors)
+    in_cache = count * (rates.kernel_s(kernel, dtype) or rates.kernel_s("add", dtype))
+    cached = KERNEL_WORKING_SET_BYTES
+    return max(0.0, in_cache - traffic[0] / rates.read_bytes_per_s.at(cached) - traffic[1] / rates.write_bytes_per_s.at(cached))
+
+
+def _traffic(name: str, args: _Args, kwargs: _Kwargs, output: Any) -> tuple[int, int]:
+    """Bytes read and bytes written."""
+    inputs, outputs = tensors_in(*args, kwargs), tensors_in(output)
+    written = 0 if name.endswith("_") and not writes_only(name) else sum(touched_bytes(tensor) for tensor in outputs)
+    if writes_only(name):
+        return 0, written
+    if reads_only_rows(name):
+        return sum(touched_bytes(tensor) for tensor in inputs[1:]) + written, written
+    return sum(touched_bytes(tensor) for tensor in inputs), written
+
+
+def _memory_seconds(read: int, written: int, rates: Rates) -> float:
+    working_set = read + written
+    return read / rates.read_bytes_per_s.at(working_set) + written / rates.write_bytes_per_s.at(working_set)
+
+
+def _embedding_backward_seconds(_name: str, args: _Args, _kwargs: _Kwargs, output: Tensor, rates: Rates) -> float:
+    """A table of zeros, and the rows added to it."""
+    size = touched_bytes(args[0])
+    rows = _excess_seconds("embedding_dense_backward", args[0].numel(), [args[0]], (2 * size, 0), rates)
+    return _memory_seconds(0, touched_bytes(output), rates) + rows + _memory_seconds(2 * size, 0, rates)
+
+
+def _slice_backward_seconds(_name: str, args: _Args, _kwargs: _Kwargs, output: Tensor, rates: Rates) -> float:
+    """A tensor of zeros, and the slice copied into it."""
+    return _memory_seconds(touched_bytes(args[0]), touched_bytes(output), rates) + _memory_seconds(0, touched_bytes(args[0]), rates)
+
+
+_SPECIAL: Final[Mapping[str, _Cost]] = {
+    "embedding_dense_backward": _embedding_backward_seconds,
+    "slice_backward": _slice_backward_seconds,
+    "select_backward": _slice_backward_seconds,
+}
+
+
+def _fresh_seconds(target: Any, output: Any, rates: Rates) -> float:
+    if is_inplace(target):
+        return 0.0
+    sizes = (tensor.numel() * tensor.element_size() for tensor in tensors_in(output))
+    return sum(size for size in sizes if size >= rates.fresh_from_bytes) / rates.fresh_bytes_per_s

@@ -1,0 +1,41 @@
+"""The one place where environment variables are read."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+__all__ = ["RankEnvironment", "cache_directory", "rank_environment"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankEnvironment:
+    """What torchrun (or our launcher) tells a process about its place in the job."""
+
+    rank: int
+    ranks: int
+    local_rank: int
+    master_address: str
+    master_port: int
+
+
+def rank_environment() -> RankEnvironment | None:
+    """This process' place in the job, or None when no launcher started it."""
+    if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
+        return None
+    return RankEnvironment(
+        rank=int(os.environ["RANK"]),
+        ranks=int(os.environ["WORLD_SIZE"]),
+        local_rank=int(os.environ.get("LOCAL_RANK", "0")),
+        master_address=os.environ.get("MASTER_ADDR", "localhost"),
+        master_port=int(os.environ.get("MASTER_PORT", "0")),
+    )
+
+
+def cache_directory() -> Path:
+    """Where measured figures are kept: $SHARDWISE_CACHE, else $XDG_CACHE_HOME/shardwise, else ~/.cache/shardwise."""
+    chosen = os.environ.get("SHARDWISE_CACHE")
+    if chosen:
+        return Path(chosen)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "shardwise"

@@ -1,0 +1,86 @@
+"""What can go wrong because of an input, a machine or a rank.
+
+    ShardwiseError
+    ├── CaptureError    the model cannot be turned into a graph
+    ├── ModelError      a model specification names nothing that can be built
+    ├── LayoutError     a layout contradicts itself or the devices
+    ├── BatchError      a batch does not fit the plan
+    ├── PlanError       a plan file is damaged, of another format, or for another model
+    ├── ClusterError    a cluster description is wrong, or this machine cannot serve as one
+    ├── RuleError       an operator has no sharding rule, or a rule is wrong
+    ├── DataError       training data is missing, empty or too short
+    └── RankFailed      a rank died; carries that rank's own last error
+
+A message says what, where, both numbers, and the way out. Our own bugs are `AssertionError`s, never one of these.
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "BatchError",
+    "CaptureError",
+    "ClusterError",
+    "DataError",
+    "LayoutError",
+    "ModelError",
+    "PlanError",
+    "RankFailed",
+    "RuleError",
+    "ShardwiseError",
+]
+
+
+class ShardwiseError(Exception):
+    """Base of every error that a user can cause or cure."""
+
+
+class CaptureError(ShardwiseError):
+    """The model cannot be turned into a graph."""
+
+
+class ModelError(ShardwiseError):
+    """A model specification names nothing that can be built."""
+
+
+class LayoutError(ShardwiseError):
+    """A layout contradicts itself or the devices."""
+
+
+class BatchError(ShardwiseError):
+    """A batch does not fit the plan."""
+
+
+class PlanError(ShardwiseError):
+    """A plan file is damaged, of another format, or for another model."""
+
+
+class ClusterError(ShardwiseError):
+    """A cluster description is wrong, or this machine cannot serve as one."""
+
+
+class RuleError(ShardwiseError):
+    """An operator has no sharding rule, or a rule is wrong."""
+
+
+class DataError(ShardwiseError):
+    """Training data is missing, empty or too short."""
+
+
+class RankFailed(ShardwiseError):
+    """A rank died and took the job down.
+
+    rank, ranks: which of how many; kind: the exception's class name, or the signal's; reason: its message;
+    trace: the last lines of that rank's traceback, empty when it had no time to write one.
+    """
+
+    def __init__(self, *, rank: int, ranks: int, kind: str, reason: str, trace: str = "") -> None:
+        self.rank, self.ranks, self.kind, self.reason, self.trace = rank, ranks, kind, reason, trace
+        message = f"rank {rank} of {ranks} failed: {kind}: {reason}"
+        super().__init__(f"{message}\n\nlast lines of rank {rank}:\n{trace}" if trace else message)
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return _rank_failed, (self.rank, self.ranks, self.kind, self.reason, self.trace)
+
+
+def _rank_failed(rank: int, ranks: int, kind: str, reason: str, trace: str) -> RankFailed:
+    return RankFailed(rank=rank, ranks=ranks, kind=kind, reason=reason, trace=trace)

@@ -1,0 +1,51 @@
+"""The actions that a rank performs, one after the other, in a step.
+
+    PRELUDE · FORWARD m · BACKWARD m · SEND/RECV edge m (peer) · SEND_GRAD/RECV_GRAD edge m (peer) · REDUCE · UPDATE
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+__all__ = ["Action", "Kind"]
+
+
+class Kind(StrEnum):
+    """What an action does."""
+
+    PRELUDE = "prelude"
+    FORWARD = "forward"
+    BACKWARD = "backward"
+    SEND = "send"
+    RECV = "recv"
+    SEND_GRAD = "send_grad"
+    RECV_GRAD = "recv_grad"
+    REDUCE = "reduce"
+    UPDATE = "update"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Action:
+    """kind; microbatch it belongs to; for transfers the edge's name and the other rank."""
+
+    kind: Kind
+    microbatch: int = -1
+    edge: str = ""
+    peer: int = -1
+
+    @property
+    def sends(self) -> bool:
+        return self.kind in (Kind.SEND, Kind.SEND_GRAD)
+
+    @property
+    def receives(self) -> bool:
+        return self.kind in (Kind.RECV, Kind.RECV_GRAD)
+
+    def __str__(self) -> str:
+        words = [self.kind.value]
+        if self.microbatch >= 0:
+            words.append(str(self.microbatch))
+        if self.edge:
+            words.append(f"{self.edge} {'to' if self.sends else 'from'} rank {self.peer}")
+        return " ".join(words)

@@ -1,0 +1,325 @@
+"""Assignment, stage, rank ──▶ the stage's graphs on that rank
+
+Every operator becomes its rule's local code on what the rank holds; every difference between the type in which a value is made and the type
+in which it is read becomes a reshard, shared by all readers that want the same type.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx
+
+from shardwise.capture.graph import Op, Value
+from shardwise.capture.normalize import RANDOM_STATE
+from shardwise.program.joint import JointGraph
+from shardwise.program.program import Binding, Crossing, Edge, ParameterPart, StageProgram
+from shardwise.program.trace import Tracer
+from shardwise.sharding.assignment import Assignment
+from shardwise.sharding.reshard import Axis, Reshard, reshard
+from shardwise.sharding.signature import AxisSplit, Call, Signature, factor_part
+from shardwise.sharding.types import I, P, Placement, R, Shard, local_shape
+
+__all__ = ["Cut", "lower_stage", "parameter_part"]
+
+Type = dict[str, Placement]
+Choose = Callable[[str, int, int], str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cut:
+    """Which stage computes each operator that depends on parameters; the prelude's are computed wherever they are read."""
+
+    stage_of: Mapping[Op, int]
+    prelude: frozenset[Op]
+
+    @property
+    def stages(self) -> int:
+        return max(self.stage_of.values(), default=0) + 1
+
+
+def parameter_part(assignment: Assignment, value: Value, coordinates: Mapping[str, int], stages: tuple[int, ...] = ()) -> ParameterPart:
+    """What the rank at `coordinates` keeps of a parameter or buffer."""
+    type_ = assignment.produced(value)
+    reduce = tuple(axis for axis, placement in type_.items() if placement == R and axis != "mb" and assignment.mesh[axis] > 1)
+    return ParameterPart(
+        name=value.name,
+        type=type_,
+        shape=value.shape,
+        local=local_shape(value.shape, type_, assignment.mesh, coordinates),
+        dtype=value.dtype,
+        requires_grad=value.requires_grad,
+        reduce=reduce if value.requires_grad else (),
+        stages=stages,
+    )
+
+
+def lower_stage(
+    assignment: Assignment, cut: Cut, stage: int, axes: Mapping[str, Axis], tracer: Tracer, choose: Choose
+) -> tuple[StageProgram, list[Edge], tuple[str, ...]]:
+    """The stage's graphs on the rank that sees the mesh as `axes`, the edges that touch it, and the axes over which the loss is a sum."""
+    return _Stage(assignment=assignment, cut=cut, stage=stage, axes=axes, tracer=tracer, choose=choose).lower()
+
+
+@dataclass(kw_only=True)
+class _Stage:
+    assignment: Assignment
+    cut: Cut
+    stage: int
+    axes: Mapping[str, Axis]
+    tracer: Tracer
+    choose: Choose
+    nodes: dict[tuple[Value, tuple[Placement, ...]], fx.Node] = field(default_factory=dict)
+    early: dict[tuple[Value, tuple[Placement, ...]], fx.Node] = field(default_factory=dict)
+    inputs: dict[fx.Node, Binding] = field(default_factory=dict)
+    early_inputs: dict[fx.Node, Binding] = field(default_factory=dict)
+    crossings: dict[str, tuple[Crossing, fx.Node]] = field(default_factory=dict)
+    edges: list[Edge] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.graph = self.assignment.graph
+        self.coordinates = {name: axis.rank for name, axis in self.axes.items()}
+        self.body = JointGraph(tracer=self.tracer)
+        self.prelude = JointGraph(tracer=self.tracer)
+        self.ops = [op for op in self.graph.ops if self.cut.stage_of.get(op) == self.stage]
+        self.readers = self.graph.consumers()
+
+    def lower(self) -> tuple[StageProgram, list[Edge], tuple[str, ...]]:
+        self._run_prelude()
+        for op in self.ops:
+            self._call(op, self.body, self._body_input)
+        outputs, seeds, loss_axes = self._outputs()
+        self.body.backward(seeds)
+        return self._program(outputs), self.edges, loss_axes
+
+    # -- operators ---------------------------------------------------------------------------------------------------------------------
+
+    def _run_prelude(self) -> None:
+        """The prelude's operators that this stage reads, and what they read."""
+        needed = {value for op in self.ops for value in op.inputs}
+        wanted: list[Op] = []
+        for op in reversed(self.graph.ops):
+            if op in self.cut.prelude and any(value in needed for value in op.outputs):
+                wanted.append(op)
+                needed.update(op.inputs)
+        for op in reversed(wanted):
+            self._call(op, self.prelude, self._early_input)
+
+    def _call(self, op: Op, joint: JointGraph, read: Callable[[Op, int], fx.Node]) -> None:
+        sig = self.assignment.signatures[op]
+        call = self._local_call(op, sig)
+        key = (op.name, repr((op.args, op.kwargs)), tuple(value.shape for value in op.inputs), call.shapes, repr(call.splits))
+        inputs = [read(op, index) for index in range(len(op.inputs))]
+        results = joint.apply(lambda tensors: sig.local(call, tensors), key, inputs, grad=op.requires_grad, module=op.module)
+        store = self.early if joint is self.prelude else self.nodes
+        for value, node, shape in zip(op.outputs, results, call.shapes, strict=True):
+            assert tuple(node.meta["val"].shape) == shape, f"{op.key} makes {tuple(node.meta['val'].shape)} on rank {self.coordinates}, not {shape}"
+            store[self._named(value, self.assignment.produced(value))] = node
+
+    def _local_call(self, op: Op, sig: Signature) -> Call:
+        sizes = dict(sig.sizes)
+        splits: dict[str, list[AxisSplit]] = {}
+        for name, axis in self.axes.items():
+            choice = self.assignment.variants[op][name].choice
+            if choice.mode != "split" or axis.ranks == 1:
+                continue
+            held = factor_part(choice, sizes[choice.factor], axis.ranks, axis.rank)
+            split = AxisSplit(axis=name, group=axis.group, ranks=axis.ranks, rank=None if name == "mb" else axis.rank, part=held)
+            splits.setdefault(choice.factor, []).append(split)
+            sizes[choice.factor] = held.length
+        shapes = tuple(self._local_shape(value, self.assignment.produced(value)) for value in op.outputs)
+        return Call(op=op, shapes=shapes, sizes=sig.sizes, splits={name: tuple(found) for name, found in splits.items()})
+
+    def _local_shape(self, value: Value, type_: Mapping[str, Placement]) -> tuple[int, ...]:
+        return local_shape(value.shape, type_, self.assignment.mesh, self.coordinates)
+
+    def _named(self, value: Value, type_: Mapping[str, Placement]) -> tuple[Value, tuple[Placement, ...]]:
+        return value, tuple(type_[axis] for axis in self.axes)
+
+    # -- reading values ----------------------------------------------------------------------------------------------------------------
+
+    def _early_input(self, op: Op, index: int) -> fx.Node:
+        return self._early_value(op.inputs[index], self.assignment.wanted(op, index))
+
+    def _early_value(self, value: Value, wanted: Type) -> fx.Node:
+        """A value of the prelude, over all microbatches."""
+        wanted = wanted | {"mb": R}
+        made = self.assignment.produced(value) | {"mb": R}
+        if value.producer is None and self._named(value, made) not in self.early:
+            meta = self.tracer.tensor(self._local_shape(value, made), value.dtype)
+            node = self.prelude.placeholder(_identifier(f"{value.kind}_{value.name}"), meta)
+            self.early[self._named(value, made)] = node
+            self.early_inputs[node] = Binding("buffer" if value.kind == "buffer" else "crossing", value.name)
+        return self._resharded(self.prelude, self.early, value, made, wanted, "")
+
+    def _body_input(self, op: Op, index: int) -> fx.Node:
+        value, wanted = op.inputs[index], self.assignment.wanted(op, index)
+        if value.name == RANDOM_STATE:
+            return self._placeholder(value, self.assignment.produced(value), Binding("random"))
+        if value.kind == "input" or (value.producer in self.cut.prelude):
+            return self._crossing(value, wanted)
+        made = self.assignment.produced(value)
+        if value.producer is None:
+            self._placeholder(value, made, Binding("parameter" if value.kind == "parameter" else "buffer", value.name))
+        elif self.cut.stage_of[value.producer] != self.stage:
+            self._receive(value, made)
+        return self._resharded(self.body, self.nodes, value, made, wanted, op.module)
+
+    def _placeholder(self, value: Value, type_: Type, binding: Binding) -> fx.Node:
+        key = self._named(value, type_)
+        if key not in self.nodes:
+            meta = self.tracer.tensor(self._local_shape(value, type_), value.dtype)
+            self.nodes[key] = node = self.body.placeholder(_identifier(f"{binding.kind}_{value.name}"), meta, grad=value.requires_grad)
+            self.inputs[node] = binding
+        return self.nodes[key]
+
+    def _receive(self, value: Value, type_: Type) -> None:
+        if self._named(value, type_) not in self.nodes:
+            assert value.producer is not None
+            edge = self._edge(value, self.cut.stage_of[value.producer], self.stage)
+            self._placeholder(value, type_, Binding("edge", edge.name))
+
+    def _edge(self, value: Value, source: int, target: int) -> Edge:
+        edge = Edge(
+            name=f"{value.name}→{target}",
+            source=source,
+            target=target,
+            shape=self._local_shape(value, self.assignment.produced(value)),
+            dtype=value.dtype,
+            requires_grad=value.requires_grad,
+        )
+        self.edges.append(edge)
+        return edge
+
+    def _crossing(self, value: Value, wanted: Type) -> fx.Node:
+        """A prelude value in the body: made in its wanted type over all microbatches, of which the executor hands over one's part."""
+        key = self._named(value, wanted)
+        if key not in self.nodes:
+            whole = self._early_value(value, wanted)
+            split = wanted["mb"] if isinstance(wanted["mb"], Shard) and self.assignment.mesh["mb"] > 1 else None
+            name = _identifier(f"{value.name}_{len(self.crossings)}")
+            self.crossings[name] = (Crossing(name=name, split=split), whole)
+            meta = self.tracer.tensor(self._local_shape(value, wanted), value.dtype) if split else whole.meta["val"]
+            self.nodes[key] = node = self.body.placeholder(f"crossing_{name}", meta)
+            self.inputs[node] = Binding("crossing", name)
+        return self.nodes[key]
+
+    def _resharded(self, joint: JointGraph, store: dict[Any, fx.Node], value: Value, made: Type, wanted: Type, module: str) -> fx.Node:
+        """The value in its wanted type, innermost axis first."""
+        now = dict(made)
+        for name in reversed(self.axes):
+            source, target = now[name], wanted[name]
+            if source == target or self.axes[name].ranks == 1:
+                continue
+            before = store[self._named(value, now)]
+            now[name] = target
+            key = self._named(value, now)
+            if key in store:
+                continue
+            if not value.requires_grad and {source, target} == {R, I}:
+                store[key] = before
+                continue
+            assert name != "mb", f"{value.name} is {source} over microbatches, {target} is wanted"
+            step = Reshard(
+                source=source,
+                target=target,
+                axis=self.axes[name],
+                source_size=self._size_over(value, now, name, source),
+                target_size=self._size_over(value, now, name, target),
+                choose=self.choose,
+            )
+            described = (source, target, self.axes[name], step.source_size, step.target_size)
+            (store[key],) = joint.apply(lambda t, step=step: reshard(t[0], step), described, [before], grad=value.requires_grad, module=module)
+        wanted_here = {name: wanted[name] if self.axes[name].ranks > 1 else made[name] for name in self.axes}
+        return store[self._named(value, wanted_here)]
+
+    def _size_over(self, value: Value, type_: Type, axis: str, placement: Placement) -> int:
+        """How long the placement's dim is over all ranks of the axis."""
+        if not isinstance(placement, Shard):
+            return 0
+        outer = {name: each for name, each in type_.items() if name != axis}
+        return self._local_shape(value, outer)[placement.dim]
+
+    # -- outputs -----------------------------------------------------------------------------------------------------------------------
+
+    def _outputs(self) -> tuple[list[tuple[Binding, fx.Node]], list[tuple[fx.Node, fx.Node]], tuple[str, ...]]:
+        """What the forward graph returns, and the gradients that come back for it."""
+        outputs: list[tuple[Binding, fx.Node]] = []
+        seeds: list[tuple[fx.Node, fx.Node]] = []
+        for op in self.ops:
+            for value in op.outputs:
+                targets = sorted({self.cut.stage_of[reader] for reader, _ in self.readers[value] if reader in self.cut.stage_of} - {self.stage})
+                for target in targets:
+                    self._send(value, target, outputs, seeds)
+        for name, value in self.graph.updates.items():
+            if value.producer in self.cut.stage_of and self.cut.stage_of[value.producer] == self.stage:
+                outputs.append((Binding("buffer", name), self.nodes[self._named(value, self.assignment.produced(value))]))
+        loss_axes: tuple[str, ...] = ()
+        if self.cut.stage_of[self.graph.loss.producer] == self.stage:  # type: ignore[index]
+            loss_axes = self._loss(outputs, seeds)
+        return outputs, seeds, loss_axes
+
+    def _send(self, value: Value, target: int, outputs: list[Any], seeds: list[Any]) -> None:
+        node = self.nodes[self._named(value, self.assignment.produced(value))]
+        edge = self._edge(value, self.stage, target)
+        outputs.append((Binding("edge", edge.name), node))
+        if value.requires_grad:
+            meta = self.tracer.tensor(edge.shape, edge.dtype)
+            seeds.append((node, self._gradient_input(f"gradient_{edge.name}", meta, Binding("edge", edge.name))))
+
+    def _loss(self, outputs: list[Any], seeds: list[Any]) -> tuple[str, ...]:
+        loss = self.graph.loss
+        made = self.assignment.produced(loss)
+        wanted = {axis: placement if placement == P or axis == "mb" else I for axis, placement in made.items()}
+        node = self._resharded(self.body, self.nodes, loss, made, wanted, "")
+        outputs.append((Binding("loss"), node))
+        seeds.append((node, self._gradient_input("seed", self.tracer.tensor((), loss.dtype), Binding("seed"))))
+        return tuple(axis for axis, placement in wanted.items() if placement == P and axis != "mb")
+
+    def _gradient_input(self, name: str, meta: torch.Tensor, binding: Binding) -> fx.Node:
+        node = self.body.placeholder(_identifier(name), meta, forward=False)
+        self.inputs[node] = binding
+        return node
+
+    def _program(self, outputs: Sequence[tuple[Binding, fx.Node]]) -> StageProgram:
+        sources = [(node, binding) for node, binding in self.inputs.items() if node in self.body.tracked]
+        halves = self.body.split([node for _, node in outputs], [self.body.cotangents.get(node) for node, _ in sources])
+        bindings = {node.name: binding for node, binding in self.inputs.items()}
+        crossings = list(self.crossings.values())
+        early = self.prelude.split([node for _, node in crossings], [])
+        early_bindings = {node.name: binding for node, binding in self.early_inputs.items()}
+        forward_inputs = [bindings[name] for name in halves.forward_inputs]
+        values = {"parameter": self.graph.parameters, "buffer": self.graph.buffers}
+        parts = {
+            kind: [parameter_part(self.assignment, group[name], self.coordinates, self._stages_of(group[name])) for name in self._held(kind, forward_inputs, early_bindings)]
+            for kind, group in values.items()
+        }
+        return StageProgram(
+            stage=self.stage,
+            parameters=parts["parameter"],
+            buffers=parts["buffer"],
+            crossings=[crossing for crossing, _ in crossings],
+            prelude=early.forward,
+            prelude_inputs=[early_bindings[name] for name in early.forward_inputs],
+            forward=halves.forward,
+            forward_inputs=forward_inputs,
+            forward_outputs=[binding for binding, _ in outputs],
+            backward=halves.backward,
+            backward_inputs=[bindings[name] for name in halves.backward_inputs],
+            backward_outputs=[binding for _, binding in sources],
+            saved=halves.saved,
+        )
+
+    def _held(self, kind: str, forward_inputs: Sequence[Binding], early: Mapping[str, Binding]) -> list[str]:
+        names = [binding.name for binding in (*forward_inputs, *early.values()) if binding.kind == kind]
+        return list(dict.fromkeys(names))
+
+    def _stages_of(self, value: Value) -> tuple[int, ...]:
+        return tuple(sorted({self.cut.stage_of[op] for op, _ in self.readers[value] if op in self.cut.stage_of}))
+
+
+def _identifier(name: str) -> str:
+    return "".join(letter if letter.isascii() and letter.isalnum() else "_" for letter in name)

@@ -1,0 +1,116 @@
+"""Traces one call, forward and backward, into ATen operators and collectives.
+
+A call is a function of tensors: a rule's local code, or a reshard. Its forward part is recorded when a stage is built; its backward part
+later, when the strides of the incoming gradients are known. Equal calls on equal shapes (repeated blocks) are traced once.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from shardwise._torch import FakeTensorMode, make_fx, traced_names
+
+__all__ = ["Traced", "Tracer", "describe"]
+
+Function = Callable[[Sequence[Tensor]], Any]
+Description = tuple[tuple[int, ...], tuple[int, ...], torch.dtype]
+
+
+def describe(tensor: Tensor) -> Description:
+    """Shape, strides and dtype."""
+    return tuple(tensor.shape), tuple(tensor.stride()), tensor.dtype
+
+
+@dataclass(frozen=True, kw_only=True)
+class Traced:
+    """A call as operators.
+
+    graph: placeholders are the call's tensors, then the incoming gradients.
+    results: its results; gradients: those of the call's tensors (None where there is none), empty for a forward trace.
+    forward: names of the nodes recorded before the gradients were taken.
+    """
+
+    graph: fx.Graph
+    results: list[fx.Node]
+    gradients: list[fx.Node | None]
+    forward: frozenset[str]
+
+
+@dataclass(kw_only=True)
+class Tracer:
+    """Traces calls on descriptions of tensors on `device`, remembering what it has traced."""
+
+    device: torch.device
+    mode: FakeTensorMode = field(default_factory=lambda: FakeTensorMode(allow_non_fake_inputs=True))
+    known: dict[Hashable, Traced] = field(default_factory=dict)
+
+    def tensor(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """A description of a contiguous tensor."""
+        with self.mode:
+            return torch.empty(list(shape), dtype=dtype, device=self.device)
+
+    def forward(self, function: Function, key: Hashable, tensors: Sequence[Tensor], grads: Sequence[bool]) -> Traced:
+        """The call on `tensors`, of which those marked in `grads` will be differentiated."""
+        full = (key, *map(describe, tensors), tuple(grads))
+        if full not in self.known:
+            self.known[full] = self._trace(function, tensors, grads, None)
+        return self.known[full]
+
+    def joint(self, function: Function, key: Hashable, tensors: Sequence[Tensor], grads: Sequence[bool], cotangents: Sequence[Tensor | None]) -> Traced:
+        """The call and its gradients, given the incoming `cotangents` (None where a result has none); it begins like `forward`."""
+        full = (key, *map(describe, tensors), tuple(grads), tuple(c if c is None else describe(c) for c in cotangents))
+        if full not in self.known:
+            self.known[full] = self._trace(function, tensors, grads, cotangents)
+        return self.known[full]
+
+    def _trace(self, function: Function, tensors: Sequence[Tensor], grads: Sequence[bool], cotangents: Sequence[Tensor | None] | None) -> Traced:
+        forward: set[str] = set()
+        count = 0
+
+        def joint(primals: list[Tensor], tangents: list[Tensor]) -> list[Tensor | None]:
+            nonlocal count
+            leaves = [t.detach().requires_grad_(g) if g else t for t, g in zip(primals, grads, strict=True)]
+            found = function(leaves)
+            results = list(found) if isinstance(found, (tuple, list)) else [found]
+            forward.update(traced_names())
+            count = len(results)
+            if cotangents is None:
+                return [*results]
+            given = iter(tangents)
+            return [*results, *_gradients(results, leaves, grads, [None if c is None else next(given) for c in cotangents])]
+
+        with self.mode, warnings.catch_warnings(), torch.enable_grad() if any(grads) else torch.no_grad():
+            warnings.simplefilter("ignore")
+            fresh = [_like(t, self.device) for t in tensors]
+            module = make_fx(joint)(fresh, [_like(c, self.device) for c in cotangents or () if c is not None])
+        outputs: list[Any] = list(_clean(module.graph).output_node().args[0])  # type: ignore[arg-type]
+        return Traced(graph=module.graph, results=outputs[:count], gradients=outputs[count:], forward=frozenset(forward))
+
+
+def _like(tensor: Tensor, device: torch.device) -> Tensor:
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
+
+
+def _gradients(results: list[Tensor], leaves: list[Tensor], grads: Sequence[bool], tangents: list[Tensor | None]) -> list[Tensor | None]:
+    wanted = [leaf for leaf, grad in zip(leaves, grads, strict=True) if grad]
+    pairs = [(r, g) for r, g in zip(results, tangents, strict=True) if r.requires_grad and g is not None]
+    if not wanted or not pairs:
+        return [None] * len(leaves)
+    found = iter(torch.autograd.grad([r for r, _ in pairs], wanted, [g for _, g in pairs], allow_unused=True))
+    return [next(found) if grad else None for grad in grads]
+
+
+def _clean(graph: fx.Graph) -> fx.Graph:
+    """Without `detach`, which only autograd needs."""
+    for node in list(graph.nodes):
+        if node.op == "call_function" and node.target is torch.ops.aten.detach.default:
+            node.replace_all_uses_with(node.args[0])
+            graph.erase_node(node)
+        assert node.op != "get_attr", f"a traced call holds a tensor constant: {node.target}"
+    return graph

@@ -1,0 +1,1 @@
+"""Runs a Program on torch.distributed: ranks, transport, optimizer, data, the training loop."""

@@ -1,0 +1,77 @@
+"""A rank's membership in the job: joining the process group, leaving it, and not outliving the parent."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from shardwise.cluster.machine import available_cores
+from shardwise.environment import RankEnvironment, rank_environment
+from shardwise.errors import ClusterError
+
+__all__ = ["die_with_parent", "process_group", "threads_per_rank"]
+
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+
+def threads_per_rank(ranks: int) -> int:
+    """An equal share of this machine's cores, at least one."""
+    return max(1, available_cores() // ranks)
+
+
+def die_with_parent(parent: int) -> None:
+    """Have the kernel kill this process when `parent` (a pid) ends, however it ends. Linux only; elsewhere nothing."""
+    if sys.platform != "linux":
+        return
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
+    if os.getppid() != parent:  # it ended before we asked
+        os._exit(1)
+
+
+@contextmanager
+def process_group(*, timeout_s: float, threads: int | None = None, backend: str = "gloo") -> Iterator[RankEnvironment]:
+    """Join the job that the environment describes, and leave it at the end of the block.
+
+    timeout_s: how long any collective, send or receive may wait. threads: for torch's operators, None leaves them as they are.
+    A group that exists already (the user's own) is used, and left to its owner.
+    Raises ClusterError outside a job and where the port is taken.
+    """
+    place = rank_environment()
+    if place is None:
+        raise ClusterError(
+            "this process was started by no launcher: RANK and WORLD_SIZE are not set. "
+            "Start it with `torchrun --nproc-per-node N script.py`, or let `shardwise train` start the ranks."
+        )
+    if threads is not None:
+        torch.set_num_threads(threads)
+    owner = not dist.is_initialized()
+    if owner:
+        _join(place, timeout_s=timeout_s, backend=backend)
+    yield place
+    if owner:  # not after an error: peers may be waiting, and the end of this process tells them
+        dist.destroy_process_group()
+
+
+def _join(place: RankEnvironment, *, timeout_s: float, backend: str) -> None:
+    try:
+        dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
+    except dist.DistNetworkError as error:
+        if "EADDRINUSE" in str(error) or "address already in use" in str(error).lower():
+            raise port_in_use(place.master_address, place.master_port) from error
+        raise
+
+
+def port_in_use(host: str, port: int) -> ClusterError:
+    """The error for a rendezvous port that another process holds."""
+    return ClusterError(
+        f"port {port} on {host} is already in use by another process. "
+        "Choose another (`--port N`, torchrun: `--master-port N`), or 0 for any free one."
+    )

@@ -1,0 +1,108 @@
+"""The collectives that a program may hold, as torch operators: `torch.ops.shardwise.all_reduce(x, group, …)` and so on.
+
+Declared here with their shapes, so that programs can be traced, printed, checked and costed without any process group;
+`shardwise.runtime.communicate` gives them their implementation. `group` names the process group (`tp:0,1` is axis tp over ranks 0 and 1);
+`impl` is one of the implementations that the cost model chose among. None changes its input or returns an alias of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["COLLECTIVES", "LIBRARY", "all_gather", "all_reduce", "all_reduce_sum", "all_to_all", "group_name", "group_ranks", "reduce_scatter"]
+
+LIBRARY = torch.library.Library("shardwise", "DEF")
+LIBRARY.define("all_reduce(Tensor x, str group, str op, str impl) -> Tensor")
+LIBRARY.define("all_gather(Tensor x, str group, int dim, int[] sizes, str impl) -> Tensor")
+LIBRARY.define("reduce_scatter(Tensor x, str group, int dim, int[] sizes, int rank, str impl) -> Tensor")
+LIBRARY.define("all_to_all(Tensor x, str group, int split_dim, int[] split_sizes, int cat_dim, int[] cat_sizes, int rank, str impl) -> Tensor")
+
+_ops = torch.ops.shardwise
+COLLECTIVES = {
+    _ops.all_reduce.default: "all_reduce",
+    _ops.all_gather.default: "all_gather",
+    _ops.reduce_scatter.default: "reduce_scatter",
+    _ops.all_to_all.default: "all_to_all",
+}
+
+
+def _sized(x: Tensor, dim: int, size: int) -> Tensor:
+    shape = list(x.shape)
+    shape[dim] = size
+    return x.new_empty(shape)
+
+
+@torch.library.register_fake("shardwise::all_reduce", lib=LIBRARY)
+def _all_reduce(x: Tensor, group: str, op: str, impl: str) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+@torch.library.register_fake("shardwise::all_gather", lib=LIBRARY)
+def _all_gather(x: Tensor, group: str, dim: int, sizes: Sequence[int], impl: str) -> Tensor:
+    return _sized(x, dim, sum(sizes))
+
+
+@torch.library.register_fake("shardwise::reduce_scatter", lib=LIBRARY)
+def _reduce_scatter(x: Tensor, group: str, dim: int, sizes: Sequence[int], rank: int, impl: str) -> Tensor:
+    return _sized(x, dim, sizes[rank])
+
+
+@torch.library.register_fake("shardwise::all_to_all", lib=LIBRARY)
+def _all_to_all(
+    x: Tensor, group: str, split_dim: int, split_sizes: Sequence[int], cat_dim: int, cat_sizes: Sequence[int], rank: int, impl: str
+) -> Tensor:
+    return _sized(_sized(x, split_dim, split_sizes[rank]), cat_dim, sum(cat_sizes))
+
+
+def group_name(axis: str, ranks: Sequence[int]) -> str:
+    """`tp:0,1`: the process group along an axis."""
+    return f"{axis}:{','.join(map(str, ranks))}"
+
+
+def group_ranks(name: str) -> list[int]:
+    """The global ranks of a named group."""
+    return [int(rank) for rank in name.split(":")[1].split(",")]
+
+
+def all_reduce(x: Tensor, group: str, op: str = "sum", impl: str = "native") -> Tensor:
+    """The sum (or "max") of all ranks' x, on every rank, bitwise equal."""
+    return _ops.all_reduce(x, group, op, impl)  # type: ignore[no-any-return]
+
+
+def all_gather(x: Tensor, group: str, dim: int, sizes: Sequence[int], impl: str = "native") -> Tensor:
+    """All ranks' parts joined along `dim`; `sizes`: their lengths there."""
+    return _ops.all_gather(x, group, dim, list(sizes), impl)  # type: ignore[no-any-return]
+
+
+def reduce_scatter(x: Tensor, group: str, dim: int, sizes: Sequence[int], rank: int, impl: str = "native") -> Tensor:
+    """This rank's part (of `sizes[rank]` along `dim`) of the sum of all ranks' x."""
+    return _ops.reduce_scatter(x, group, dim, list(sizes), rank, impl)  # type: ignore[no-any-return]
+
+
+def all_to_all(
+    x: Tensor, group: str, split_dim: int, split_sizes: Sequence[int], cat_dim: int, cat_sizes: Sequence[int], rank: int, impl: str = "native"
+) -> Tensor:
+    """Sends to each rank its piece along `split_dim` and joins what comes from each along `cat_dim`."""
+    return _ops.all_to_all(x, group, split_dim, list(split_sizes), cat_dim, list(cat_sizes), rank, impl)  # type: ignore[no-any-return]
+
+
+class _AllReduceSum(torch.autograd.Function):
+    """P → R: the sum, whose gradient is the sum of the ranks' gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: str) -> Tensor:  # type: ignore[override]
+        ctx.group = group
+        return all_reduce(x, group)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return all_reduce(gradient, ctx.group), None
+
+
+def all_reduce_sum(x: Tensor, group: str) -> Tensor:
+    """The sum over the group of summands, each rank's gradient being a summand, too."""
+    return _AllReduceSum.apply(x, group)  # type: ignore[no-any-return]

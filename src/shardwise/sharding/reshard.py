@@ -1,0 +1,169 @@
+"""Reshards: from one type to another on one axis, forward and backward.
+
+| from → to   | forward                    | backward                   |
+| S → R       | all-gather                 | reduce-scatter             |
+| S → I       | all-gather                 | own part                   |
+| P → I       | all-reduce                 | –                          |
+| P → R       | all-reduce                 | all-reduce                 |
+| P → S       | reduce-scatter             | all-gather                 |
+| I → R       | –                          | all-reduce                 |
+| I → S       | own part                   | all-gather                 |
+| S → S'      | all-to-all                 | all-to-all                 |
+| S → P       | pad with zeros             | own part                   |
+| R → S       | own part                   | pad with zeros             |
+| R → I       | –                          | keep on one rank           |
+| I → P       | keep on one rank           | –                          |
+| R → P       | keep on one rank           | keep on one rank           |
+
+The backward of a → b is the move from the type of b's gradient to the type of a's: the gradient of P is I, of R is P, of I is I, of S is S.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from shardwise.sharding.collectives import all_gather, all_reduce, all_to_all, reduce_scatter
+from shardwise.sharding.types import I, P, Placement, R, Shard, lengths, take
+
+__all__ = ["Axis", "Reshard", "collective_of", "dual", "reshard"]
+
+Choose = Callable[[str, int, int], str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Axis:
+    """A mesh axis as one rank sees it: its process group, the group's size, and this rank's place in it."""
+
+    name: str
+    group: str
+    ranks: int
+    rank: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reshard:
+    """From `source` to `target` on `axis`, of a tensor whose dim (where a Shard says so) has `size` elements over all the axis' ranks.
+
+    choose: (kind of collective, bytes of the whole tensor, ranks) → implementation.
+    """
+
+    source: Placement
+    target: Placement
+    axis: Axis
+    source_size: int = 0
+    target_size: int = 0
+    choose: Choose = lambda kind, nbytes, ranks: "native"
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._move(x, self.source, self.target)
+
+    def backward(self, gradient: Tensor) -> Tensor:
+        return self._move(gradient, dual(self.target), dual(self.source))
+
+    def _move(self, x: Tensor, source: Placement, target: Placement) -> Tensor:
+        axis = self.axis
+        match source, target:
+            case Shard(), Shard():
+                return self._exchange(x, source, target)
+            case Shard(), _ if target == P:
+                return self._pad(x, source)
+            case Shard(), _:
+                return self._gather(x, source)
+            case _, Shard() if source == P:
+                return self._reduce_scatter(x, target)
+            case _, Shard():
+                return take(x, target, axis.ranks, axis.rank)
+            case _ if source == P and target != P:
+                return all_reduce(x, axis.group, "sum", self.choose("all_reduce", x.nbytes, axis.ranks))
+            case _ if target == P and source != P:
+                return x if axis.rank == 0 else torch.zeros_like(x)
+            case _:
+                return x
+
+    def _size(self, shard: Shard) -> int:
+        return self.source_size if shard == self.source else self.target_size
+
+    def _gather(self, x: Tensor, shard: Shard) -> Tensor:
+        sizes = lengths(self._size(shard), shard, self.axis.ranks)
+        impl = self.choose("all_gather", x.nbytes * self.axis.ranks, self.axis.ranks)
+        if shard.blocks == 1:
+            return all_gather(x, self.axis.group, shard.dim, sizes, impl)
+        opened = x.unflatten(shard.dim, (shard.blocks, -1))
+        whole = all_gather(opened, self.axis.group, shard.dim + 1, [size // shard.blocks for size in sizes], impl)
+        return whole.flatten(shard.dim, shard.dim + 1)
+
+    def _reduce_scatter(self, x: Tensor, shard: Shard) -> Tensor:
+        sizes = lengths(self._size(shard), shard, self.axis.ranks)
+        impl = self.choose("reduce_scatter", x.nbytes, self.axis.ranks)
+        if shard.blocks == 1:
+            return reduce_scatter(x, self.axis.group, shard.dim, sizes, self.axis.rank, impl)
+        opened = x.unflatten(shard.dim, (shard.blocks, -1))
+        part = reduce_scatter(opened, self.axis.group, shard.dim + 1, [size // shard.blocks for size in sizes], self.axis.rank, impl)
+        return part.flatten(shard.dim, shard.dim + 1)
+
+    def _exchange(self, x: Tensor, source: Shard, target: Shard) -> Tensor:
+        if source.dim == target.dim or source.blocks > 1 or target.blocks > 1:
+            return take(self._gather(x, source), target, self.axis.ranks, self.axis.rank)
+        ranks = self.axis.ranks
+        give, get = lengths(self._size(target), target, ranks), lengths(self._size(source), source, ranks)
+        impl = self.choose("all_to_all", x.nbytes * ranks, ranks)
+        return all_to_all(x, self.axis.group, target.dim, give, source.dim, get, self.axis.rank, impl)
+
+    def _pad(self, x: Tensor, shard: Shard) -> Tensor:
+        """The whole tensor, zero outside this rank's part."""
+        shape = list(x.shape)
+        shape[shard.dim] = self._size(shard)
+        whole = x.new_zeros(shape)
+        take_view = whole if shard.blocks == 1 else whole.unflatten(shard.dim, (shard.blocks, -1))
+        sizes = lengths(self._size(shard), shard, self.axis.ranks)
+        start = sum(sizes[: self.axis.rank]) // shard.blocks
+        dim = shard.dim if shard.blocks == 1 else shard.dim + 1
+        source = x if shard.blocks == 1 else x.unflatten(shard.dim, (shard.blocks, -1))
+        return torch.slice_scatter(take_view, source, dim, start, start + source.shape[dim]).reshape(shape)
+
+
+class _Function(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, step: Reshard) -> Tensor:  # type: ignore[override]
+        ctx.step = step
+        result = step.forward(x)
+        return x.view_as(x) if result is x else result
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return ctx.step.backward(gradient), None
+
+
+def reshard(x: Tensor, step: Reshard) -> Tensor:
+    """`x` of the step's source type as its target type; differentiable."""
+    return _Function.apply(x, step)  # type: ignore[no-any-return]
+
+
+def dual(placement: Placement) -> Placement:
+    """The type of the gradient of a value of this type."""
+    if isinstance(placement, Shard):
+        return placement
+    return {P: I, R: P, I: I}[placement]
+
+
+def collective_of(source: Placement, target: Placement) -> str:
+    """Which collective takes a value from one type to the other; "" for none.
+
+    A gradient's is `collective_of(dual(target), dual(source))`.
+    """
+    match source, target:
+        case Shard(), Shard():
+            if source == target:
+                return ""
+            return "all_gather" if source.dim == target.dim or source.blocks > 1 or target.blocks > 1 else "all_to_all"
+        case Shard(), _:
+            return "" if target == P else "all_gather"
+        case _, Shard():
+            return "reduce_scatter" if source == P else ""
+        case _:
+            return "all_reduce" if source == P and target != P else ""

@@ -1,0 +1,142 @@
+"""Operators that treat each element alone, with broadcasting: split any dim."""
+
+from __future__ import annotations
+
+import torch
+
+from shardwise.capture.graph import Op
+from shardwise.sharding.rules.registry import rule
+from shardwise.sharding.signature import Dims, Signature, Split
+
+aten = torch.ops.aten
+
+# In which tensor inputs an operator is linear (sets: jointly). An operator that is not named in one of these lists is not linear.
+_FIRST = [  # linear in the first input alone
+    aten.neg.default,
+    aten.mul.Scalar,
+    aten.div.Scalar,
+    aten.to.dtype,
+    aten.to.dtype_layout,
+    aten.to.device,
+    aten._to_copy.default,
+    aten.type_as.default,
+    aten.masked_fill.Scalar,
+]
+_SUM = [aten.add.Tensor, aten.sub.Tensor]
+_PRODUCT = [aten.mul.Tensor]
+_QUOTIENT = [aten.div.Tensor]
+_WHERE = [aten.where.self]
+_OTHER = [
+    aten.abs.default,
+    aten.add.Scalar,
+    aten.sub.Scalar,
+    aten.rsub.Scalar,
+    aten.bitwise_not.default,
+    aten.__and__.Tensor,
+    aten.__or__.Tensor,
+    aten.bitwise_and.Tensor,
+    aten.bitwise_or.Tensor,
+    aten.logical_and.default,
+    aten.logical_or.default,
+    aten.logical_not.default,
+    aten.ceil.default,
+    aten.floor.default,
+    aten.clamp.default,
+    aten.clamp_min.default,
+    aten.clamp_max.default,
+    aten.cos.default,
+    aten.sin.default,
+    aten.elu.default,
+    aten.erf.default,
+    aten.exp.default,
+    aten.floor_divide.default,
+    aten.gelu.default,
+    aten.eq.Scalar,
+    aten.eq.Tensor,
+    aten.ne.Scalar,
+    aten.ne.Tensor,
+    aten.ge.Scalar,
+    aten.ge.Tensor,
+    aten.gt.Scalar,
+    aten.gt.Tensor,
+    aten.le.Scalar,
+    aten.le.Tensor,
+    aten.lt.Scalar,
+    aten.lt.Tensor,
+    aten.leaky_relu.default,
+    aten.log.default,
+    aten.log_sigmoid.default,
+    aten.maximum.default,
+    aten.minimum.default,
+    aten.pow.Scalar,
+    aten.pow.Tensor_Scalar,
+    aten.pow.Tensor_Tensor,
+    aten.reciprocal.default,
+    aten.relu.default,
+    aten.rsqrt.default,
+    aten.sigmoid.default,
+    aten.sign.default,
+    aten.silu.default,
+    aten.softplus.default,
+    aten.sqrt.default,
+    aten.square.default,
+    aten.tanh.default,
+    aten.where.Scalar,
+    aten.where.ScalarOther,
+    aten.where.ScalarSelf,
+    aten.zeros_like.default,
+    aten.ones_like.default,
+    aten.full_like.default,
+]
+
+
+def broadcast_dims(shape: tuple[int, ...], out: tuple[int, ...]) -> Dims:
+    """Factors d0, d1, … of the result that this input holds; () where it is broadcast."""
+    shift = len(out) - len(shape)
+    return tuple(() if size == 1 else (f"d{index + shift}",) for index, size in enumerate(shape))
+
+
+def elementwise(op: Op, linear: tuple[frozenset[int], ...] = ()) -> Signature:
+    """A factor for each dim of the result."""
+    out = op.outputs[0].shape
+    sizes = {f"d{index}": size for index, size in enumerate(out) if size != 1}
+    return Signature(
+        inputs=tuple(broadcast_dims(value.shape, out) for value in op.inputs),
+        outputs=(broadcast_dims(out, out),),
+        sizes=sizes,
+        splits={name: Split() for name in sizes},
+        linear=linear,
+    )
+
+
+@rule(*_OTHER)
+def nonlinear(op: Op) -> Signature:
+    return elementwise(op)
+
+
+@rule(*_FIRST)
+def scaling(op: Op) -> Signature:
+    """Linear where the value filled in or the dtype cast to keeps a sum a sum."""
+    filled = op.args[2] if op.target is aten.masked_fill.Scalar else 0
+    exact = op.outputs[0].dtype.is_floating_point and op.inputs[0].dtype.is_floating_point and filled == 0
+    return elementwise(op, (frozenset({0}),) if exact else ())
+
+
+@rule(*_SUM)
+def total(op: Op) -> Signature:
+    return elementwise(op, (frozenset({0, 1}),) if len(op.inputs) == 2 else ())
+
+
+@rule(*_PRODUCT)
+def product(op: Op) -> Signature:
+    return elementwise(op, tuple(frozenset({index}) for index in range(len(op.inputs))))
+
+
+@rule(*_QUOTIENT)
+def quotient(op: Op) -> Signature:
+    return elementwise(op, (frozenset({0}),))
+
+
+@rule(*_WHERE)
+def where(op: Op) -> Signature:
+    return elementwise(op, (frozenset({1, 2}),))

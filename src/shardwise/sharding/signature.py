@@ -1,0 +1,241 @@
+"""How an operator call may be split: factors, and the variants that follow from them.
+
+A *factor* is an index over which the call is a nested loop. `linear` is `b… k, n k, n -> b… n`: every dim of every tensor is a product
+of factors, outermost first. Splitting one factor on a mesh axis gives each rank a range of the loop; what it needs and makes follows:
+
+    an input that holds the factor          S at that dim
+    an input that does not                  R (in a product), or P (a term added to a sum over the factor)
+    an output that holds it                 S at that dim
+    an output that does not                 P: the factor is summed away
+
+Without a split every input is I and so is every output, or every one R; and a sum P passes through what is linear in it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from math import prod
+from typing import Any, Literal
+
+import torch
+
+from shardwise.capture.graph import Op, fill
+from shardwise.sharding.types import I, P, Part, Placement, R, Shard, canonical, part
+
+__all__ = ["AxisSplit", "Call", "Choice", "Dim", "Signature", "Split", "Variant", "dims", "signature"]
+
+Dim = tuple[str, ...]
+Dims = tuple[Dim, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Split:
+    """How one factor may be split.
+
+    addends: inputs without the factor that are terms of the sum over it; they are P.
+    others: the type of outputs that do not hold the factor: "P" when it is summed away, "I" when the local code makes them whole on all ranks.
+    uneven: ranks may get unequal ranges; blocked: the range may be taken inside each of several blocks.
+    microbatches: may be split over microbatches, one after the other (no: local code that communicates).
+    """
+
+    addends: frozenset[int] = frozenset()
+    others: Literal["P", "I"] = "P"
+    uneven: bool = True
+    blocked: bool = True
+    microbatches: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class AxisSplit:
+    """A factor split over one mesh axis, for the local code: the range this rank has of what earlier axes left of the factor.
+
+    group: name of the process group along the axis; ranks, rank: its size and this rank's place in it.
+    On the sequential axis of microbatches `rank` is None: which one it is, is known only when it runs.
+    """
+
+    axis: str
+    group: str
+    ranks: int
+    rank: int | None
+    part: Part
+
+
+@dataclass(frozen=True, kw_only=True)
+class Call:
+    """An operator call on one rank, for the local code of a rule.
+
+    args, kwargs: the whole call's, with Slots; shapes: local shapes of the outputs; sizes: whole sizes of the factors.
+    splits: factor → its splits, outermost axis first.
+    """
+
+    op: Op
+    shapes: tuple[tuple[int, ...], ...]
+    sizes: Mapping[str, int]
+    splits: Mapping[str, tuple[AxisSplit, ...]]
+
+    def run(self, tensors: Sequence[Any], replace: Mapping[int, Any] | None = None, **kwargs: Any) -> Any:
+        """The operator itself on local tensors, with constants at the positions in `replace` (and keyword constants) exchanged."""
+        args = [(replace or {}).get(index, value) for index, value in enumerate(self.op.args)]
+        missing = [value for index, value in sorted((replace or {}).items()) if index >= len(args)]
+        filled_args, filled_kwargs = fill((tuple(args + missing), {**self.op.kwargs, **kwargs}), list(tensors))
+        return self.op.target(*filled_args, **filled_kwargs)
+
+
+Local = Callable[[Call, Sequence[torch.Tensor]], Any]
+
+
+def run_as_is(call: Call, tensors: Sequence[torch.Tensor]) -> Any:
+    """Local code of most operators: the same operator on what the rank holds."""
+    return call.run(tensors)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Signature:
+    """How a call may be split.
+
+    inputs, outputs: for each tensor and each dim its factors, outermost first; () for a dim of size 1 that is broadcast or added.
+    sizes: of every factor. splits: the factors that may be split, and how; a factor that is absent may not.
+    linear: sets of inputs in which the call is jointly linear: these P and the others R make every output P.
+    local: what a rank runs; reason: why factors are missing from `splits` (factor → reason).
+    """
+
+    inputs: tuple[Dims, ...]
+    outputs: tuple[Dims, ...]
+    sizes: Mapping[str, int]
+    splits: Mapping[str, Split] = field(default_factory=dict)
+    linear: tuple[frozenset[int], ...] = ()
+    local: Local = run_as_is
+    reasons: Mapping[str, str] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        left = ", ".join(_text(each) for each in self.inputs)
+        right = ", ".join(_text(each) for each in self.outputs)
+        return f"{left} -> {right}"
+
+
+def _text(tensor: Dims) -> str:
+    return " ".join("1" if not dim else dim[0] if len(dim) == 1 else f"({' '.join(dim)})" for dim in tensor) or "·"
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What an axis does to a call: splits `factor`, read as (blocks, pieces, unit); or, without a factor, keeps it whole.
+
+    mode: "split", "I", "R", or "P" with the number of the set of `linear` inputs that are summands.
+    """
+
+    mode: Literal["split", "I", "R", "P"]
+    factor: str = ""
+    blocks: int = 1
+    unit: int = 1
+    linear: int = 0
+
+    def __str__(self) -> str:
+        if self.mode != "split":
+            return {"I": "whole", "R": "whole (gradients pending)", "P": "on summands"}[self.mode]
+        return self.factor + (f" in {self.blocks} blocks" if self.blocks > 1 else "") + (f" by {self.unit}" if self.unit > 1 else "")
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A choice and the placements that follow from it on the axis."""
+
+    choice: Choice
+    inputs: tuple[Placement, ...]
+    outputs: tuple[Placement, ...]
+
+
+def dims(text: str) -> tuple[Dims, ...]:
+    """Reads `b s k, n k` as factors: dims by blanks, tensors by commas, `(h d)` for a product, `1` for a dim without factor."""
+    tensors: list[Dims] = []
+    for tensor in text.split(","):
+        found: list[Dim] = []
+        for token in tensor.replace("(", " ( ").replace(")", " ) ").split():
+            if token == "(":
+                found.append(("(",))
+            elif token == ")":
+                start = max(index for index, dim in enumerate(found) if dim == ("(",))
+                found[start:] = [tuple(name for dim in found[start + 1 :] for name in dim)]
+            else:
+                found.append(() if token in ("1", "·") else (token,))
+        tensors.append(tuple(dim for dim in found))
+    return tuple(tensors)
+
+
+def signature(op: Op, text: str, **more: Any) -> Signature:
+    """A Signature from `inputs -> outputs` in the notation of `dims`; sizes are read off the op's tensors.
+
+    A factor that stands alone in a dim gets that dim's size; `sizes=` adds those that never do. Every other keyword is Signature's.
+    """
+    left, right = (dims(side) if side.strip() else () for side in text.split("->"))
+    sizes = dict(more.pop("sizes", {}))
+    for tensor, value in zip((*left, *right), (*op.inputs, *op.outputs), strict=True):
+        assert len(tensor) == len(value.shape), f"{op.name}: {_text(tensor)} does not describe {value!r}"
+        for dim, size in zip(tensor, value.shape, strict=True):
+            if len(dim) == 1:
+                sizes.setdefault(dim[0], size)
+    return Signature(inputs=left, outputs=right, sizes=sizes, **more)
+
+
+def variant(op: Op, sig: Signature, choice: Choice, sizes: Mapping[str, int], ranks: int) -> Variant:
+    """The placements of the call's tensors under a choice. `sizes`: of the factors, as earlier axes left them."""
+    if choice.mode in ("I", "R"):
+        keep: Placement = I if choice.mode == "I" else R
+        outputs = tuple(keep if value.requires_grad else R for value in op.outputs)
+        return Variant(choice, tuple(keep if value.requires_grad else R for value in op.inputs), outputs)
+    if choice.mode == "P":
+        summands = sig.linear[choice.linear]
+        return Variant(choice, tuple(P if index in summands else R for index in range(len(op.inputs))), (P,) * len(op.outputs))
+    split = sig.splits[choice.factor]
+    inputs = tuple(
+        _placement(tensor, choice, sizes, ranks) or (P if index in split.addends else R) for index, tensor in enumerate(sig.inputs)
+    )
+    other: Placement = P if split.others == "P" else I
+    outputs = tuple(
+        _placement(tensor, choice, sizes, ranks) or (other if value.requires_grad or split.others == "P" else R)
+        for tensor, value in zip(sig.outputs, op.outputs, strict=True)
+    )
+    return Variant(choice, inputs, outputs)
+
+
+def _placement(tensor: Dims, choice: Choice, sizes: Mapping[str, int], ranks: int) -> Shard | None:
+    for index, dim in enumerate(tensor):
+        if choice.factor in dim:
+            place = dim.index(choice.factor)
+            outer, inner = prod(sizes[name] for name in dim[:place]), prod(sizes[name] for name in dim[place + 1 :])
+            whole = outer * sizes[choice.factor] * inner
+            return canonical(Shard(index, outer * choice.blocks, choice.unit * inner), whole, ranks)
+    return None
+
+
+def choice_for(sig: Signature, tensor: Dims, shard: Shard, sizes: Mapping[str, int]) -> Choice | None:
+    """The choice that splits this tensor (of the call) as `shard` says, if one factor does."""
+    dim = tensor[shard.dim]
+    total = prod(sizes[name] for name in dim)
+    pieces = total // (shard.blocks * shard.unit)
+    outer = 1
+    for name in dim:
+        inner = total // (outer * sizes[name])
+        fits = shard.blocks % outer == 0 and shard.unit % inner == 0 and name in sig.splits
+        if fits and (shard.blocks // outer) * pieces * (shard.unit // inner) == sizes[name] and pieces > 1:
+            blocks, unit = shard.blocks // outer, shard.unit // inner
+            return Choice("split", name, blocks, unit) if blocks == 1 or sig.splits[name].blocked else None
+        outer *= sizes[name]
+    return None
+
+
+def factor_part(choice: Choice, size: int, ranks: int, rank: int) -> Part:
+    """The range of a factor of `size` that `rank` has under the choice."""
+    return part(size, Shard(0, choice.blocks, choice.unit), ranks, rank)
+
+
+def tensor_dims(sig: Signature) -> Iterator[Dims]:
+    """All tensors' factors, inputs first."""
+    yield from sig.inputs
+    yield from sig.outputs
+
+
+def ordered(names: Iterable[str]) -> list[str]:
+    """Without repetition, in order."""
+    return list(dict.fromkeys(names))

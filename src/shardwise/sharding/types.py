@@ -1,0 +1,143 @@
+"""What a rank holds of a tensor, on one mesh axis.
+
+| type | forward value                | gradient                                  |
+| S    | each rank holds a part       | each rank holds the same part of it       |
+| P    | each rank holds a summand    | every rank holds it whole                 |
+| R    | every rank holds it whole    | each rank holds a summand                 |
+| I    | every rank holds it whole    | every rank holds it whole                 |
+
+A tensor has one such type on every axis. Where several axes split one dim, they do so in the mesh's order of axes, outermost first; each
+later one divides what the earlier ones left.
+
+A part need not be one run of indices. A dim is read as (blocks, pieces, unit), row-major, and the pieces are what is divided:
+
+    Shard(0)                     0 1 2 | 3 4 5
+    Shard(0, blocks=2)           0 1 2 3 4 5 6 7  →  0 1 4 5 | 2 3 6 7      (a fused q,k,v weight has blocks=3)
+    Shard(0, unit=2), 3 pieces   0 1 2 3 | 4 5                              (heads of 2 over 2 ranks: never half a head)
+
+Pieces that the ranks do not divide are spread evenly, the first ranks getting one more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+__all__ = ["I", "Invariant", "P", "Part", "Partial", "Placement", "R", "Replicate", "Shard", "Type", "join", "local_shape", "part", "take"]
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Dim `dim`, read as (blocks, pieces, unit), with its pieces divided among the ranks."""
+
+    dim: int
+    blocks: int = 1
+    unit: int = 1
+
+    def __repr__(self) -> str:
+        extra = "".join(f", {name}={value}" for name, value in (("blocks", self.blocks), ("unit", self.unit)) if value != 1)
+        return f"S({self.dim}{extra})"
+
+
+@dataclass(frozen=True)
+class Partial:
+    """Each rank holds a summand."""
+
+    def __repr__(self) -> str:
+        return "P"
+
+
+@dataclass(frozen=True)
+class Replicate:
+    """Every rank holds the whole; each one's gradient is a summand."""
+
+    def __repr__(self) -> str:
+        return "R"
+
+
+@dataclass(frozen=True)
+class Invariant:
+    """Every rank holds the whole, and the whole gradient."""
+
+    def __repr__(self) -> str:
+        return "I"
+
+
+Placement = Shard | Partial | Replicate | Invariant
+P, R, I = Partial(), Replicate(), Invariant()  # noqa: E741 - the field's letters
+
+Type = Mapping[str, Placement]  # axis → placement, in the mesh's order of axes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """A rank's part of a dim of `size`: of each of `blocks` equal blocks the elements from `start` to `stop`."""
+
+    size: int
+    blocks: int
+    start: int
+    stop: int
+
+    @property
+    def block(self) -> int:
+        """Elements of a block."""
+        return self.size // self.blocks
+
+    @property
+    def length(self) -> int:
+        """Elements that the rank holds."""
+        return self.blocks * (self.stop - self.start)
+
+    def indices(self) -> Tensor:
+        """The held elements' indices in the dim, int64 [length]."""
+        return (torch.arange(self.blocks)[:, None] * self.block + torch.arange(self.start, self.stop)[None]).reshape(-1)
+
+
+def part(size: int, shard: Shard, ranks: int, rank: int) -> Part:
+    """What `rank` of `ranks` holds of a dim of `size` elements."""
+    pieces, rest = divmod(size, shard.blocks * shard.unit)
+    assert rest == 0, f"a dim of {size} does not consist of {shard.blocks} blocks of pieces of {shard.unit}"
+    each, more = divmod(pieces, ranks)
+    start = rank * each + min(rank, more)
+    stop = start + each + (rank < more)
+    return Part(size=size, blocks=shard.blocks, start=start * shard.unit, stop=stop * shard.unit)
+
+
+def lengths(size: int, shard: Shard, ranks: int) -> list[int]:
+    """How many elements each rank holds."""
+    return [part(size, shard, ranks, rank).length for rank in range(ranks)]
+
+
+def canonical(shard: Shard, size: int, ranks: int) -> Shard:
+    """The simplest equal description: the unit is dropped where the ranks divide the pieces evenly anyway."""
+    pieces = size // (shard.blocks * shard.unit)
+    return Shard(shard.dim, shard.blocks, 1) if pieces % ranks == 0 else shard
+
+
+def take(tensor: Tensor, shard: Shard, ranks: int, rank: int) -> Tensor:
+    """A rank's part of the whole tensor (a view where blocks == 1)."""
+    mine = part(tensor.shape[shard.dim], shard, ranks, rank)
+    if mine.blocks == 1:
+        return tensor.narrow(shard.dim, mine.start, mine.length)
+    opened = tensor.unflatten(shard.dim, (mine.blocks, mine.block))
+    return opened.narrow(shard.dim + 1, mine.start, mine.stop - mine.start).flatten(shard.dim, shard.dim + 1)
+
+
+def join(parts: list[Tensor], shard: Shard) -> Tensor:
+    """The whole tensor from all ranks' parts."""
+    if shard.blocks == 1:
+        return torch.cat(parts, shard.dim)
+    opened = [each.unflatten(shard.dim, (shard.blocks, -1)) for each in parts]
+    return torch.cat(opened, shard.dim + 1).flatten(shard.dim, shard.dim + 1)
+
+
+def local_shape(shape: tuple[int, ...], type_: Type, mesh: Mapping[str, int], coordinates: Mapping[str, int]) -> tuple[int, ...]:
+    """The shape of what the rank at `coordinates` holds of a tensor of `shape`."""
+    sizes = list(shape)
+    for axis, placement in type_.items():
+        if isinstance(placement, Shard):
+            sizes[placement.dim] = part(sizes[placement.dim], placement, mesh[axis], coordinates[axis]).length
+    return tuple(sizes)

@@ -1,0 +1,161 @@
+"""What `shardwise train` does: plan, start the ranks (or be one, under torchrun), train, and write down what happened."""
+
+from __future__ import annotations
+
+import functools
+import json
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from shardwise.environment import rank_environment
+from shardwise.errors import DataError, ModelError
+from shardwise.models import Batch, load_model
+from shardwise.runtime.data import VOCABULARY, ByteText
+from shardwise.runtime.group import process_group
+from shardwise.runtime.train import WAIT_S, Settings, TrainingRun, train, train_rank
+
+if TYPE_CHECKING:
+    from shardwise import Infeasible, Plan
+
+__all__ = ["TrainRequest", "run_training"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainRequest:
+    """The command's options; shown: whether progress is displayed."""
+
+    model: str
+    data: Path | None
+    steps: int
+    learning_rate: float
+    seed: int
+    cluster: str
+    layout: str | None
+    global_batch: int | None
+    sequence: int | None
+    plan_file: Path | None
+    port: int
+    out: Path
+    shown: bool = True
+
+
+def run_training(request: TrainRequest) -> dict[str, Any] | Infeasible | None:
+    """Train; the summary to print, None on all ranks but the first when torchrun started this process."""
+    return _as_parent(request) if rank_environment() is None else _as_rank(request)
+
+
+def _as_parent(request: TrainRequest) -> dict[str, Any] | Infeasible:
+    import shardwise as sw
+
+    model, batch = _model_on_meta(request)
+    text, settings = _text(request, batch), _settings(request, batch)
+    plan = _plan(request, model, batch)
+    if isinstance(plan, sw.Infeasible):
+        return plan
+    run = train(_builder(request), plan=plan, ranks=plan.ranks, text=text, settings=settings, port=request.port)
+    return _written(request, plan, run)
+
+
+def _as_rank(request: TrainRequest) -> dict[str, Any] | Infeasible | None:
+    import shardwise as sw
+
+    with process_group(timeout_s=WAIT_S) as place:
+        model, batch = _model_on_meta(request)
+        text, settings = _text(request, batch), _settings(request, batch)
+        plan = _plan_of_rank_0(request, model, batch)
+        if isinstance(plan, sw.Infeasible):
+            return plan
+        results: list[Any] = [None] * place.ranks
+        dist.all_gather_object(results, train_rank(_builder(request), plan, text, settings))
+    return _written(request, plan, TrainingRun.of(results)) if place.rank == 0 else None
+
+
+def _plan(request: TrainRequest, model: nn.Module, batch: Batch) -> Plan | Infeasible:
+    import shardwise as sw
+
+    if request.plan_file is not None:
+        return sw.Plan.load(request.plan_file)
+    return sw.plan(model, batch, cluster=request.cluster, layout=request.layout, global_batch=request.global_batch)
+
+
+def _plan_of_rank_0(request: TrainRequest, model: nn.Module, batch: Batch) -> Plan | Infeasible:
+    """One rank plans, so that all run the same plan even where their machines measured differently."""
+    import shardwise as sw
+
+    held: list[Any] = [_plan(request, model, batch) if dist.get_rank() == 0 else None]
+    with tempfile.TemporaryDirectory() as directory:
+        path = Path(directory) / "plan.json"
+        if isinstance(held[0], sw.Plan):
+            held[0].save(path)
+            held = [path.read_text()]
+        dist.broadcast_object_list(held, src=0)
+        if not isinstance(held[0], str):
+            return held[0]
+        path.write_text(held[0])
+        return sw.Plan.load(path)
+
+
+def _model_on_meta(request: TrainRequest) -> tuple[nn.Module, Batch]:
+    model, batch = load_model(request.model, batch_size=request.global_batch, sequence=request.sequence, device="meta")
+    if set(batch) != {"input_ids", "labels"}:
+        raise ModelError(
+            f"`train` reads text, so the model's batch must be input_ids and labels; {request.model} takes {', '.join(sorted(batch))}. "
+            "For other data write a loop: examples/train_loop.py has one."
+        )
+    _check_vocabulary(model, request.model)
+    return model, batch
+
+
+def _text(request: TrainRequest, batch: Batch) -> ByteText:
+    if batch["input_ids"].dim() != 2:
+        raise DataError(f"input_ids must be [batch, sequence]; {request.model} makes it {list(batch['input_ids'].shape)}.")
+    return ByteText.load(request.data, sequence=batch["input_ids"].shape[1])
+
+
+def _settings(request: TrainRequest, batch: Batch) -> Settings:
+    return Settings(
+        steps=request.steps,
+        batch_size=request.global_batch or batch["input_ids"].shape[0],
+        learning_rate=request.learning_rate,
+        seed=request.seed,
+        shown=request.shown,
+    )
+
+
+def _builder(request: TrainRequest) -> functools.partial[nn.Module]:
+    return functools.partial(_build, request.model, request.global_batch, request.sequence, request.seed)
+
+
+def _build(spec: str, batch_size: int | None, sequence: int | None, seed: int) -> nn.Module:
+    """On each rank; a module-level function, so that a spawned rank finds it."""
+    return load_model(spec, batch_size=batch_size, sequence=sequence, seed=seed)[0]
+
+
+def _check_vocabulary(model: nn.Module, spec: str) -> None:
+    tables = [module.num_embeddings for module in model.modules() if isinstance(module, torch.nn.Embedding)]
+    if tables and max(tables) < VOCABULARY:
+        raise ModelError(f"{spec} has a vocabulary of {max(tables)}, but bytes need {VOCABULARY}. Set vocab_size to {VOCABULARY} or more.")
+
+
+def _written(request: TrainRequest, plan: Plan, run: TrainingRun) -> dict[str, Any]:
+    request.out.mkdir(parents=True, exist_ok=True)
+    plan_path, run_path = request.out / "plan.json", request.out / "training.json"
+    plan.save(plan_path)
+    run_path.write_text(json.dumps({"losses": run.losses, "step_times_s": run.step_times_s, "memory_bytes": run.memory_bytes}, indent=1))
+    return {
+        "steps": len(run.losses),
+        "loss_first": run.losses[0],
+        "loss_last": run.losses[-1],
+        "held_out_loss_before": run.held_out_before,
+        "held_out_loss_after": run.held_out_after,
+        "step_time_s": run.step_time_s,
+        "memory_bytes": run.memory_bytes,
+        "plan": str(plan_path),
+        "training": str(run_path),
+    }
