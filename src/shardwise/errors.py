@@ -9,6 +9,7 @@
     ├── ClusterError    a cluster description is wrong, or this machine cannot serve as one
     ├── RuleError       an operator has no sharding rule, or a rule is wrong
     ├── DataError       training data is missing, empty or too short
+    ├── TransferError   a rank waited in vain for another one's message
     └── RankFailed      a rank died; carries that rank's own last error
 
 A message says what, where, both numbers, and the way out. Our own bugs are `AssertionError`s, never one of these.
@@ -27,6 +28,7 @@ __all__ = [
     "RankFailed",
     "RuleError",
     "ShardwiseError",
+    "TransferError",
 ]
 
 
@@ -64,6 +66,10 @@ class RuleError(ShardwiseError):
 
 class DataError(ShardwiseError):
     """Training data is missing, empty or too short."""
+
+
+class TransferError(ShardwiseError):
+    """A rank waited in vain for another one's message."""
 
 
 class RankFailed(ShardwiseError):

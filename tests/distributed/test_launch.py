@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import socket
@@ -60,6 +61,27 @@ def test_many_starts_in_a_row_are_fast() -> None:
     assert time.monotonic() - started < 10
 
 
+def leave_a_failed_job_as_garbage() -> None:
+    try:
+        launch(raises_on_rank_1, ranks=2, threads=1)
+    except RankFailed as error:  # its traceback holds the agent and its store
+        cycle: list[object] = [error]
+        cycle.append(cycle)
+
+
+def test_ranks_may_collect_garbage_after_a_failed_job() -> None:
+    """Ranks died of a segmentation fault: they destroyed what a failed job had left in their parent (see `_frozen_objects`)."""
+    wanted = [True]
+    os.register_at_fork(after_in_child=lambda: wanted and gc.collect())
+    gc.disable()
+    try:
+        leave_a_failed_job_as_garbage()
+        assert launch(threads, ranks=3, threads=1) == [1, 1, 1]
+    finally:
+        gc.enable()
+        wanted.clear()
+
+
 def raises_on_rank_1() -> None:
     if dist.get_rank() == 1:
         raise ValueError("the number was 3, not 4")
@@ -82,7 +104,7 @@ def test_the_first_error_is_shown_first() -> None:
     started = time.monotonic()
     with pytest.raises(RankFailed, match=r"rank 1 of 3 failed: ValueError: the number was 3, not 4") as caught:
         launch(raises_on_rank_1, ranks=3, threads=1)
-    assert time.monotonic() - started < 5
+    assert time.monotonic() - started < 10
     assert (caught.value.rank, caught.value.kind) == (1, "ValueError")
     assert "in raises_on_rank_1" in caught.value.trace
 
@@ -92,7 +114,7 @@ def test_a_silent_death_is_named_and_not_its_consequences(function: object, kind
     started = time.monotonic()
     with pytest.raises(RankFailed) as caught:
         launch(function, ranks=3, threads=1)  # type: ignore[arg-type]
-    assert time.monotonic() - started < 5
+    assert time.monotonic() - started < 10
     assert (caught.value.rank, caught.value.kind) == (1, kind)
 
 
@@ -150,7 +172,10 @@ def alive(pid: int) -> bool:
 def test_ranks_do_not_outlive_their_parent(tmp_path: Path, number: signal.Signals) -> None:
     parent, ranks = start_parent(tmp_path)
     parent.send_signal(number)
-    parent.wait(timeout=10)
+    assert (
+        parent.wait(timeout=10)
+        == {signal.SIGKILL: -signal.SIGKILL, signal.SIGTERM: 128 + signal.SIGTERM, signal.SIGINT: -signal.SIGINT}[number]
+    )
     deadline = time.monotonic() + 5
     while any(alive(pid) for pid in ranks):  # the kernel needs a moment
         assert time.monotonic() < deadline, f"ranks outlived their parent after {number.name}"

@@ -71,6 +71,11 @@ def normalize(
     add = builder.add
     if target in (aten.view.default, aten._unsafe_view.default):
         return add(aten.reshape.default, args, kwargs, metas)
+    if target is aten.broadcast_tensors.default:
+        return tuple(
+            each if each.shape == tuple(meta.shape) else add(aten.expand.default, (each, list(meta.shape)), {}, [meta])[0]
+            for each, meta in zip(args[0], metas, strict=True)
+        )
     if target is aten.cross_entropy_loss.default:
         return _cross_entropy(args, metas, builder)
     if target in _DROPOUT:

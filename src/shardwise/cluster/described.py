@@ -34,6 +34,7 @@ from shardwise.errors import ClusterError
 __all__ = ["DescribedLink", "DescribedMachine", "DescribedRates", "read_machine"]
 
 Positive = Annotated[float, Field(gt=0)]
+_CONVOLUTIONS = tuple(part + suffix for part in ("forward", "backward_input", "backward_weight") for suffix in ("", "_transposed"))
 _BYTES_PER_GB = 1e9
 _GIB = float(1 << 30)
 _SMALL_PRODUCT_FLOPS, _SMALL_PRODUCT_PART = 2.0 * 64**3, 0.1  # a guess: one tile of a product fills a tenth of a device
@@ -117,7 +118,7 @@ def _rates(rates: DescribedRates, link: DescribedLink, ranks: int) -> Rates:
     return Rates(
         matmul=matmul,
         attention_flops={"forward": fused, "backward": fused, "forward_causal": _doubled(fused), "backward_causal": _doubled(fused)},
-        convolution_flops={"forward": fused, "backward_input": fused, "backward_weight": fused},
+        convolution_flops=dict.fromkeys(_CONVOLUTIONS, fused),
         read_bytes_per_s=bandwidth,
         write_bytes_per_s=bandwidth,
         fresh_bytes_per_s=rates.memory_bytes_per_s,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -31,7 +30,9 @@ def collective_rates(message_bytes: Sequence[int], budget_s: float) -> tuple[Col
         for kind in IMPLEMENTATIONS if size == 2 else (kind for kind in IMPLEMENTATIONS if kind != "send_recv"):
             for impl in IMPLEMENTATIONS[kind]:
                 seconds = [_seconds(kind, impl, count, group, budget_s) for count in message_bytes]
-                rising = [min(seconds[place:]) for place in range(len(seconds))]  # noise adds time: no message takes longer than a larger one
+                rising = [
+                    min(seconds[place:]) for place in range(len(seconds))
+                ]  # noise adds time: no message takes longer than a larger one
                 found.append(CollectiveRate(kind=kind, impl=impl, ranks=size, message_bytes=tuple(message_bytes), seconds=tuple(rising)))
     return tuple(found)
 
@@ -58,7 +59,7 @@ def _seconds(kind: str, impl: str, message_bytes: int, group: dist.ProcessGroup,
     times = [_timed(call) for _ in range(_repetitions(first, budget_s))]
     slowest = torch.tensor(times)
     dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
-    return max(statistics.quantiles(slowest.tolist(), n=4)[0], 1e-7)
+    return max(float(slowest.quantile(0.25)), 1e-7)
 
 
 def _timed(call: Callable[[], object]) -> float:
@@ -91,7 +92,7 @@ def _all_reduce(whole: Tensor, _sizes: Sequence[int], group: dist.ProcessGroup, 
 
 
 def _all_gather(whole: Tensor, sizes: Sequence[int], group: dist.ProcessGroup, impl: str) -> object:
-    return collectives.all_gather(whole.split(list(sizes))[dist.get_rank(group)], 0, sizes, group, impl)
+    return collectives.all_gather(whole.split_with_sizes(list(sizes))[dist.get_rank(group)], 0, sizes, group, impl)
 
 
 def _reduce_scatter(whole: Tensor, sizes: Sequence[int], group: dist.ProcessGroup, impl: str) -> object:

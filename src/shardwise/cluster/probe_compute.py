@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from itertools import cycle
+from itertools import accumulate, cycle
 
 import torch
 from torch import Tensor
@@ -30,6 +29,7 @@ __all__ = [
 _CUBES = {torch.float32: (16, 32, 64, 128, 256, 512, 1024), torch.float64: (32, 128, 512), torch.bfloat16: (32, 128, 512, 1024)}
 _THIN = (1, 4, 16, 64, 256)
 _THIN_OTHERS = 768
+_MOST_THINNESS = 1.2  # a thin product is hardly faster than a cube; more than this is noise
 _BATCHED = ((32, 16, 16, 16), (32, 64, 32, 64), (32, 128, 64, 128), (32, 256, 64, 256), (16, 512, 64, 512))
 _KEYS = (32, 128, 256, 512, 1024)
 _HEAD, _HEADS, _TOKENS, _RAGGED_KEYS = 64, 4, 1024, 197
@@ -37,7 +37,7 @@ _WORKING_SETS = tuple(3 << shift for shift in (15, 18, 20, 22, 24, 26))  # 96 Ki
 _COLD_BYTES = 96 << 20  # between two uses of a tensor
 _FRESH_BYTES = 64 << 20
 _KERNEL_COLUMNS, _KERNEL_BYTES = 512, KERNEL_WORKING_SET_BYTES // 3
-_OPTIMIZER_NUMELS, _OPTIMIZER_TOTAL = (1 << 14, 1 << 18, 1 << 20), 1 << 22
+_OPTIMIZER_NUMELS, _OPTIMIZER_TOTAL = (1 << 14, 1 << 18, 1 << 20, 1 << 22), 1 << 22
 _CONVOLUTIONS: tuple[tuple[int, ...], ...] = (  # batch, channels in, size, channels out, kernel, stride, groups
     (4, 32, 64, 32, 3, 1, 32),
     (4, 3, 64, 16, 3, 1, 1),
@@ -50,18 +50,21 @@ _CONVOLUTIONS: tuple[tuple[int, ...], ...] = (  # batch, channels in, size, chan
 
 def matmul_rate(dtype: torch.dtype, watch: Stopwatch) -> MatmulRate:
     """Products of a dtype: cubes, thin ones (each of m, n, k in turn, against the cube of as many flops), batches."""
-    sizes = _CUBES[dtype]
-    cubes = Curve(sizes=[2.0 * n**3 for n in sizes], values=[_product_flops(n, n, n, dtype, watch) for n in sizes])
+    measured = [_product_flops(n, n, n, dtype, watch) for n in _CUBES[dtype]]
+    rising = accumulate(measured, max)  # a larger cube that seems slower was disturbed
+    cubes = Curve.through({2.0 * n**3: rate for n, rate in zip(_CUBES[dtype], rising, strict=True)})
     return MatmulRate(cubes_flops=cubes, thinness=_thinness(cubes, dtype, watch), batched_flops=_batched(dtype, watch))
 
 
 def _thinness(cubes: Curve, dtype: torch.dtype, watch: Stopwatch) -> Curve:
-    thin, other = _THIN, _THIN_OTHERS
-    parts = []
-    for size in thin:
-        rates = [_product_flops(*shape, dtype, watch) for shape in ((size, other, other), (other, size, other), (other, other, size))]
-        parts.append(math.prod(rates) ** (1 / 3) / cubes.at(2.0 * size * other * other))
-    return Curve(sizes=(*thin, other), values=(*(min(part, 1.2) for part in parts), 1.0))
+    parts = {float(size): min(_thin_part(cubes, size, dtype, watch), _MOST_THINNESS) for size in _THIN}
+    return Curve.through({**parts, _THIN_OTHERS: 1.0})
+
+
+def _thin_part(cubes: Curve, size: int, dtype: torch.dtype, watch: Stopwatch) -> float:
+    shapes = ((size, _THIN_OTHERS, _THIN_OTHERS), (_THIN_OTHERS, size, _THIN_OTHERS), (_THIN_OTHERS, _THIN_OTHERS, size))
+    rates = [_product_flops(*shape, dtype, watch) for shape in shapes]
+    return statistics.geometric_mean(rates) / cubes.at(2.0 * size * _THIN_OTHERS * _THIN_OTHERS)
 
 
 def _product_flops(m: int, n: int, k: int, dtype: torch.dtype, watch: Stopwatch) -> float:
@@ -70,23 +73,23 @@ def _product_flops(m: int, n: int, k: int, dtype: torch.dtype, watch: Stopwatch)
 
 
 def _batched(dtype: torch.dtype, watch: Stopwatch) -> Curve:
-    rates = []
-    for batch, m, k, n in _BATCHED:
-        left, right = torch.randn(batch, m, k).to(dtype), torch.randn(batch, k, n).to(dtype)
-        out = torch.empty(batch, m, n, dtype=dtype)
-        rates.append(2.0 * batch * m * n * k / watch.seconds(partial(torch.bmm, left, right, out=out)))
-    return Curve(sizes=[2.0 * m * k * n for _, m, k, n in _BATCHED], values=rates)
+    return Curve.through({2.0 * m * k * n: _batched_flops(batch, m, k, n, dtype, watch) for batch, m, k, n in _BATCHED})
+
+
+def _batched_flops(batch: int, m: int, k: int, n: int, dtype: torch.dtype, watch: Stopwatch) -> float:
+    left, right = torch.randn(batch, m, k).to(dtype), torch.randn(batch, k, n).to(dtype)
+    return 2.0 * batch * m * n * k / watch.seconds(partial(torch.bmm, left, right, out=torch.empty(batch, m, n, dtype=dtype)))
 
 
 def attention_flops(watch: Stopwatch) -> dict[str, Curve]:
     """Fused attention of float32 by number of keys (as many queries), heads of 64 cut out of one packed projection, as models do."""
-    found: dict[str, list[float]] = {}
+    found: dict[str, dict[float, float]] = {}
     for keys in _KEYS:
         for suffix, causal in (("", False), ("_causal", True)):
             forward, backward = _attention_rates(keys, causal, watch)
-            found.setdefault("forward" + suffix, []).append(forward)
-            found.setdefault("backward" + suffix, []).append(backward)
-    return {name: Curve(sizes=_KEYS, values=values) for name, values in found.items()}
+            found.setdefault("forward" + suffix, {})[keys] = forward
+            found.setdefault("backward" + suffix, {})[keys] = backward
+    return {name: Curve.through(points) for name, points in found.items()}
 
 
 def attention_ragged(curves: Mapping[str, Curve], watch: Stopwatch) -> float:
@@ -120,7 +123,19 @@ def convolution_flops(watch: Stopwatch) -> dict[str, Curve]:
         calls = (convolve, partial(differentiate, [True, False, False]), partial(differentiate, [False, True, False]))
         for rates, call in zip(found.values(), calls, strict=True):
             rates[float(min(outputs // groups, weight[0].numel()))] = 2.0 * result.numel() * weight[0].numel() / watch.seconds(call)
-    return {name: _curve(rates) for name, rates in found.items()}
+    return {**{name: Curve.through(rates) for name, rates in found.items()}, **_transposed_flops(watch)}
+
+
+def _transposed_flops(watch: Stopwatch) -> dict[str, Curve]:
+    """One upsampling by 2 as U-Nets do it; its kernels are others than those of plain convolutions."""
+    image, weight = torch.randn(4, 64, 32, 32), torch.randn(64, 32, 2, 2)
+    arguments = ([2, 2], [0, 0], [1, 1], True, [0, 0], 1)
+    convolve = partial(torch.ops.aten.convolution, image, weight, None, *arguments)
+    differentiate = partial(torch.ops.aten.convolution_backward, convolve(), image, weight, None, *arguments, [True, True, False])
+    flops = 2.0 * image.numel() * weight[0].numel()
+    backward = Curve.constant(2 * flops / watch.seconds(differentiate))
+    forward = Curve.constant(flops / watch.seconds(convolve))
+    return {"forward_transposed": forward, "backward_input_transposed": backward, "backward_weight_transposed": backward}
 
 
 def streaming_bytes_per_s(watch: Stopwatch) -> tuple[Curve, Curve]:
@@ -130,9 +145,10 @@ def streaming_bytes_per_s(watch: Stopwatch) -> tuple[Curve, Curve]:
     Between two uses of a tensor a training step touches far more than any cache holds. So a working set that a core's own cache
     does not hold is met cold: each call takes the next of several.
     """
-    pairs = [_read_write(size, watch) for size in _WORKING_SETS]
-    sizes = [float(size) for size in _WORKING_SETS]
-    return Curve(sizes=sizes, values=[read for read, _ in pairs]), Curve(sizes=sizes, values=[write for _, write in pairs])
+    pairs = {float(size): _read_write(size, watch) for size in _WORKING_SETS}
+    return Curve.through({size: read for size, (read, _) in pairs.items()}), Curve.through(
+        {size: write for size, (_, write) in pairs.items()}
+    )
 
 
 def _read_write(working_set: int, watch: Stopwatch) -> tuple[float, float]:
@@ -203,9 +219,9 @@ def optimizer_rates(watch: Stopwatch) -> dict[str, OptimizerRate]:
 
 def _optimizer_rate(make: Callable[[Sequence[Tensor]], torch.optim.Optimizer], watch: Stopwatch) -> OptimizerRate:
     fixed = _step_seconds(make, 16, 32, watch)
-    steps = [_step_seconds(make, numel, _OPTIMIZER_TOTAL // numel, watch) for numel in _OPTIMIZER_NUMELS]
-    per_element = [max(step - fixed, 1e-9) / numel for step, numel in zip(steps, _OPTIMIZER_NUMELS, strict=True)]
-    return OptimizerRate(fixed_s=fixed, element_s=Curve(sizes=[4.0 * numel for numel in _OPTIMIZER_NUMELS], values=per_element))
+    steps = {numel: _step_seconds(make, numel, _OPTIMIZER_TOTAL // numel, watch) for numel in _OPTIMIZER_NUMELS}
+    element_s = {4.0 * numel: max(step - fixed, 1e-9) / numel for numel, step in steps.items()}
+    return OptimizerRate(fixed_s=fixed, element_s=Curve.through(element_s))
 
 
 def _step_seconds(make: Callable[[Sequence[Tensor]], torch.optim.Optimizer], numel: int, count: int, watch: Stopwatch) -> float:
@@ -213,7 +229,3 @@ def _step_seconds(make: Callable[[Sequence[Tensor]], torch.optim.Optimizer], num
     for parameter in parameters:
         parameter.grad = torch.randn(numel)
     return watch.seconds(make(parameters).step) / count
-
-
-def _curve(points: dict[float, float]) -> Curve:
-    return Curve(sizes=sorted(points), values=[points[size] for size in sorted(points)])

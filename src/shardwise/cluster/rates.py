@@ -30,7 +30,7 @@ KERNEL_WORKING_SET_BYTES: Final = 3 << 18
 
 
 class _Figures(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings")  # JSON has no infinity of its own
 
 
 class Curve(_Figures):
@@ -47,6 +47,11 @@ class Curve(_Figures):
         return self
 
     @classmethod
+    def through(cls, points: Mapping[float, float]) -> Curve:
+        """The curve through points, given as size: value in any order."""
+        return cls(sizes=tuple(sorted(points)), values=tuple(points[size] for size in sorted(points)))
+
+    @classmethod
     def constant(cls, value: float) -> Curve:
         """The same value for every size."""
         return cls(sizes=(1.0,), values=(value,))
@@ -60,7 +65,7 @@ class Curve(_Figures):
             return values[-1]
         right = bisect_right(sizes, size)
         part = math.log(size / sizes[right - 1]) / math.log(sizes[right] / sizes[right - 1])
-        return values[right - 1] * (values[right] / values[right - 1]) ** part
+        return values[right - 1] * math.pow(values[right] / values[right - 1], part)
 
 
 class MatmulRate(_Figures):
@@ -143,7 +148,7 @@ class Rates(_Figures):
         flops counted are those of the whole square, of which about half is computed).
     attention_ragged: what is left of these rates when the number of keys is no multiple of 16.
     convolution_flops: flop/s by the smaller of output channels a group and (input channels a group × kernel size); keys ``forward``,
-        ``backward_input``, ``backward_weight``.
+        ``backward_input``, ``backward_weight``, each also with ``_transposed``.
     read_bytes_per_s, write_bytes_per_s: of streaming kernels, by working set in bytes; a read costs 1/read, a write to another
         tensor than those read 1/write more.
     fresh_bytes_per_s, fresh_from_bytes: results of at least ``fresh_from_bytes`` are mapped anew by the allocator at every call, and

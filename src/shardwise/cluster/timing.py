@@ -16,7 +16,7 @@ _MOST, _LEAST = 200, 3
 
 @dataclass(kw_only=True)
 class Stopwatch:
-    """Median times of calls, each repeated for about ``budget_s``.
+    """Times of calls, each repeated for about ``budget_s``: the lower quartile, for whatever disturbs a call only ever lengthens it.
 
     A single-threaded call is timed by the CPU time of this thread: what it takes whatever else the machine does meanwhile.
     With several threads it is the wall time. The sums of both tell how much else there was.
@@ -32,7 +32,7 @@ class Stopwatch:
         return self.wall_s / self.cpu_s if self.cpu_s else 1.0
 
     def seconds(self, function: Callable[[], object]) -> float:
-        """Median time of a call, s; the first call is not counted."""
+        """Time of a call, s; the first call is not counted."""
         function()
         clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
         times: list[float] = []
@@ -43,4 +43,4 @@ class Stopwatch:
             times.append(clock() - start)
         self.wall_s += time.perf_counter() - begin
         self.cpu_s += sum(times)
-        return max(statistics.median(times), 1e-9)
+        return max(statistics.quantiles(times, n=4, method="inclusive")[0], 1e-9)

@@ -1,11 +1,11 @@
 """Seconds, flops and bytes of one ATen call, from the shapes, strides and dtypes of its arguments and results.
 
-    products       flops ÷ rate of that shape, or the time to read the operands where that is longer (matrix times vector)
-    attention, convolution    likewise; a convolution also reorders its operands into blocks, which is a copy
-    all others     elements × what the kernel takes per element in cache beyond streaming
-                   + bytes read ÷ read rate + bytes written ÷ write rate, both rates of that working set
-    views          a call
-    each           + a call's fixed time, + the time of mapping new pages for results so large that the allocator asks for them anew
+    products, attention, convolutions    flops ÷ rate of that shape, with the operands in cache
+    all others                           elements × what the kernel takes per element in cache beyond streaming
+    both        + bytes read ÷ read rate + bytes written ÷ write rate, both rates of that working set: between two uses of a
+                  tensor a step touches more than the caches hold
+    views       a call
+    each        + a call's fixed time, + the time of mapping new pages for results so large that the allocator asks for them anew
 
 Rates are those of `shardwise.cluster.rates`, of one rank while all are busy. The results of an operator written in place are
 lines that it has read anyway: they cost no write.
@@ -13,6 +13,7 @@ lines that it has read anyway: they cost no write.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
@@ -30,7 +31,7 @@ _Args = tuple[Any, ...]
 _Kwargs = Mapping[str, Any]
 _ATTENTION_BACKWARD: Final = "_scaled_dot_product_flash_attention_for_cpu_backward"
 _PASSES: Final = {"native_batch_norm": 3, "native_batch_norm_backward": 2}  # over what no cache holds: mean, variance, result
-_CONVOLUTION: Final = frozenset({"convolution", "conv2d", "conv1d", "conv3d"})
+_CONVOLUTIONS: Final = ("convolution", "conv1d", "conv2d", "conv3d", "convolution_backward")
 _INDEX_OF_CAUSAL: Final = {"scaled_dot_product_attention": 5, "_scaled_dot_product_flash_attention_for_cpu": 4, _ATTENTION_BACKWARD: 7}
 
 
@@ -41,7 +42,11 @@ def op_seconds(target: Any, args: Sequence[Any], kwargs: _Kwargs, output: Any, c
         return 0.0
     if is_view(target):
         return rates.view_s
-    seconds = _chosen(name)(name, tuple(args), kwargs, output, rates)
+    compute = _COMPUTE_BOUND.get(name)
+    if compute is None:
+        seconds = _SPECIAL.get(name, _streaming_seconds)(name, tuple(args), kwargs, output, rates)
+    else:
+        seconds = compute(name, tuple(args), kwargs, output, rates) + _memory_seconds(*_traffic(name, tuple(args), kwargs, output), rates)
     return seconds + rates.call_s + _fresh_seconds(target, output, rates)
 
 
@@ -52,7 +57,7 @@ def op_flops(target: Any, args: Sequence[Any], kwargs: _Kwargs, output: Any) -> 
     if name in _INDEX_OF_CAUSAL:
         return _attention_flops(name, args)
     if name in ("linear", "matmul"):
-        return 2.0 * args[0].shape[-1] * output.numel()
+        return float(2 * args[0].shape[-1] * output.numel())
     formula = flop_registry.get(getattr(target, "overloadpacket", target))
     return float(formula(*args, **kwargs, out_val=output)) if formula is not None else 0.0
 
@@ -69,16 +74,6 @@ def op_bytes(target: Any, args: Sequence[Any], kwargs: _Kwargs, output: Any) -> 
 _Cost = Callable[[str, _Args, _Kwargs, Any, Rates], float]
 
 
-def _chosen(name: str) -> _Cost:
-    if name in MATMULS:
-        return _product_seconds
-    if name in _INDEX_OF_CAUSAL:
-        return _attention_seconds
-    if name in _CONVOLUTION or name == "convolution_backward":
-        return _convolution_seconds
-    return _SPECIAL.get(name, _streaming_seconds)
-
-
 # --- products -------------------------------------------------------------------------------------------------------------
 
 
@@ -93,7 +88,7 @@ def _product_seconds(name: str, args: _Args, _kwargs: _Kwargs, output: Tensor, r
     else:
         m = output.numel() // max(n, 1)
         speed = rate.flops_per_s(m, n, k)
-    return max(2.0 * output.numel() * k / speed, touched_bytes(right) / rates.read_bytes_per_s.at(touched_bytes(right)))
+    return float(2 * output.numel() * k) / speed
 
 
 # --- attention ------------------------------------------------------------------------------------------------------------
@@ -102,7 +97,7 @@ def _product_seconds(name: str, args: _Args, _kwargs: _Kwargs, output: Tensor, r
 def _attention_flops(name: str, args: Sequence[Any]) -> float:
     """Two products forward, five backward (Dao, FlashAttention-2, 2023, section 3.1)."""
     query, key = (args[1], args[2]) if name == _ATTENTION_BACKWARD else (args[0], args[1])
-    return (10.0 if name == _ATTENTION_BACKWARD else 4.0) * query.numel() * key.shape[-2]
+    return float((10 if name == _ATTENTION_BACKWARD else 4) * query.numel() * key.shape[-2])
 
 
 def _attention_seconds(name: str, args: _Args, kwargs: _Kwargs, _output: Any, rates: Rates) -> float:
@@ -129,12 +124,16 @@ def _convolution_seconds(name: str, args: _Args, kwargs: _Kwargs, output: Any, r
     weight, groups = (args[2], args[9]) if backward else (args[1], args[8] if len(args) > 8 else kwargs.get("groups", 1))
     transposed = bool(args[7] if backward else len(args) > 8 and args[6])
     image = (args[1] if transposed else args[0]) if backward else (args[0] if transposed else output)
-    flops = 2.0 * image.numel() * weight[0].numel()
-    width = min(weight.shape[0] // groups, weight[0].numel())
+    depth = math.prod(weight.shape[1:])
+    flops = float(2 * image.numel() * depth)
+    width = min(weight.shape[0] // groups, depth)
     factor = _against_float32(rates, dtype_name([weight]))
-    reorders = _memory_seconds(*_traffic(name, args, kwargs, output), rates)
-    wanted = [part for part, use in zip(("backward_input", "backward_weight"), args[10], strict=False) if use] if backward else ["forward"]
-    return sum(flops / (rates.convolution_flops[part].at(width) * factor) for part in wanted) + reorders
+    if backward:
+        wanted = [part for part, use in zip(("backward_input", "backward_weight"), args[10], strict=False) if use]
+    else:
+        wanted = ["forward"]
+    curves = [rates.convolution_flops[part + ("_transposed" if transposed else "")] for part in wanted]
+    return sum(flops / (curve.at(width) * factor) for curve in curves)
 
 
 # --- memory-bound ---------------------------------------------------------------------------------------------------------
@@ -148,7 +147,8 @@ def _streaming_seconds(name: str, args: _Args, kwargs: _Kwargs, output: Any, rat
     count = max((tensor.numel() for tensor in (outputs if reads_only_rows(name) else inputs + outputs)), default=0)
     read, written = _traffic(name, args, kwargs, output)
     passes = _PASSES.get(kernel, 1)
-    return _excess_seconds(kernel, count, inputs + outputs, (passes * read, written), rates) + _memory_seconds(passes * read, written, rates)
+    excess = _excess_seconds(kernel, count, inputs + outputs, (passes * read, written), rates)
+    return excess + _memory_seconds(passes * read, written, rates)
 
 
 def _excess_seconds(kernel: str, count: int, tensors: list[Tensor], traffic: tuple[int, int], rates: Rates) -> float:
@@ -191,6 +191,12 @@ _SPECIAL: Final[Mapping[str, _Cost]] = {
     "embedding_dense_backward": _embedding_backward_seconds,
     "slice_backward": _slice_backward_seconds,
     "select_backward": _slice_backward_seconds,
+}
+
+_COMPUTE_BOUND: Final[Mapping[str, _Cost]] = {
+    **dict.fromkeys(MATMULS, _product_seconds),
+    **dict.fromkeys(_INDEX_OF_CAUSAL, _attention_seconds),
+    **dict.fromkeys(_CONVOLUTIONS, _convolution_seconds),
 }
 
 

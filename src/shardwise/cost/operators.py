@@ -50,7 +50,9 @@ _ALIKE: Final[Mapping[str, str]] = {
     **dict.fromkeys(("index_put", "index_add"), "embedding_dense_backward"),
     **dict.fromkeys(("stack",), "cat"),
     **dict.fromkeys(("copy", "copy_", "_to_copy", "contiguous", "reshape", "slice_scatter", "constant_pad_nd"), "clone"),
-    **dict.fromkeys(("zeros", "zero_", "new_zeros", "fill", "fill_", "full", "full_like", "ones", "ones_like", "nll_loss_backward"), "zeros"),
+    **dict.fromkeys(
+        ("zeros", "zero_", "new_zeros", "fill", "fill_", "full", "full_like", "ones", "ones_like", "nll_loss_backward"), "zeros"
+    ),
 }
 
 

@@ -68,7 +68,7 @@ def all_gather(tensor: Tensor, dim: int, sizes: Sequence[int], group: Group = No
 
 
 def reduce_scatter(tensor: Tensor, dim: int, sizes: Sequence[int], group: Group = None, impl: str = "native") -> Tensor:
-    """This rank's slice of the elementwise sum over the group: size ``sum(sizes)`` along ``dim`` in, ``sizes[own rank]`` out, contiguous."""
+    """This rank's slice of the sum over the group: size ``sum(sizes)`` along ``dim`` in, ``sizes[own rank]`` out, contiguous."""
     functions = {"native": _reduce_scatter_native, "exchange": _reduce_scatter_exchange, "all_reduce": _reduce_scatter_all_reduce}
     function = _chosen("reduce_scatter", impl, functions)
     _check_count("reduce_scatter", sizes, group)
@@ -104,7 +104,7 @@ def all_to_all(
     _check_dim("all_to_all", tensor.shape, split_dim, split_sizes, sum(split_sizes))
     if split_dim != cat_dim:
         _check_dim("all_to_all", tensor.shape, cat_dim, cat_sizes, cat_sizes[rank])
-    pieces = [piece.contiguous() for piece in tensor.split(list(split_sizes), split_dim)]
+    pieces = [piece.contiguous() for piece in tensor.split_with_sizes(list(split_sizes), split_dim)]
     shapes = [_with_size(pieces[rank].shape, cat_dim, size) for size in cat_sizes]
     if len(pieces) == 1:
         return tensor.clone(memory_format=torch.contiguous_format)
@@ -173,7 +173,7 @@ def _all_gather_native(tensor: Tensor, result: Tensor, dim: int, sizes: Sequence
 def _all_gather_exchange(tensor: Tensor, result: Tensor, dim: int, sizes: Sequence[int], group: Group) -> Tensor:
     """Everybody sends its slice to everybody, straight into the result where the slices of it are contiguous."""
     rank, source = dist.get_rank(group), tensor.contiguous()
-    slices = result.split(list(sizes), dim)
+    slices = result.split_with_sizes(list(sizes), dim)
     direct = all(piece.is_contiguous() for piece in slices)
     buffers = list(slices) if direct else [torch.empty_like(piece, memory_format=torch.contiguous_format) for piece in slices]
     _swap(_to_others(rank, [source] * len(sizes)), _to_others(rank, buffers), group)
@@ -198,14 +198,14 @@ def _reduce_scatter_native(tensor: Tensor, dim: int, sizes: Sequence[int], group
     if largest * len(sizes) == sum(sizes) and math.prod(tensor.shape[:dim]) == 1:
         rows = tensor.contiguous()
     else:
-        rows = torch.stack([_padded(piece, dim, 0, largest) for piece in tensor.split(list(sizes), dim)])
+        rows = torch.stack([_padded(piece, dim, 0, largest) for piece in tensor.split_with_sizes(list(sizes), dim)])
     own = tensor.new_empty(_with_size(tensor.shape, dim, largest))
     _SCATTER(own.view(-1), rows.view(-1), group=group)
     return own.narrow(dim, 0, size).contiguous()
 
 
 def _reduce_scatter_exchange(tensor: Tensor, dim: int, sizes: Sequence[int], group: Group) -> Tensor:
-    return _reduced_piece([piece.contiguous() for piece in tensor.split(list(sizes), dim)], group, torch.add)
+    return _reduced_piece([piece.contiguous() for piece in tensor.split_with_sizes(list(sizes), dim)], group, torch.add)
 
 
 def _reduce_scatter_all_reduce(tensor: Tensor, dim: int, sizes: Sequence[int], group: Group) -> Tensor:
@@ -225,7 +225,7 @@ def _all_to_all_native(pieces: Sequence[Tensor], shapes: Sequence[Sequence[int]]
     source = torch.cat([_bytes(piece.view(-1)) for piece in pieces])
     flat = source.new_empty(sum(received))
     dist.all_to_all_single(flat, source, output_split_sizes=received, input_split_sizes=sent, group=group)
-    parts = flat.split(received)
+    parts = flat.split_with_sizes(received)
     return [part.view(pieces[0].dtype).view(list(shape)) for part, shape in zip(parts, shapes, strict=True)]
 
 

@@ -21,7 +21,7 @@ from shardwise.errors import RankFailed
 __all__ = ["Death", "FailureReport", "first_cause", "read_reports", "report_failure"]
 
 _PEER_IS_GONE = re.compile(r"connection (was )?(closed|reset|refused)|broken pipe|socket closed", re.IGNORECASE)
-_GRACE_S = 1.0  # ten of the launcher's looks
+_GRACE_S = 3.0  # thirty of the launcher's looks: it may be starved of the processor
 _TRACE_LINES = 12
 
 

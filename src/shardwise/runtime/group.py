@@ -17,7 +17,7 @@ from shardwise.cluster.machine import available_cores
 from shardwise.environment import RankEnvironment, rank_environment
 from shardwise.errors import ClusterError
 
-__all__ = ["die_with_parent", "process_group", "threads_per_rank"]
+__all__ = ["die_with_parent", "join_group", "process_group", "threads_per_rank"]
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
@@ -44,20 +44,31 @@ def process_group(*, timeout_s: float, threads: int | None = None, backend: str 
     A group that exists already (the user's own) is used, and left to its owner.
     Raises ClusterError outside a job and where the port is taken.
     """
+    place = _place()
+    if threads is not None:
+        torch.set_num_threads(threads)
+    owner = join_group(timeout_s, backend=backend)
+    yield place
+    if owner:  # not after an error: peers may be waiting, and the end of this process tells them
+        dist.destroy_process_group()
+
+
+def join_group(timeout_s: float, *, backend: str = "gloo") -> bool:
+    """Join the job that the environment describes unless a group exists already; whether it was joined here."""
+    if dist.is_initialized():
+        return False
+    _join(_place(), timeout_s=timeout_s, backend=backend)
+    return True
+
+
+def _place() -> RankEnvironment:
     place = rank_environment()
     if place is None:
         raise ClusterError(
             "this process was started by no launcher: RANK and WORLD_SIZE are not set. "
             "Start it with `torchrun --nproc-per-node N script.py`, or let `shardwise train` start the ranks."
         )
-    if threads is not None:
-        torch.set_num_threads(threads)
-    owner = not dist.is_initialized()
-    if owner:
-        _join(place, timeout_s=timeout_s, backend=backend)
-    yield place
-    if owner:  # not after an error: peers may be waiting, and the end of this process tells them
-        dist.destroy_process_group()
+    return place
 
 
 def _join(place: RankEnvironment, *, timeout_s: float, backend: str) -> None:

@@ -12,6 +12,7 @@ There, fresh processes are spawned, and `function` must be importable.
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import pickle
@@ -73,7 +74,7 @@ def launch(
     """
     _check(ranks, port)
     threads = threads_per_rank(ranks) if threads is None else threads
-    with tempfile.TemporaryDirectory(prefix="shardwise-ranks-") as directory, _quiet_agent(), _own_signals():
+    with tempfile.TemporaryDirectory(prefix="shardwise-ranks-") as directory, _quiet_agent(), _own_signals(), _frozen_objects():
         job = _Job(
             function=function,
             args=tuple(args),
@@ -133,12 +134,20 @@ def _run(configuration: LaunchConfig, job: _Job, ranks: int) -> dict[int, bytes]
     try:
         return elastic_launch(configuration, _rank_main)(job)
     except ChildFailedError as error:
-        number, failure = error.get_first_failure()
-        raise first_cause(read_reports(job.reports), Death(rank=number, exit_code=failure.exitcode), ranks=ranks) from None
-    except SignalException as error:
-        if error.sigval == signal.SIGINT:
-            raise KeyboardInterrupt from None
-        raise SystemExit(128 + int(error.sigval)) from None
+        rank, failure = error.get_first_failure()
+        raise first_cause(read_reports(job.reports), Death(rank=rank, exit_code=failure.exitcode), ranks=ranks) from None
+    except Exception as error:
+        number = _signal_behind(error)
+        if number is None:
+            raise
+        raise (KeyboardInterrupt() if number == signal.SIGINT else SystemExit(128 + int(number))) from None
+
+
+def _signal_behind(error: BaseException | None) -> signal.Signals | None:
+    """The signal that ended the wait; the agent's own clean-up may have raised something else on top of it."""
+    while error is not None and not isinstance(error, SignalException):
+        error = error.__context__
+    return error.sigval if error is not None else None
 
 
 def _rank_main(job: _Job) -> bytes:
@@ -153,6 +162,23 @@ def _rank_main(job: _Job) -> bytes:
         place = rank_environment()
         report_failure(error, rank=place.rank if place else -1, directory=job.reports)
         raise
+
+
+@contextmanager
+def _frozen_objects() -> Iterator[None]:
+    """Keep a forked rank's garbage collector off the parent's objects.
+
+    A failed job leaves its agent and store behind as garbage; a rank of the next job that collected them died of a segmentation fault.
+    """
+    if gc.get_freeze_count():  # the program froze its own objects, and would not want them thawed
+        yield
+        return
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 @contextmanager

@@ -168,7 +168,8 @@ def signature(op: Op, text: str, **more: Any) -> Signature:
 
     A factor that stands alone in a dim gets that dim's size; `sizes=` adds those that never do. Every other keyword is Signature's.
     """
-    left, right = (dims(side) if side.strip() else () for side in text.split("->"))
+    before, after = text.split("->")
+    left, right = dims(before) if before.strip() else (), dims(after)
     sizes = dict(more.pop("sizes", {}))
     for tensor, value in zip((*left, *right), (*op.inputs, *op.outputs), strict=True):
         assert len(tensor) == len(value.shape), f"{op.name}: {_text(tensor)} does not describe {value!r}"

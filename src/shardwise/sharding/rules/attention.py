@@ -20,22 +20,23 @@ def attention(op: Op) -> Signature:
     query = op.inputs[0].shape
     grouped = op.inputs[1].shape[-3] != query[-3] if len(query) > 2 else False
     batch = [(f"b{index}",) for index in range(len(query) - 2)]
-    keys = list(batch)
     sizes = {f"b{index}": size for index, size in enumerate(query[:-2])}
     sizes |= {"q": query[-2], "k": op.inputs[1].shape[-2], "d": query[-1], "e": op.inputs[2].shape[-1]}
-    if grouped:  # several query heads share a key head: h = (g r), g r
+    if grouped:  # several query heads share a key head: h = (g r)
         last = len(batch) - 1
         groups = op.inputs[1].shape[-3]
         sizes |= {"g": groups, "r": query[-3] // groups}
         sizes.pop(f"b{last}")
-        batch[last], keys[last] = ("g", "r"), ("g",)
-    inputs = [(*batch, ("q",), ("d",)), (*keys, ("k",), ("d",)), (*keys, ("k",), ("e",))]
+        batch[last] = ("g", "r")
+    shared: list[Dim] = [("g",) if dim == ("g", "r") else dim for dim in batch]
+    keys, values = (_broadcast(value.shape[:-2], shared, [*query[:-3], *value.shape[-3:-2]]) for value in op.inputs[1:3])
+    inputs = [(*batch, ("q",), ("d",)), (*keys, ("k",), ("d",)), (*values, ("k",), ("e",))]
     mask = op.argument(3, "attn_mask")
     if isinstance(mask, Slot):
-        inputs.append(_mask(op.inputs[3].shape, [*batch, ("q",), ("k",)], (*query[:-1], sizes["k"])))
+        inputs.append(_broadcast(op.inputs[3].shape, [*batch, ("q",), ("k",)], (*query[:-1], sizes["k"])))
     causal = bool(op.argument(5, "is_causal", False))
-    splits = {name: Split() for name in sizes if name.startswith("b") or name in ("g", "e")}
-    reasons = {"k": "it is normalised as a whole", "d": "it is summed before a softmax", "r": "ranks would share a key head"}
+    splits = {name: Split() for name in sizes if name.startswith("b") or name in ("g", "r", "e")}
+    reasons = {"k": "it is normalised as a whole", "d": "it is summed before a softmax"}
     if causal:
         reasons["q"] = "the causal mask counts from the first query"
     else:
@@ -51,7 +52,8 @@ def attention(op: Op) -> Signature:
     )
 
 
-def _mask(shape: tuple[int, ...], names: list[Dim], whole: tuple[int, ...]) -> tuple[Dim, ...]:
+def _broadcast(shape: Sequence[int], names: Sequence[Dim], whole: Sequence[int]) -> tuple[Dim, ...]:
+    """The factors of a tensor that is broadcast to dims `names` of sizes `whole`."""
     shift = len(whole) - len(shape)
     return tuple(() if size == 1 and whole[index + shift] != 1 else names[index + shift] for index, size in enumerate(shape))
 

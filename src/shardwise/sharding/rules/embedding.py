@@ -18,18 +18,24 @@ aten = torch.ops.aten
 
 @rule(aten.embedding.default)
 def embedding(op: Op) -> Signature:
-    """v h, … -> … h. With rows split a rank looks up those that it has and gives zero for the others: a summand."""
+    """v h, … -> … h. With rows split a rank looks up those that it has and gives zero for the others: a summand.
+
+    Gradients scaled by how often a row is looked up need all indices at once.
+    """
     table, index = op.inputs[0].shape, op.inputs[1].shape
     names = simple_dims(index)
     sizes = {f"d{dim}": size for dim, size in enumerate(index)} | {"v": table[0], "h": table[1]}
-    splits = {f"d{dim}": Split() for dim in range(len(index))} | {"h": Split(), "v": Split(blocked=False, microbatches=False)}
+    splits = {f"d{dim}": Split() for dim in range(len(index))} | {"v": Split(blocked=False, microbatches=False)}
+    counted = bool(op.argument(3, "scale_grad_by_freq", False))
+    reasons = dict.fromkeys(splits, "a row's gradient is divided by the number of its look-ups") if counted else {}
     return Signature(
         inputs=((("v",), ("h",)), tuple(names)),
         outputs=((*names, ("h",)),),
         sizes=sizes,
-        splits=splits,
+        splits={"h": Split()} if counted else splits | {"h": Split()},
         linear=(frozenset({0}),),
         local=_embedding,
+        reasons=reasons,
     )
 
 

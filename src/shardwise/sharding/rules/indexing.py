@@ -17,47 +17,67 @@ aten = torch.ops.aten
 
 @rule(aten.gather.default)
 def gather(op: Op) -> Signature:
-    """Dims other than the gathered one, where source and index have the same size."""
+    """Dims other than the gathered one, where source and index have the same size; along that one, the index alone."""
     source, index = (value.shape for value in op.inputs)
     dim = op.args[1] % len(source)
     names = simple_dims(index)
     left: list[Dim] = [(f"s{d}",) if d == dim or source[d] != index[d] else names[d] for d in range(len(source))]
     sizes = {f"d{d}": size for d, size in enumerate(index)} | {f"s{d}": size for d, size in enumerate(source)}
     splits = {f"d{d}": Split() for d in range(len(index)) if left[d] == names[d]} | {f"d{dim}": Split()}
-    return Signature(inputs=(tuple(left), tuple(names)), outputs=(tuple(names),), sizes=sizes, splits=splits, linear=(frozenset({0}),))
+    reasons = {name: "the index covers only the first of the source's rows" for d in range(len(index)) for name in (f"s{d}", f"d{d}")}
+    reasons |= {f"s{dim}": "any element of it may be asked for"}
+    return Signature(
+        inputs=(tuple(left), tuple(names)),
+        outputs=(tuple(names),),
+        sizes=sizes,
+        splits=splits,
+        linear=(frozenset({0}),),
+        reasons={name: reason for name, reason in reasons.items() if name not in splits},
+    )
 
 
 @rule(aten.index.Tensor)
 def index_tensor(op: Op) -> Signature:
-    """x[i, j, …] with index tensors at adjacent dims from the first.
+    """x[i, :, j, …]: the dims r… of the broadcast index tensors stand where they are indexed, or first when indexed dims are not adjacent.
 
     An index that counts 0, 1, …, n−1 along one dim of the result picks each sample's own row (transformers' mask functions do so for the
     batch): that dim of the result and the indexed dim are then one factor, and each rank counts from its own first row.
     """
     slots = op.args[1]
-    source, out = op.inputs[0].shape, op.outputs[0].shape
+    source = op.inputs[0].shape
     indexed = [dim for dim, slot in enumerate(slots) if isinstance(slot, Slot)]
-    assert indexed == list(range(len(indexed))), f"{op.name} in {op.module}: indices must stand at the first dims"
     broadcast = torch.broadcast_shapes(*(op.inputs[slots[dim].index].shape for dim in indexed))
-    names = [(f"r{d}",) for d in range(len(broadcast))]
-    rest = [(f"d{d}",) for d in range(len(indexed), len(source))]
-    sizes = {f"r{d}": size for d, size in enumerate(broadcast)} | {f"d{d}": source[d] for d in range(len(indexed), len(source))}
-    left: list[Dim] = [(f"s{d}",) for d in indexed]
-    sizes |= {f"s{d}": source[d] for d in indexed}
+    names: list[Dim] = [(f"r{d}",) for d in range(len(broadcast))]
+    left: list[Dim] = [(f"s{d}",) if d in indexed else (f"d{d}",) for d in range(len(source))]
+    sizes = {f"r{d}": size for d, size in enumerate(broadcast)} | {left[d][0]: size for d, size in enumerate(source)}
+    splits = {name[0]: Split() for name in [*names, *left] if not name[0].startswith("s")}
+    reasons = {f"s{d}": "any row may be asked for" for d in indexed}
+    rows = list(left)
     inputs: dict[int, tuple[Dim, ...]] = {}
-    splits = {name[0]: Split() for name in [*names, *rest]}
     for dim in indexed:
         value = op.inputs[slots[dim].index]
         shift = len(broadcast) - len(value.shape)
-        inputs[slots[dim].index] = tuple(() if size == 1 and broadcast[d + shift] != 1 else names[d + shift] for d, size in enumerate(value.shape))
+        inputs[slots[dim].index] = tuple(
+            () if size == 1 and broadcast[d + shift] != 1 else names[d + shift] for d, size in enumerate(value.shape)
+        )
         if (along := counts_along(value, source[dim])) is not None:
-            left[dim] = names[along + shift]
-            splits[names[along + shift][0]] = Split(blocked=False, microbatches=True)
-    ordered = tuple(inputs[number] for number in sorted(inputs))
+            rows[dim] = names[along + shift]
+            splits[names[along + shift][0]] = Split(blocked=False)
     return Signature(
-        inputs=((*left, *rest), *ordered), outputs=((*names, *rest),), sizes=sizes, splits=splits, linear=(frozenset({0}),), local=_index,
-        reasons={f"s{d}": "any row may be asked for" for d in indexed},
-    )  # fmt: skip
+        inputs=(tuple(rows), *(inputs[number] for number in sorted(inputs))),
+        outputs=(tuple(_result(left, names, indexed)),),
+        sizes=sizes,
+        splits=splits,
+        linear=(frozenset({0}),),
+        local=_index,
+        reasons=reasons,
+    )
+
+
+def _result(source: list[Dim], names: list[Dim], indexed: list[int]) -> list[Dim]:
+    first = indexed[0] if indexed == list(range(indexed[0], indexed[-1] + 1)) else 0
+    kept = [name for dim, name in enumerate(source) if dim not in indexed]
+    return [*kept[:first], *names, *kept[first:]]
 
 
 def counts_along(value: Any, size: int) -> int | None:
@@ -74,15 +94,12 @@ def _index(call: Call, tensors: Sequence[torch.Tensor]) -> Any:
     """Index tensors that count with a split factor count from this rank's first row."""
     op = call.op
     shifted = list(tensors)
-    for dim, slot in enumerate(op.args[1]):
-        along = counts_along(op.inputs[slot.index], op.inputs[0].shape[dim])
-        if along is None:
-            continue
-        shape = op.inputs[slot.index].shape
-        factor = f"r{along + len(op.outputs[0].shape) - len(op.inputs[0].shape) + len(op.args[1]) - len(shape)}"
-        if call.splits.get(factor):
+    slots = {dim: slot for dim, slot in enumerate(op.args[1]) if isinstance(slot, Slot)}
+    dims = len(torch.broadcast_shapes(*(op.inputs[slot.index].shape for slot in slots.values())))
+    for dim, slot in slots.items():
+        value = op.inputs[slot.index]
+        along = counts_along(value, op.inputs[0].shape[dim])
+        if along is not None and call.splits.get(f"r{along + dims - len(value.shape)}"):
             local = tensors[0].shape[dim]
-            view = [1] * len(shape)
-            view[along] = local
-            shifted[slot.index] = torch.arange(local, device=tensors[0].device).reshape(view)
+            shifted[slot.index] = torch.arange(local, device=tensors[0].device).reshape([local if d == along else 1 for d in range(len(value.shape))])
     return call.run(shifted)

@@ -17,7 +17,7 @@ def linear(op: Op) -> Signature:
     batch = " ".join(f"b{index}" for index in range(len(op.inputs[0].shape) - 1))
     bias = len(op.inputs) == 3
     splits = {name: Split() for name in [*batch.split(), "n"]} | {"k": Split(addends=frozenset({2} if bias else ()))}
-    linear_in = (frozenset({0, 2}),) if bias else (frozenset({0}), frozenset({1}))
+    linear_in = (frozenset({0, 2}), frozenset({1, 2})) if bias else (frozenset({0}), frozenset({1}))
     text = f"{batch} k, n k{', n' if bias else ''} -> {batch} n"
     return signature(op, text, splits=splits, linear=linear_in)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from shardwise.capture.graph import Op
@@ -19,13 +21,11 @@ _FIRST = [  # linear in the first input alone
     aten.to.dtype_layout,
     aten.to.device,
     aten._to_copy.default,
-    aten.type_as.default,
     aten.masked_fill.Scalar,
 ]
 _SUM = [aten.add.Tensor, aten.sub.Tensor]
 _PRODUCT = [aten.mul.Tensor]
 _QUOTIENT = [aten.div.Tensor]
-_WHERE = [aten.where.self]
 _OTHER = [
     aten.abs.default,
     aten.add.Scalar,
@@ -82,8 +82,6 @@ _OTHER = [
     aten.square.default,
     aten.tanh.default,
     aten.where.Scalar,
-    aten.where.ScalarOther,
-    aten.where.ScalarSelf,
     aten.zeros_like.default,
     aten.ones_like.default,
     aten.full_like.default,
@@ -137,6 +135,29 @@ def quotient(op: Op) -> Signature:
     return elementwise(op, (frozenset({0}),))
 
 
-@rule(*_WHERE)
+@rule(aten.where.self)
 def where(op: Op) -> Signature:
     return elementwise(op, (frozenset({1, 2}),))
+
+
+@rule(aten.where.ScalarOther, aten.where.ScalarSelf)
+def where_filled(op: Op) -> Signature:
+    """Linear where the number filled in is zero."""
+    filled = op.args[2] if op.target is aten.where.ScalarOther else op.args[1]
+    return elementwise(op, (frozenset({1}),) if filled == 0 else ())
+
+
+@rule(aten.type_as.default)
+def type_as(op: Op) -> Signature:
+    """Of the second tensor only the dtype is read: it is left whole."""
+    cast = elementwise(Op(**{**op.__dict__, "inputs": op.inputs[:1]}))
+    other = op.inputs[1].shape
+    names = tuple(f"other{dim}" for dim in range(len(other)))
+    floating = all(value.dtype.is_floating_point for value in (op.inputs[0], op.outputs[0]))
+    return replace(
+        cast,
+        inputs=(*cast.inputs, tuple((name,) for name in names)),
+        sizes={**cast.sizes, **dict(zip(names, other, strict=True))},
+        linear=(frozenset({0}),) if floating else (),
+        reasons=dict.fromkeys(names, "only its dtype is read"),
+    )

@@ -22,7 +22,13 @@ def dropout(op: Op) -> Signature:
     sizes = {f"d{index}": size for index, size in enumerate(shape)} | {"state": 2}
     splits = {f"d{index}": Split() for index in range(len(shape))}
     return Signature(
-        inputs=(tuple(names), (("state",),)), outputs=(tuple(names),), sizes=sizes, splits=splits, local=_dropout, reasons={"state": "one state for all"}
+        inputs=(tuple(names), (("state",),)),
+        outputs=(tuple(names),),
+        sizes=sizes,
+        splits=splits,
+        linear=(frozenset({0}),),
+        local=_dropout,
+        reasons={"state": "one state for all"},
     )
 
 

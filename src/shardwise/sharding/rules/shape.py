@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
+from math import gcd, prod
 from typing import Any
 
 import torch
 
 from shardwise.capture.graph import Op
 from shardwise.sharding.rules.registry import rule
-from shardwise.sharding.signature import Call, Dim, Dims, Signature, Split, signature
+from shardwise.sharding.signature import Call, Dim, Dims, Signature, Split
 
 aten = torch.ops.aten
 _ALONE = (frozenset({0}),)
@@ -72,7 +74,7 @@ def squeeze(op: Op) -> Signature:
     chosen = range(len(shape)) if given is None else [dim % len(shape) for dim in (given if isinstance(given, (list, tuple)) else [given])]
     gone = {dim for dim in chosen if shape[dim] == 1}
     names: list[Dim] = [() if dim in gone else name for dim, name in enumerate(simple_dims(shape))]
-    return _moved(op, names, [name for dim, name in enumerate(names) if dim not in gone])
+    return _moved(op, names, [name for dim, name in enumerate(names) if dim not in gone], local=_reshape)  # a dim may be of size 1 here alone
 
 
 @rule(aten.expand.default, aten.expand_as.default, aten.broadcast_to.default)
@@ -97,8 +99,9 @@ def _expand(call: Call, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
 def reshape(op: Op) -> Signature:
     inputs, outputs, sizes = common_factors(op.inputs[0].shape, op.outputs[0].shape)
     splits = {name: Split() for name in sizes if name.startswith("f")}
+    reasons = {name: "its elements are in dims of other sizes before and after" for name in sizes if name not in splits}
     extra = tuple(outputs for _ in op.inputs[1:])
-    return Signature(inputs=(inputs, *extra), outputs=(outputs,), sizes=sizes, splits=splits, linear=_ALONE, local=_reshape)
+    return Signature(inputs=(inputs, *extra), outputs=(outputs,), sizes=sizes, splits=splits, linear=_ALONE, local=_reshape, reasons=reasons)
 
 
 def _reshape(call: Call, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -108,57 +111,65 @@ def _reshape(call: Call, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
 def common_factors(source: Sequence[int], out: Sequence[int]) -> tuple[Dims, Dims, dict[str, int]]:
     """Both shapes as products of the same factors f0, f1, …; x… where a run of elements has no common factors.
 
-    [6, 4] → [24] gives (f0) (f1) → (f0 f1); [6, 4] → [4, 6] gives (f0 x) (x) → (f0 x) (x) with f0 = 2, which may still be split.
+    [6, 4] → [24] gives (f0) (f1) → (f0 f1); [6, 4] → [4, 6] gives (f0 x1) (x2 f2) → (f0 x3) (x4 f2): the outermost and the innermost
+    divisor that both sides have may still be split.
     """
-    inputs: list[list[str]] = [[] for _ in source]
-    outputs: list[list[str]] = [[] for _ in out]
-    sizes: dict[str, int] = {}
-    left, right = [(d, n) for d, n in enumerate(source) if n != 1][::-1], [(d, n) for d, n in enumerate(out) if n != 1][::-1]
+    pairs = _Pairs(inputs=[[] for _ in source], outputs=[[] for _ in out])
+    left, right = ([(dim, size) for dim, size in enumerate(shape) if size != 1] for shape in (source, out))
     while left and right:
-        (i, a), (j, b) = left.pop(), right.pop()
+        (i, a), (j, b) = left.pop(0), right.pop(0)
         small, large = min(a, b), max(a, b)
         if large % small:
-            _run_without_factors(left, right, (i, a), (j, b), inputs, outputs, sizes)
+            pairs.run([(i, a)], [(j, b)], left, right)
             continue
-        name = f"f{len(sizes)}"
-        sizes[name] = small
-        inputs[i].append(name)
-        outputs[j].append(name)
+        pairs.share(i, j, small)
         if a > small:
-            left.append((i, a // small))
+            left.insert(0, (i, a // small))
         if b > small:
-            right.append((j, b // small))
-    return tuple(map(tuple, inputs)), tuple(map(tuple, outputs)), sizes
+            right.insert(0, (j, b // small))
+    return tuple(map(tuple, pairs.inputs)), tuple(map(tuple, pairs.outputs)), pairs.sizes
 
 
-def _run_without_factors(
-    left: list, right: list, first: tuple[int, int], second: tuple[int, int], inputs: list, outputs: list, sizes: dict
-) -> None:  # type: ignore[type-arg]
-    """Takes dims from both sides until their products agree; they share one unsplittable x and, at the front, their common divisor."""
-    from math import gcd
+Sized = list[tuple[int, int]]
 
-    a, b = [first], [second]
-    total_a, total_b = first[1], second[1]
-    while total_a != total_b:
-        if total_a < total_b:
-            a.append(left.pop())
-            total_a *= a[-1][1]
-        else:
-            b.append(right.pop())
-            total_b *= b[-1][1]
-    shared = gcd(first[1], second[1])
-    if shared > 1:
-        name = f"f{len(sizes)}"
-        sizes[name] = shared
-        inputs[first[0]].append(name)
-        outputs[second[0]].append(name)
-    for side, members in ((inputs, a), (outputs, b)):
-        for index, (dim, size) in enumerate(members):
-            rest = size // shared if index == 0 else size
-            if rest > 1:
-                name = f"x{len(sizes)}"
-                sizes[name] = rest
-                side[dim].append(name)
+
+@dataclass(kw_only=True)
+class _Pairs:
+    """The factors found so far: of each input dim, of each output dim, and their sizes."""
+
+    inputs: list[list[str]]
+    outputs: list[list[str]]
+    sizes: dict[str, int] = field(default_factory=dict)
+
+    def share(self, i: int, j: int, size: int) -> None:
+        """A factor of input dim i and output dim j."""
+        if size > 1:
+            self._append("f", self.inputs[i], size)
+            self._append("", self.outputs[j], size)
+
+    def _append(self, letter: str, dim: list[str], size: int) -> None:
+        """A new factor named by `letter`, or the last one when there is none."""
+        name = f"{letter}{len(self.sizes)}" if letter else next(reversed(self.sizes))
+        self.sizes[name] = size
+        dim.append(name)
+
+    def run(self, a: Sized, b: Sized, left: Sized, right: Sized) -> None:
+        """Takes dims from both sides until their products agree; shares what divides both first dims and what divides both last ones."""
+        while (size_a := prod(size for _, size in a)) != (size_b := prod(size for _, size in b)):
+            if size_a < size_b:
+                a.append(left.pop(0))
+            else:
+                b.append(right.pop(0))
+        front = gcd(a[0][1], b[0][1])
+        self.share(a[0][0], b[0][0], front)
+        a[0], b[0] = (a[0][0], a[0][1] // front), (b[0][0], b[0][1] // front)
+        back = gcd(a[-1][1], b[-1][1])
+        a[-1], b[-1] = (a[-1][0], a[-1][1] // back), (b[-1][0], b[-1][1] // back)
+        for side, members in ((self.inputs, a), (self.outputs, b)):
+            for dim, size in members:
+                if size > 1:
+                    self._append("x", side[dim], size)
+        self.share(a[-1][0], b[-1][0], back)
 
 
 @rule(aten.slice.Tensor)
@@ -231,7 +242,7 @@ def cat(op: Op) -> Signature:
         names[dim] = ("whole",)
         sizes |= {"whole": out[dim]} | {f"n{index}": size for index, size in enumerate(lengths)}
     splits = {name: Split() for name in sizes if name == "n" or name.startswith("d")}
-    reasons = {"pieces": "each piece is an input of its own", "whole": "the inputs have unequal lengths"}
+    reasons = {name: "the inputs have unequal lengths" for name in sizes if name not in splits} | {"pieces": "each piece is an input of its own"}
     everything = (frozenset(range(len(op.inputs))),)
     return Signature(inputs=inputs, outputs=(tuple(names),), sizes=sizes, splits=splits, linear=everything, reasons=reasons)
 
@@ -263,46 +274,59 @@ def pad(op: Op) -> Signature:
     return found if zero else Signature(**{**found.__dict__, "linear": ()})
 
 
-@rule(aten.repeat_interleave.self_int, aten.repeat.default, aten.roll.default)
-def keep_touched(op: Op) -> Signature:
-    """Dims that change stay whole."""
-    source, out = op.inputs[0].shape, op.outputs[0].shape
-    shift = len(out) - len(source)
-    rolled = {dim % len(source) for dim in op.argument(2, "dims", [])} if op.target is aten.roll.default else set()
+@rule(aten.repeat.default)
+def repeat(op: Op) -> Signature:
+    """d -> (copies d): each copy is split alike."""
+    source, copies = op.inputs[0].shape, list(op.args[1])
     names = simple_dims(source)
-    outputs: list[Dim] = [(f"new{dim}",) for dim in range(shift)]
-    outputs += [
-        name if size == out[dim + shift] and dim not in rolled else (f"out{dim}",)
-        for dim, (name, size) in enumerate(zip(names, source, strict=True))
-    ]
-    return _moved(op, names, outputs, local=_repeat, reasons={"*": "repeated or rolled dims stay whole"})
+    shift = len(copies) - len(names)
+    sizes = {f"copies{dim}": count for dim, count in enumerate(copies)} | {name[0]: size for name, size in zip(names, source, strict=True)}
+    outputs = [(f"copies{dim}", *(names[dim - shift] if dim >= shift else ())) for dim in range(len(copies))]
+    return _moved(op, names, outputs, sizes=sizes)
 
 
-def _repeat(call: Call, tensors: Sequence[torch.Tensor]) -> Any:
-    return call.run(tensors)
+@rule(aten.repeat_interleave.self_int)
+def repeat_interleave(op: Op) -> Signature:
+    """d -> (d copies); without a dim all of them are laid flat."""
+    source, dim = op.inputs[0].shape, op.argument(2, "dim")
+    names = simple_dims(source)
+    sizes = {name[0]: size for name, size in zip(names, source, strict=True)} | {"copies": op.args[1]}
+    if dim is None:
+        outputs: list[Dim] = [(*(name for each in names for name in each), "copies")]
+    else:
+        outputs = list(names)
+        outputs[dim] = (*names[dim], "copies")
+    return _moved(op, names, outputs, sizes=sizes, local=_repeat_interleave)
+
+
+def _repeat_interleave(call: Call, tensors: Sequence[torch.Tensor]) -> Any:
+    return call.run(tensors, output_size=None)
+
+
+@rule(aten.roll.default)
+def roll(op: Op) -> Signature:
+    """Rolled dims stay whole: all of them when none is named, for then the tensor is rolled as one run."""
+    names = simple_dims(op.inputs[0].shape)
+    given = op.argument(2, "dims", [])
+    rolled = {dim % len(names) for dim in given} or set(range(len(names)))
+    outputs = [(f"out{dim}",) if dim in rolled else name for dim, name in enumerate(names)]
+    return _moved(op, names, outputs, reasons={f"d{dim}": "elements go over its end" for dim in rolled})
 
 
 @rule(aten.diff.default, aten.cumsum.default)
 def along(op: Op) -> Signature:
-    """Runs along one dim, which stays whole."""
+    """Runs along one dim, which stays whole, as do the same dims of what is put before and after."""
     shape = op.inputs[0].shape
     dim = (op.argument(2, "dim", -1) if op.target is aten.diff.default else op.args[1]) % len(shape)
     names = simple_dims(shape)
-    before = tuple((*names[:dim], ("before",), *names[dim + 1 :]) for _ in op.inputs[1:])
-    outputs = (*names[:dim], ("out",), *names[dim + 1 :])
-    sizes = {f"d{index}": size for index, size in enumerate(shape)} | {"out": op.outputs[0].shape[dim]}
-    if before:
-        sizes["before"] = op.inputs[1].shape[dim]
-    splits = {name: Split() for name in sizes if name.startswith("d") and name != f"d{dim}"}
-    reasons = {f"d{dim}": "each element depends on those before it"}
+    lengths = {f"d{dim}": shape[dim], "out": op.outputs[0].shape[dim]} | {f"more{n}": value.shape[dim] for n, value in enumerate(op.inputs[1:], 1)}
+    inputs = tuple((*names[:dim], (name,), *names[dim + 1 :]) for name in lengths if name != "out")
+    sizes = {f"d{index}": size for index, size in enumerate(shape)} | lengths
     return Signature(
-        inputs=(tuple(names), *before),
-        outputs=(outputs,),
+        inputs=inputs,
+        outputs=((*names[:dim], ("out",), *names[dim + 1 :]),),
         sizes=sizes,
-        splits=splits,
-        reasons=reasons,
+        splits={name: Split() for name in sizes if name not in lengths},
+        reasons=dict.fromkeys(lengths, "each element depends on those before it"),
         linear=(frozenset(range(len(op.inputs))),),
     )
-
-
-_ = signature

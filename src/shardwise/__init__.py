@@ -1,0 +1,40 @@
+"""shardwise: runs an ordinary single-device PyTorch model split over many devices, with the same numbers."""
+
+from shardwise.api import parallelize, plan
+from shardwise.cluster.model import Cluster
+from shardwise.errors import (
+    BatchError,
+    CaptureError,
+    ClusterError,
+    DataError,
+    LayoutError,
+    ModelError,
+    PlanError,
+    RankFailed,
+    RuleError,
+    ShardwiseError,
+    TransferError,
+)
+from shardwise.planner.plan import Infeasible, Plan, simulate
+from shardwise.verify.verify import verify
+
+__all__ = [
+    "BatchError",
+    "CaptureError",
+    "Cluster",
+    "ClusterError",
+    "DataError",
+    "Infeasible",
+    "LayoutError",
+    "ModelError",
+    "Plan",
+    "PlanError",
+    "RankFailed",
+    "RuleError",
+    "ShardwiseError",
+    "TransferError",
+    "parallelize",
+    "plan",
+    "simulate",
+    "verify",
+]

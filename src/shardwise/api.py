@@ -1,0 +1,115 @@
+"""The public interface: plan, simulate, verify, parallelize."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from shardwise.capture.export import capture
+from shardwise.capture.graph import Graph
+from shardwise.cluster.model import Cluster
+from shardwise.errors import BatchError, CaptureError
+from shardwise.planner.apply import apply_plan
+from shardwise.planner.layout import Layout
+from shardwise.planner.plan import Infeasible, Plan
+from shardwise.planner.search import search
+
+__all__ = ["parallelize", "plan"]
+
+BatchDims = Mapping[str, int | None]
+
+
+def plan(
+    model: nn.Module,
+    batch: Mapping[str, Any],
+    cluster: Cluster | str = "local:4",
+    layout: Layout | str | Mapping[str, Any] | None = None,
+    global_batch: int | None = None,
+    optimizer: str = "adamw",
+    *,
+    loss: Callable[[Any], Tensor] | None = None,
+    batch_dims: BatchDims | None = None,
+) -> Plan | Infeasible:
+    """The fastest way found to split a training step of the model over the cluster, or why none fits.
+
+    model: any module, also on the meta device; its parameters are neither changed nor copied.
+    batch: keyword arguments of its forward; tensors have the batch dim first unless batch_dims says otherwise (None: shared by all samples).
+    layout: what is pinned ("tp=2,pp=2"); the rest is searched. global_batch: samples in a step, the example batch's by default.
+    optimizer: "adamw", "adam", "sgd" or "sgd_momentum", for its memory and time. loss: makes the scalar from the module's output.
+    Raises CaptureError, RuleError, LayoutError, BatchError, ClusterError.
+    """
+    pinned = Layout.parse(layout)
+    machine = Cluster.parse(cluster)
+    graph = capture(model, _resized(batch, global_batch, batch_dims or {}), loss=loss, batch_dims=batch_dims)
+    return search(graph, machine, pinned, optimizer, type(model).__name__)
+
+
+def parallelize(
+    model: nn.Module,
+    batch: Mapping[str, Any],
+    *,
+    plan: Plan,
+    optimizer: Any,
+    loss: Callable[[Any], Tensor] | None = None,
+    batch_dims: BatchDims | None = None,
+    seed: int = 0,
+    timeout_s: float = 300.0,
+) -> Any:
+    """This rank's Job of a plan; call it on every rank, under torchrun or in a process group of your own.
+
+    optimizer: a function of (name, parameter) pairs that returns a torch optimizer; it gets this rank's parts of the parameters.
+    The job takes the weights over: parameters that it keeps whole go on living in the model, those that it splits are emptied there.
+    Raises PlanError when the plan is for another model, batch or number of ranks.
+    """
+    from shardwise.runtime.group import join_group
+    from shardwise.runtime.job import Job
+
+    join_group(timeout_s)
+    graph = capture(model, _resized(batch, plan.global_batch, batch_dims or {}), loss=loss, batch_dims=batch_dims)
+    applied = apply_plan(plan, graph)
+    job = Job(graph, plan, applied, _state(model, graph), optimizer, device=_device(), seed=seed)
+    _release(model, job)
+    return job
+
+
+def _state(model: nn.Module, graph: Graph) -> dict[str, Tensor]:
+    named = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers(remove_duplicate=False))}
+    found = {name: named[name].detach() for name in (*graph.parameters, *graph.buffers) if name in named} | dict(graph.constants)
+    if missing := [name for name, tensor in found.items() if tensor.is_meta]:
+        raise CaptureError(f"{missing[0]} and {len(missing) - 1} more tensors of the model are on the meta device: they have no values; build the model on cpu")
+    return found
+
+
+def _release(model: nn.Module, job: Any) -> None:
+    """Empties the model's parameters that this rank does not keep as they are."""
+    kept = {tensor.untyped_storage().data_ptr() for tensor in job.state.values()}
+    for parameter in model.parameters():
+        if parameter.untyped_storage().data_ptr() not in kept:
+            parameter.data = parameter.data.new_empty(0)
+
+
+def _device() -> torch.device:
+    if dist.get_backend() == "nccl":
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
+
+
+def _resized(batch: Mapping[str, Any], samples: int | None, batch_dims: BatchDims) -> dict[str, Any]:
+    """The batch's description with so many samples."""
+    if samples is None:
+        return dict(batch)
+    if samples < 1:
+        raise BatchError(f"global_batch={samples} is not 1 or more")
+    resized: dict[str, Any] = {}
+    for name, value in batch.items():
+        dim = batch_dims.get(name, 0)
+        if isinstance(value, torch.Tensor) and dim is not None and value.dim() > dim:
+            shape = list(value.shape)
+            shape[dim] = samples
+            value = torch.empty(shape, dtype=value.dtype, device=value.device)
+        resized[name] = value
+    return resized

@@ -1,0 +1,77 @@
+"""Bytes that a graph's computation holds, by liveness: each tensor from where it is made to its last use; views hold their base."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import fx
+
+from shardwise.cost.operators import is_view
+
+__all__ = ["Liveness", "bases", "liveness", "tensor_bytes"]
+
+
+def tensor_bytes(meta: Any) -> int:
+    """Bytes of a tensor's elements; of all of a tuple's."""
+    if isinstance(meta, torch.Tensor):
+        return meta.numel() * meta.element_size()
+    if isinstance(meta, (tuple, list)):
+        return sum(tensor_bytes(item) for item in meta)
+    return 0
+
+
+class Liveness:
+    """held_bytes: of the outputs that the graph made itself (not its inputs). peak_bytes: the most that it holds at once beside its inputs."""
+
+    def __init__(self, *, peak_bytes: int, outputs: dict[fx.Node, int]) -> None:
+        self.peak_bytes, self.outputs = peak_bytes, outputs
+
+    @property
+    def held_bytes(self) -> int:
+        return sum(self.outputs.values())
+
+
+def liveness(graph: fx.Graph, frees: Callable[[fx.Node], int] = lambda node: 0, aliases: Mapping[fx.Node, fx.Node] | None = None) -> Liveness:
+    """The graph's memory when each value is freed at its last use.
+
+    frees: bytes of a placeholder that are given back at its last use (values saved for the backward pass); 0 for what others keep.
+    aliases: placeholder → the placeholder in whose memory it lies, where that is known.
+    """
+    base = bases(graph, aliases or {})
+    last: dict[fx.Node, fx.Node] = {}
+    for node in graph.nodes:
+        for parent in node.all_input_nodes:
+            last[base[parent]] = node
+    dying: dict[fx.Node, list[fx.Node]] = {}
+    for owner, node in last.items():
+        dying.setdefault(node, []).append(owner)
+    sizes = {owner: tensor_bytes(owner.meta.get("val")) for owner in set(base.values())}
+    now = peak = 0
+    for node in graph.nodes:
+        if node.op == "call_function" and base[node] is node:
+            now += sizes[node]
+            peak = max(peak, now)
+            if node not in last:
+                now -= sizes[node]
+        for owner in dying.get(node, ()):
+            if node.op != "output":
+                now -= frees(owner) if owner.op == "placeholder" else sizes[owner]
+    returned = {base[node]: sizes[base[node]] for node in graph.output_node().all_input_nodes if base[node].op == "call_function"}
+    return Liveness(peak_bytes=peak, outputs=returned)
+
+
+def bases(graph: fx.Graph, known: Mapping[fx.Node, fx.Node]) -> dict[fx.Node, fx.Node]:
+    """Node → the node whose memory it lies in."""
+    base: dict[fx.Node, fx.Node] = {}
+    for node in graph.nodes:
+        first = node.all_input_nodes[0] if node.all_input_nodes else None
+        is_item = node.op == "call_function" and getattr(node.target, "__name__", "") == "getitem"
+        aliases = (
+            first is not None
+            and node.op == "call_function"
+            and (is_item or (isinstance(node.target, torch._ops.OpOverload) and is_view(node.target)))
+        )
+        base[node] = base[first] if aliases and first is not None else known.get(node, node)
+    return base

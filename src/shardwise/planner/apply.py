@@ -1,0 +1,102 @@
+"""Plan + graph ──▶ Assignment and Cut: what the lowering needs. The plan's words become objects again, and are checked."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from shardwise.capture.graph import Graph, Op
+from shardwise.errors import PlanError
+from shardwise.planner.plan import Plan, looked_up, op_with_key, read_choice, read_placement
+from shardwise.program.lower import Cut
+from shardwise.sharding.assignment import Assignment, set_choice, split_sizes
+from shardwise.sharding.data import batch_choices, prelude_of, split_batch
+from shardwise.sharding.rules import signature_of
+from shardwise.sharding.signature import Choice, Signature
+from shardwise.sharding.types import I
+
+__all__ = ["Applied", "analyse", "apply_plan", "assign"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Analysis:
+    """What every layout of a graph has in common."""
+
+    graph: Graph
+    signatures: dict[Op, Signature]
+    prelude: set[Op]
+    batch: dict[Op, Choice]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Applied:
+    """A plan made concrete on a graph."""
+
+    assignment: Assignment
+    cut: Cut
+
+
+def analyse(graph: Graph) -> Analysis:
+    """Signatures, prelude and batch factors. Raises RuleError for an operator without a rule."""
+    signatures = {op: signature_of(op) for op in graph.ops}
+    return Analysis(graph=graph, signatures=signatures, prelude=prelude_of(graph), batch=batch_choices(graph, signatures))
+
+
+def assign(analysis: Analysis, dp: int, microbatches: int, tp: int) -> Assignment:
+    """An assignment whose data axes are decided and whose tensor axis is not."""
+    mesh = {"dp": dp, "mb": microbatches, "tp": tp}
+    assignment = Assignment(graph=analysis.graph, mesh=mesh, signatures=analysis.signatures)
+    split_batch(assignment, analysis.batch, analysis.prelude)
+    return assignment
+
+
+def apply_plan(plan: Plan, graph: Graph, *, same_fingerprint: bool = True) -> Applied:
+    """Raises PlanError when the plan is for another model or names what the graph does not have.
+
+    same_fingerprint=False: the graph is the plan's in another precision.
+    """
+    if same_fingerprint and plan.fingerprint != graph.fingerprint():
+        raise PlanError(
+            f"the plan was made for {plan.model} with fingerprint {plan.fingerprint} and a batch of {plan.global_batch}; this model and batch have "
+            f"{graph.fingerprint()} (batch {graph.global_batch}); plan again for this model and batch"
+        )
+    analysis = analyse(graph)
+    assignment = assign(analysis, plan.dp, plan.microbatches, plan.tp)
+    for op in graph.ops:
+        text = looked_up(plan.operators, op.key) or "R"
+        choice = Choice("R") if op in analysis.prelude else read_choice(text, op.key)
+        _check_choice(assignment, op, choice)
+        set_choice(assignment, op, "tp", choice)
+    for name, value in graph.parameters.items():
+        text = looked_up(plan.parameters, name)
+        assignment.sources.setdefault(value, {})["tp"] = I if text is None else read_placement(text, name)
+    return Applied(assignment=assignment, cut=_cut(plan, graph, analysis.prelude))
+
+
+def _check_choice(assignment: Assignment, op: Op, choice: Choice) -> None:
+    sig = assignment.signatures[op]
+    if choice.mode == "P" and choice.linear >= len(sig.linear):
+        raise PlanError(f"{op.key} is not linear in its inputs: it cannot work on summands; choose I or R")
+    if choice.mode != "split":
+        return
+    split = sig.splits.get(choice.factor)
+    if split is None:
+        reason = sig.reasons.get(choice.factor, "it is none of its splittable factors")
+        raise PlanError(f"{op.key} cannot be split over {choice.factor!r}: {reason}; it can over {', '.join(sig.splits) or 'nothing'}")
+    size, ranks = split_sizes(assignment, op, "tp")[choice.factor], assignment.mesh["tp"]
+    pieces, rest = divmod(size, choice.blocks * choice.unit)
+    if rest or pieces < ranks or (pieces % ranks and not split.uneven):
+        raise PlanError(
+            f"{op.key}: {choice.factor} of {size} in {choice.blocks} blocks by {choice.unit} has {pieces} pieces, which tp={ranks} does not divide; "
+            "use a tp that divides them"
+        )
+
+
+def _cut(plan: Plan, graph: Graph, prelude: set[Op]) -> Cut:
+    starts = [graph.ops.index(op_with_key(graph, key)) for key in plan.stages]
+    if len(starts) != plan.pp or starts != sorted(starts):
+        raise PlanError(f"the plan has pp={plan.pp} but names {len(starts)} stage starts, which must be in the order of the model")
+    stage_of: dict[Op, int] = {}
+    for index, op in enumerate(graph.ops):
+        if op not in prelude:
+            stage_of[op] = max((stage for stage, start in enumerate(starts) if start <= index), default=0)
+    return Cut(stage_of=stage_of, prelude=frozenset(prelude))

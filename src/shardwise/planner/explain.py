@@ -1,0 +1,107 @@
+"""Says why a plan is what it is, for people."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from shardwise.capture.blocks import block_pattern
+from shardwise.capture.graph import Graph
+from shardwise.cluster.model import Cluster
+from shardwise.planner.apply import Applied
+from shardwise.planner.estimate import reshards
+from shardwise.planner.plan import Candidate, Plan
+from shardwise.sharding.reshard import collective_of
+from shardwise.sharding.types import Shard
+
+__all__ = ["explain"]
+
+
+def explain(plan: Plan, applied: Applied, graph: Graph, cluster: Cluster, obstacle: str, seconds: float) -> list[str]:
+    """The plan in lines that fit a terminal."""
+    parameters = sum(value.numel for value in graph.parameters.values())
+    lines = [
+        f"{plan.model} on {plan.cluster}: {parameters / 1e6:.3g} M parameters, batch {plan.global_batch}, {len(graph.ops)} operators",
+        f"Layout  {plan.layout}",
+        f"  {_mesh(plan)}",
+        *_stages(plan, applied, graph),
+        *_tensor(plan, applied, graph),
+        "Predicted",
+        f"  step {_time(plan.predicted.step_time_s)}, of which {_time(plan.predicted.communication_s)} communicating and {plan.predicted.bubble:.0%} waiting",
+        *_memory(plan, cluster),
+        *_others(plan),
+    ]
+    if obstacle:
+        lines.append(f"One microbatch only: {obstacle}")
+    lines.append(f"Planned in {seconds:.1f} s; proven within {plan.gap:.1%} of the best split of the tensors for this layout")
+    return lines
+
+
+def _mesh(plan: Plan) -> str:
+    parts = []
+    if plan.dp > 1:
+        parts.append(f"{plan.dp} copies, each on 1/{plan.dp} of the batch (dp)")
+    if plan.tp > 1:
+        parts.append(f"{plan.tp} ranks share each operator (tp)")
+    if plan.pp > 1:
+        parts.append(f"{plan.pp} stages with {plan.microbatches} microbatches, {plan.schedule} (pp)")
+    return " × ".join(parts) or "one rank does everything"
+
+
+def _stages(plan: Plan, applied: Applied, graph: Graph) -> list[str]:
+    if plan.pp == 1:
+        return []
+    lines = ["Stages"]
+    for stage in range(plan.pp):
+        mine = [op for op in graph.ops if applied.cut.stage_of.get(op) == stage]
+        held = {value for op in mine for value in op.inputs if value.kind == "parameter"}
+        size = sum(value.numel for value in held) / 1e6
+        lines.append(f"  {stage}: {mine[0].module or 'model'} … {mine[-1].module or 'model'}, {size:.3g} M parameters")
+    return lines
+
+
+def _tensor(plan: Plan, applied: Applied, graph: Graph) -> list[str]:
+    """What the tensor axis splits, one line for all equal blocks."""
+    if plan.tp == 1:
+        return []
+    assignment = applied.assignment
+    split = [value for value in graph.parameters.values() if isinstance(assignment.sources[value]["tp"], Shard)]
+    share = sum(value.numel for value in split) / max(1, sum(value.numel for value in graph.parameters.values()))
+    kinds: dict[str, str] = {}
+    for name, value in graph.parameters.items():
+        kinds.setdefault(block_pattern(name), repr(assignment.sources[value]["tp"]))
+    shown = [f"  {pattern:<52} {kind}" for pattern, kind in kinds.items() if kind.startswith("S")]
+    moves = Counter(
+        collective_of(made, wanted) for value, made, wanted, readers in reshards(assignment, "tp") if collective_of(made, wanted) and value.kind == "result"
+    )
+    talk = ", ".join(f"{count} {kind}s" for kind, count in moves.items()) or "nothing"
+    return [f"Tensors split over {plan.tp} ranks: {share:.0%} of the parameters", *shown[:24], f"  each microbatch's forward pass communicates {talk} over tp"]
+
+
+def _memory(plan: Plan, cluster: Cluster) -> list[str]:
+    peak = max(range(len(plan.predicted.memory_bytes)), key=plan.predicted.memory_bytes.__getitem__)
+    kinds = ", ".join(f"{name} {_bytes(size)}" for name, size in plan.predicted.by_kind[peak].items() if size)
+    return [f"  memory at most {_bytes(plan.predicted.memory_bytes[peak])} of {_bytes(cluster.memory_bytes)}, on rank {peak}: {kinds}"]
+
+
+def _others(plan: Plan) -> list[str]:
+    others = [each for each in plan.considered if each.layout != plan.layout]
+    if not others:
+        return []
+    lines = [f"Why not (of {len(plan.considered)} layouts considered)"]
+    return lines + [f"  {each.layout:<52} {_loses(each, plan)}" for each in others[:6]]
+
+
+def _loses(other: Candidate, plan: Plan) -> str:
+    if other.note:
+        return other.note
+    if other.step_time_s is not None:
+        return f"simulated {_time(other.step_time_s)}, {other.step_time_s / plan.predicted.step_time_s - 1:+.0%}"
+    return f"estimated {_time(other.estimate_s or 0.0)}"
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds:.3g} s" if seconds >= 1 else f"{seconds * 1e3:.3g} ms"
+
+
+def _bytes(count: float) -> str:
+    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.0f} MiB"

@@ -1,0 +1,129 @@
+"""Layouts: what a user pins of a plan, `"tp=2,pp=2,microbatches=4,schedule=1f1b"`; what is not named is searched."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from shardwise.errors import BatchError, LayoutError
+from shardwise.program.schedules import SCHEDULES
+
+__all__ = ["Layout", "completions"]
+
+_NUMBERS = ("dp", "tp", "pp", "microbatches")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """dp × tp × pp ranks: copies of the model on parts of the batch, ranks that share each operator, stages; None: not pinned."""
+
+    dp: int | None = None
+    tp: int | None = None
+    pp: int | None = None
+    microbatches: int | None = None
+    schedule: str | None = None
+
+    @classmethod
+    def parse(cls, given: Layout | str | Mapping[str, Any] | None) -> Layout:
+        """Reads text or a mapping. Raises LayoutError for what is not understood."""
+        if given is None or isinstance(given, Layout):
+            return given or cls()
+        pairs = dict(given) if isinstance(given, Mapping) else dict(_pairs(given))
+        for name, value in pairs.items():
+            if name in _NUMBERS:
+                pairs[name] = _positive(name, value)
+            elif name == "schedule":
+                if value not in SCHEDULES:
+                    raise LayoutError(f"schedule={value} in the layout is unknown; there are {', '.join(SCHEDULES)}")
+            else:
+                raise LayoutError(f"{name!r} in the layout is unknown; there are {', '.join((*_NUMBERS, 'schedule'))}")
+        return cls(**pairs)
+
+    @property
+    def ranks(self) -> int:
+        """Ranks that a complete layout takes."""
+        return (self.dp or 1) * (self.tp or 1) * (self.pp or 1)
+
+    def __str__(self) -> str:
+        names = (*_NUMBERS, "schedule")
+        return ",".join(f"{name}={getattr(self, name)}" for name in names if getattr(self, name) is not None)
+
+
+def _pairs(text: str) -> Iterator[tuple[str, str]]:
+    for item in filter(None, (part.strip() for part in text.split(","))):
+        name, equals, value = item.partition("=")
+        if not equals:
+            raise LayoutError(f"{item!r} in layout {text!r} is no NAME=VALUE pair; write for example tp=2,pp=2")
+        yield name.strip(), value.strip()
+
+
+def _positive(name: str, value: Any) -> int:
+    try:
+        number = int(value)
+    except (TypeError, ValueError):
+        number = 0
+    if number < 1:
+        raise LayoutError(f"{name}={value} in the layout is not a whole number of 1 or more")
+    return number
+
+
+def completions(layout: Layout, ranks: int, samples: int, obstacle: str) -> list[Layout]:
+    """All complete layouts on `ranks` ranks for a batch of `samples` that agree with what is pinned.
+
+    obstacle: why the batch must not be cut into microbatches, "" when it may be.
+    Raises LayoutError and BatchError when none is left, saying which two things contradict each other.
+    """
+    pinned = 1
+    for name in ("dp", "tp", "pp"):
+        pinned *= getattr(layout, name) or 1
+    if pinned > ranks:
+        raise LayoutError(f"layout {layout} takes {pinned} ranks, the cluster has {ranks}; lower one of the sizes or name a larger cluster")
+    free = [name for name in ("dp", "tp", "pp") if getattr(layout, name) is None]
+    if free and ranks % pinned:
+        raise LayoutError(f"layout {layout} takes {pinned} ranks, which do not divide the cluster's {ranks}; pin sizes whose product does")
+    meshes = [layout] if not free else list(_fill(layout, free, ranks // pinned))
+    found = [complete for mesh in meshes for complete in _microbatched(mesh, layout, samples, obstacle)]
+    if not found:
+        _explain(layout, meshes, samples, obstacle)
+    return found
+
+
+def _fill(layout: Layout, free: list[str], left: int) -> Iterator[Layout]:
+    if len(free) == 1:
+        yield replace(layout, **{free[0]: left})
+        return
+    for size in range(1, left + 1):
+        if left % size == 0:
+            yield from _fill(replace(layout, **{free[0]: size}), free[1:], left // size)
+
+
+def _microbatched(mesh: Layout, pinned: Layout, samples: int, obstacle: str) -> Iterator[Layout]:
+    assert mesh.dp and mesh.pp
+    if samples % mesh.dp:
+        return
+    counts = [pinned.microbatches] if pinned.microbatches else _useful_counts(samples // mesh.dp, mesh.pp)
+    for count in counts:
+        if (samples // mesh.dp) % count == 0 and (count == 1 or not obstacle):
+            schedules = [pinned.schedule] if pinned.schedule else ["1f1b"]
+            yield from (replace(mesh, microbatches=count, schedule=name) for name in schedules)
+
+
+def _useful_counts(samples: int, stages: int) -> list[int]:
+    """Without stages one microbatch is fastest, and more only save memory; with them, from as many as stages to eight times that."""
+    divisors = [count for count in range(1, samples + 1) if samples % count == 0]
+    if stages == 1:
+        return [count for count in divisors if count in (1, 2, 4, 8, 16)]
+    return [count for count in divisors if stages <= count <= 8 * stages] or divisors
+
+
+def _explain(layout: Layout, meshes: list[Layout], samples: int, obstacle: str) -> None:
+    if layout.microbatches and layout.microbatches > 1 and obstacle:
+        raise LayoutError(f"microbatches={layout.microbatches} would change the numbers: {obstacle}; use microbatches=1")
+    if layout.microbatches:
+        parts = sorted({mesh.dp or 1 for mesh in meshes})
+        raise BatchError(
+            f"a batch of {samples} cannot be cut into microbatches={layout.microbatches} on dp={' or '.join(map(str, parts))}: "
+            f"{samples} is no multiple of {layout.microbatches * parts[0]}; change the global batch or the number of microbatches"
+        )
+    raise BatchError(f"a batch of {samples} cannot be split over dp={meshes[0].dp}; change the global batch or dp")

@@ -1,0 +1,210 @@
+"""The plan: a small JSON file, made on any machine and applied on another, readable and editable by hand.
+
+It says which ranks do what by names that survive a new capture: module paths (with `*` for the number of a repeated block), operators and
+ordinals; and by factors, not sizes. What the data axes do follows from the model and is not written down.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from shardwise.capture.blocks import block_pattern
+from shardwise.capture.graph import Graph, Op
+from shardwise.errors import PlanError
+from shardwise.sharding.signature import Choice
+from shardwise.sharding.types import I, P, Placement, R, Shard
+from shardwise.simulate.profile import Profile
+from shardwise.simulate.simulator import Mesh, Simulation, simulate_profile
+
+__all__ = ["FORMAT_VERSION", "Infeasible", "Plan", "Prediction", "choice_text", "read_choice", "read_placement", "simulate"]
+
+FORMAT_VERSION = 1
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Prediction(_Strict):
+    """What the simulator says of a plan. Seconds and bytes; memory_bytes and by_kind for each rank.
+
+    by_kind: for each rank parameters, gradients, optimizer, saved, transient and buffers at the peak.
+    """
+
+    step_time_s: float
+    memory_bytes: list[int]
+    by_kind: list[dict[str, int]] = []
+    bubble: float = 0.0
+    communication_s: float = 0.0
+
+
+class Candidate(_Strict):
+    """A layout that was considered: its estimate, its simulated time where it got that far, why it was not taken."""
+
+    layout: str
+    estimate_s: float | None = None
+    step_time_s: float | None = None
+    memory_bytes: int | None = None
+    note: str = ""
+
+
+class Plan(_Strict):
+    """How a model is split.
+
+    fingerprint: of the captured graph that the plan is for. stages: key of each stage's first operator.
+    operators, parameters: pattern → choice or type on the tensor axis; what is not named is whole.
+    collectives: "kind/ranks" → (up to so many bytes, implementation), measured on the cluster.
+    profile: what the stages take, for the simulator.
+    """
+
+    format_version: Literal[1] = FORMAT_VERSION
+    model: str
+    fingerprint: str
+    cluster: str
+    backend: str
+    ranks: int
+    dp: int
+    tp: int
+    pp: int
+    microbatches: int
+    schedule: str
+    global_batch: int
+    optimizer: str
+    stages: list[str]
+    operators: dict[str, str] = {}
+    parameters: dict[str, str] = {}
+    collectives: dict[str, list[tuple[float, str]]] = {}
+    profile: Profile
+    predicted: Prediction
+    gap: float = 0.0
+    considered: list[Candidate] = []
+    explanation: list[str] = []
+
+    @property
+    def layout(self) -> str:
+        """The plan in a layout's words."""
+        return f"dp={self.dp},tp={self.tp},pp={self.pp},microbatches={self.microbatches},schedule={self.schedule}"
+
+    @property
+    def mesh(self) -> Mesh:
+        """The plan's sizes."""
+        return Mesh(dp=self.dp, tp=self.tp, pp=self.pp, microbatches=self.microbatches, schedule=self.schedule)
+
+    def chooser(self) -> Callable[[str, int, int], str]:
+        """(kind, message bytes, ranks) → implementation."""
+
+        def choose(kind: str, message: int, ranks: int) -> str:
+            table = self.collectives.get(f"{kind}/{ranks}", [])
+            return next((impl for limit, impl in table if message <= limit), "native")
+
+        return choose
+
+    def save(self, path: str | Path) -> None:
+        """Writes plan.json."""
+        Path(path).write_text(self.model_dump_json(indent=2) + "\n")
+
+    @classmethod
+    def load(cls, path: str | Path) -> Plan:
+        """Reads plan.json. Raises PlanError for a damaged file or another format version."""
+        try:
+            text = Path(path).read_text()
+        except OSError as error:
+            raise PlanError(f"plan {path} cannot be read: {error.strerror}") from error
+        return cls.parse(text, str(path))
+
+    @classmethod
+    def parse(cls, text: str, source: str = "plan") -> Plan:
+        """Reads a plan's JSON."""
+        import json
+
+        try:
+            found: Any = json.loads(text)
+        except ValueError as error:
+            raise PlanError(f"{source} is no JSON: {error}") from error
+        version = found.get("format_version") if isinstance(found, dict) else None
+        if version != FORMAT_VERSION:
+            raise PlanError(f"{source} has format version {version}, this shardwise reads {FORMAT_VERSION}; make the plan again")
+        try:
+            return cls.model_validate(found)
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(map(str, first["loc"]))
+            raise PlanError(f"{source}: {where}: {first['msg']} (and {error.error_count() - 1} more); repair it or make the plan again") from error
+
+    def __str__(self) -> str:
+        return "\n".join(self.explanation) or self.layout
+
+
+class Infeasible(_Strict):
+    """No layout within the given limits; a result, not an error. It is false, so that `if not plan:` works.
+
+    reasons: what binds, with both numbers; remedy: the smallest change that would fit.
+    """
+
+    reasons: list[str]
+    remedy: str
+
+    def __bool__(self) -> bool:
+        return False
+
+    def __str__(self) -> str:
+        return "\n".join(["No layout fits:", *(f"  {reason}" for reason in self.reasons), f"Smallest change that fits: {self.remedy}"])
+
+
+def simulate(plan: Plan) -> Simulation:
+    """A step of the plan on virtual clocks: its time, each rank's memory, and the timeline."""
+    return simulate_profile(plan.profile, plan.mesh)
+
+
+def choice_text(choice: Choice) -> str:
+    """`n`, `n blocks=3`, `I`, `R`, `P`."""
+    if choice.mode != "split":
+        return choice.mode if choice.linear == 0 else f"{choice.mode}{choice.linear}"
+    extra = "".join(f" {name}={value}" for name, value in (("blocks", choice.blocks), ("unit", choice.unit)) if value != 1)
+    return f"{choice.factor}{extra}"
+
+
+def read_choice(text: str, key: str) -> Choice:
+    """The choice that `choice_text` wrote. Raises PlanError."""
+    if match := re.fullmatch(r"([IR])|P(\d*)", text):
+        return Choice(match.group(1)) if match.group(1) else Choice("P", linear=int(match.group(2) or 0))  # type: ignore[arg-type]
+    if match := re.fullmatch(r"(\w+)(?: blocks=(\d+))?(?: unit=(\d+))?", text):
+        return Choice("split", match.group(1), int(match.group(2) or 1), int(match.group(3) or 1))
+    raise PlanError(f"choice {text!r} of {key} is not understood; write a factor, `factor blocks=3`, I, R or P")
+
+
+def read_placement(text: str, key: str) -> Placement:
+    """The type that a placement's repr wrote. Raises PlanError."""
+    if text in ("I", "R", "P"):
+        return {"I": I, "R": R, "P": P}[text]
+    if match := re.fullmatch(r"S\((\d+)(?:, blocks=(\d+))?(?:, unit=(\d+))?\)", text):
+        return Shard(int(match.group(1)), int(match.group(2) or 1), int(match.group(3) or 1))
+    raise PlanError(f"type {text!r} of {key} is not understood; write S(0), S(1, blocks=3), R or I")
+
+
+def by_pattern(entries: Iterable[tuple[str, str]]) -> dict[str, str]:
+    """(key, text) pairs as one entry for each pattern; keys that differ from their pattern's first get one of their own."""
+    found: dict[str, str] = {}
+    for key, text in entries:
+        pattern = block_pattern(key)
+        if found.setdefault(pattern, text) != text:
+            found[key] = text
+    return found
+
+
+def looked_up(entries: dict[str, str], key: str) -> str | None:
+    """The entry of a key: its own, else its pattern's."""
+    return entries.get(key, entries.get(block_pattern(key)))
+
+
+def op_with_key(graph: Graph, key: str) -> Op:
+    """The operator that a plan names. Raises PlanError."""
+    for op in graph.ops:
+        if op.key == key:
+            return op
+    raise PlanError(f"the plan begins a stage at {key}, which the model does not have; make the plan again")

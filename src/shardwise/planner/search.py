@@ -1,0 +1,315 @@
+"""Chooses a plan: every layout is estimated, the best few are lowered and simulated, the fastest that fits is taken and explained.
+
+    Layouts ──intra, stages, estimate──▶ ranking ──lower, simulate──▶ the best few ──▶ Plan | Infeasible
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+
+from shardwise.capture.graph import Graph, Op, Value, call
+from shardwise.cluster.model import Cluster
+from shardwise.cost.collectives import collective_cost
+from shardwise.cost.compute import op_flops, op_seconds
+from shardwise.cost.optimizer import optimizer_seconds
+from shardwise.planner.apply import Analysis, Applied, analyse, assign
+from shardwise.planner.intra import Costs, representatives, split_tensors
+from shardwise.planner.layout import Layout, completions
+from shardwise.planner.plan import Candidate, Infeasible, Plan, Prediction, by_pattern, choice_text
+from shardwise.planner.stages import StageCosts, cut_stages
+from shardwise.program.build import build_programs
+from shardwise.program.lower import Cut
+from shardwise.program.trace import Tracer
+from shardwise.sharding.assignment import Assignment
+from shardwise.sharding.data import microbatch_obstacle
+from shardwise.sharding.types import Shard
+from shardwise.simulate.profile import Profile, profile_programs
+from shardwise.simulate.simulator import Mesh, Simulation, simulate_profile
+
+__all__ = ["Choose", "chooser", "make_plan", "search"]
+
+Choose = Callable[[str, int, int], str]
+_SIMULATED = 3  # layouts that are lowered and simulated
+_FULL_MEMORY = 0.92  # of a rank's memory that a plan may take; the rest is for the libraries and what is not foreseen
+
+
+def measured_choices(cluster: Cluster, sizes: set[int]) -> dict[str, list[tuple[float, str]]]:
+    """For each kind of collective and group size, which implementation is fastest up to how many bytes."""
+    tables: dict[str, list[tuple[float, str]]] = {}
+    for kind in ("all_reduce", "all_gather", "reduce_scatter", "all_to_all"):
+        for ranks in sorted(sizes - {1}):
+            table: list[tuple[float, str]] = []
+            for power in range(8, 33):
+                impl = collective_cost(kind, 2.0**power, ranks, cluster).impl
+                table = [*(table[:-1] if table and table[-1][1] == impl else table), (2.0**power, impl)]
+            tables[f"{kind}/{ranks}"] = [*table[:-1], (1e18, table[-1][1])]
+    return tables
+
+
+def chooser(cluster: Cluster) -> Choose:
+    """(kind, message bytes, ranks) → the fastest implementation on the cluster."""
+    return lambda kind, message, ranks: collective_cost(kind, message, ranks, cluster).impl
+
+
+@dataclass(kw_only=True)
+class OpCosts:
+    """Seconds of each operator of the graph on the whole batch, forward and backward, from its own traces; equal calls are traced once."""
+
+    cluster: Cluster
+    tracer: Tracer
+    known: dict[Op, tuple[float, bool]] = field(default_factory=dict)
+
+    def of(self, op: Op) -> tuple[float, bool]:
+        """(seconds, whether it multiplies matrices)."""
+        if op not in self.known:
+            tensors = [self.tracer.tensor(value.shape, value.dtype) for value in op.inputs]
+            grads = [op.requires_grad and value.requires_grad for value in op.inputs]
+            key = (op.name, repr((op.args, op.kwargs)))
+            if any(grads):
+                cotangents = [self.tracer.tensor(v.shape, v.dtype) if v.requires_grad else None for v in op.outputs]
+                traced = self.tracer.joint(lambda t: call(op, list(t)), key, tensors, grads, cotangents)
+            else:
+                traced = self.tracer.forward(lambda t: call(op, list(t)), key, tensors, grads)
+            self.known[op] = self._sum(traced.graph)
+        return self.known[op]
+
+    def _sum(self, graph: torch.fx.Graph) -> tuple[float, bool]:
+        seconds, flops = 0.0, 0.0
+        for node in graph.nodes:
+            if node.op == "call_function":
+                args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta.get("val"))
+                seconds += op_seconds(node.target, args, kwargs, node.meta.get("val"), self.cluster)
+                flops += op_flops(node.target, args, kwargs, node.meta.get("val"))
+        return seconds, flops > 0
+
+
+@dataclass(kw_only=True)
+class _Trial:
+    """A complete layout on the way to a plan."""
+
+    layout: Layout
+    applied: Applied | None = None
+    gap: float = 0.0
+    estimate_s: float = float("inf")
+    profile: Profile | None = None
+    simulation: Simulation | None = None
+    note: str = ""
+
+    def candidate(self) -> Candidate:
+        simulation = self.simulation
+        return Candidate(
+            layout=str(self.layout),
+            estimate_s=self.estimate_s if self.applied else None,
+            step_time_s=simulation.step_time_s if simulation else None,
+            memory_bytes=max(simulation.memory_bytes) if simulation else None,
+            note=self.note,
+        )
+
+
+@dataclass(kw_only=True)
+class _Search:
+    graph: Graph
+    cluster: Cluster
+    pinned: Layout
+    optimizer: str
+    analysis: Analysis
+    tracer: Tracer
+    costs: OpCosts
+
+    def __post_init__(self) -> None:
+        self.first = representatives(self.graph)
+
+    def trials(self) -> list[_Trial]:
+        obstacle = microbatch_obstacle(self.graph, self.analysis.signatures, self.analysis.batch, self.analysis.prelude)
+        self.obstacle = obstacle
+        layouts = completions(self.pinned, self.cluster.ranks, self.graph.global_batch, obstacle)
+        return [_Trial(layout=layout) for layout in layouts]
+
+    def estimate(self, trial: _Trial) -> None:
+        """Decides the tensor axis and the stages of a layout and estimates its step."""
+        layout = trial.layout
+        assert layout.dp and layout.tp and layout.pp and layout.microbatches
+        assignment = assign(self.analysis, layout.dp, layout.microbatches, layout.tp)
+        tensor = split_tensors(assignment, self.analysis.batch, self.analysis.prelude, self._intra_costs(assignment, layout))
+        if tensor is None:
+            trial.note = f"parameters, gradients and optimizer state do not fit {_gb(self._limit())} a rank"
+            return
+        stage_of = self._stages(assignment, layout)
+        if stage_of is None:
+            trial.note = f"no cut into {layout.pp} stages fits {_gb(self._limit())} a rank"
+            return
+        trial.gap = tensor.gap
+        trial.applied = Applied(assignment=assignment, cut=Cut(stage_of=stage_of, prelude=frozenset(self.analysis.prelude)))
+        trial.estimate_s = self._estimate(assignment, layout, stage_of)
+
+    def _limit(self) -> float:
+        return self.cluster.memory_bytes * _FULL_MEMORY
+
+    def _share(self, layout: Layout) -> float:
+        return 1 / (layout.dp * layout.microbatches)  # type: ignore[operator]
+
+    def _whole_s(self, op: Op) -> float:
+        return self.costs.of(self.first[op])[0]
+
+    def _state_bytes(self, value: Value) -> float:
+        return value.nbytes * (4.0 if value.requires_grad else 1.0)
+
+    def _update_s(self, nbytes: float) -> float:
+        return optimizer_seconds(int(nbytes) // 4, torch.float32, self.optimizer, self.cluster)
+
+    def _intra_costs(self, assignment: Assignment, layout: Layout) -> Costs:
+        share = self._share(layout)
+        return Costs(
+            operator=lambda op: self._whole_s(op) * share,
+            heavy=lambda op: self.costs.of(op)[1],
+            collective=lambda kind, message, ranks: collective_cost(kind, message, ranks, self.cluster).seconds,
+            update=self._update_s,
+            state_bytes=self._state_bytes,
+            limit_bytes=self._limit() * (layout.pp or 1),
+            prefer_split=100.0 if self.pinned.tp else 0.0,
+        )
+
+    def _stages(self, assignment: Assignment, layout: Layout) -> dict[Op, int] | None:
+        body = [op for op in self.graph.ops if op not in self.analysis.prelude]
+        assert layout.pp and layout.dp and layout.microbatches
+        share = self._share(layout)
+        costs = StageCosts(
+            seconds=lambda op: self._whole_s(op) * share * self._tensor_share(assignment, op),
+            transfer=lambda nbytes: collective_cost("send_recv", nbytes * share, 2, self.cluster).seconds if nbytes else 0.0,
+            state_bytes=lambda value: self._state_bytes(value) * self._kept_share(assignment, value),
+            limit_bytes=self._limit(),
+        )
+        stages = [0] * len(body) if layout.pp == 1 else cut_stages(self.graph, self.analysis.prelude, layout.pp, costs)
+        if layout.pp == 1 and sum(map(costs.state_bytes, self.graph.parameters.values())) > self._limit():
+            return None
+        return None if stages is None else dict(zip(body, stages, strict=True))
+
+    def _tensor_share(self, assignment: Assignment, op: Op) -> float:
+        return 1 / assignment.mesh["tp"] if assignment.variants[op]["tp"].choice.mode == "split" else 1.0
+
+    def _kept_share(self, assignment: Assignment, value: Value) -> float:
+        return 1 / assignment.mesh["tp"] if isinstance(assignment.sources[value]["tp"], Shard) else 1.0
+
+    def _estimate(self, assignment: Assignment, layout: Layout, stage_of: dict[Op, int]) -> float:
+        """Slowest stage × (microbatches + stages − 1), the gradients' reduction and the update; cores shared where there are fewer."""
+        assert layout.pp and layout.microbatches and layout.dp and layout.tp
+        stage_s = [0.0] * layout.pp
+        for op, stage in stage_of.items():
+            stage_s[stage] += self._whole_s(op) * self._share(layout) * self._tensor_share(assignment, op)
+        talk_s = self._tensor_talk_s(assignment, layout) / layout.pp
+        crowd = max(1.0, layout.ranks / self.cluster.cores) if self.cluster.cores else 1.0
+        slots = layout.microbatches + layout.pp - 1
+        work = crowd * (sum(stage_s) / layout.pp * layout.microbatches) if crowd > 1 else max(stage_s) * slots
+        kept = sum(value.nbytes * self._kept_share(assignment, value) for value in self.graph.parameters.values()) / layout.pp
+        reduce_s = collective_cost("all_reduce", kept, layout.dp, self.cluster).seconds
+        return work + talk_s * layout.microbatches + reduce_s + crowd * self._update_s(kept)
+
+    def _tensor_talk_s(self, assignment: Assignment, layout: Layout) -> float:
+        from shardwise.planner.estimate import reshard_seconds
+
+        return reshard_seconds(assignment, "tp", self._share(layout), self.cluster)
+
+    def simulate(self, trial: _Trial) -> None:
+        """Lowers a layout and simulates it."""
+        assert trial.applied is not None
+        programs = build_programs(
+            trial.applied.assignment, trial.applied.cut, trial.layout.schedule or "1f1b", chooser(self.cluster), device=torch.device("cpu"), tracer=self.tracer
+        )
+        trial.profile = profile_programs(programs, self.cluster, self.optimizer)
+        layout = trial.layout
+        mesh = Mesh(dp=layout.dp or 1, tp=layout.tp or 1, pp=layout.pp or 1, microbatches=layout.microbatches or 1, schedule=layout.schedule or "1f1b")
+        trial.simulation = simulate_profile(trial.profile, mesh)
+        if (peak := max(trial.simulation.memory_bytes)) > self._limit():
+            trial.note = f"needs {_gb(peak)} a rank, {_gb(self._limit())} of {_gb(self.cluster.memory_bytes)} may be used"
+
+
+def search(graph: Graph, cluster: Cluster, pinned: Layout, optimizer: str, model: str) -> Plan | Infeasible:
+    """The best plan for the graph on the cluster."""
+    start = time.perf_counter()
+    tracer = Tracer(device=torch.device("cpu"))
+    run = _Search(
+        graph=graph, cluster=cluster, pinned=pinned, optimizer=optimizer, analysis=analyse(graph), tracer=tracer, costs=OpCosts(cluster=cluster, tracer=tracer)
+    )
+    trials = run.trials()
+    for trial in trials:
+        run.estimate(trial)
+    ranked = sorted((trial for trial in trials if trial.applied), key=lambda trial: trial.estimate_s)
+    best = _simulate_best(run, ranked)
+    if best is None:
+        return _infeasible(run, trials)
+    return make_plan(run, best, trials, time.perf_counter() - start, model)
+
+
+def _simulate_best(run: _Search, ranked: list[_Trial]) -> _Trial | None:
+    """Simulates in the order of the estimates until enough that fit have been seen."""
+    seen: list[_Trial] = []
+    for trial in ranked:
+        if len(seen) >= _SIMULATED or (seen and trial.estimate_s > 1.5 * seen[0].estimate_s):
+            break
+        run.simulate(trial)
+        if not trial.note:
+            seen.append(trial)
+    return min(seen, key=lambda trial: trial.simulation.step_time_s, default=None)  # type: ignore[union-attr]
+
+
+def _infeasible(run: _Search, trials: list[_Trial]) -> Infeasible:
+    reasons = [f"{trial.layout}: {trial.note}" for trial in trials if trial.note]
+    state = sum(run._state_bytes(value) for value in run.graph.parameters.values())
+    seen = [max(trial.simulation.memory_bytes) for trial in trials if trial.simulation]
+    least = min(seen) / _FULL_MEMORY if seen else state / run.cluster.ranks / _FULL_MEMORY
+    have = run.cluster.memory_bytes
+    ranks = -(-int(state / (_FULL_MEMORY * have)) // 1) + 1
+    remedy = f"ranks with {_gb(least)} of memory instead of {_gb(have)}, or a cluster of about {max(ranks, run.cluster.ranks + 1)} ranks, or a smaller global batch"
+    return Infeasible(reasons=reasons[:8], remedy=remedy)
+
+
+def make_plan(run: _Search, best: _Trial, trials: list[_Trial], seconds: float, model: str) -> Plan:
+    """The trial as a Plan, explained."""
+    from shardwise.planner.explain import explain
+
+    assert best.applied and best.simulation
+    assignment, cut, layout = best.applied.assignment, best.applied.cut, best.layout
+    body = [op for op in run.graph.ops if op not in cut.prelude]
+    starts = [next(op.key for op in body if cut.stage_of[op] == stage) for stage in range(cut.stages)]
+    operators = by_pattern((op.key, choice_text(assignment.variants[op]["tp"].choice)) for op in body) if layout.tp != 1 else {}
+    parameters = by_pattern((name, repr(assignment.sources[value]["tp"])) for name, value in run.graph.parameters.items()) if layout.tp != 1 else {}
+    simulation = best.simulation
+    predicted = Prediction(
+        step_time_s=simulation.step_time_s,
+        memory_bytes=simulation.memory_bytes,
+        by_kind=simulation.memory,
+        bubble=simulation.bubble,
+        communication_s=simulation.communication_s,
+    )
+    plan = Plan(
+        model=model,
+        fingerprint=run.graph.fingerprint(),
+        cluster=run.cluster.name,
+        backend=run.cluster.backend,
+        ranks=layout.ranks,
+        dp=layout.dp,
+        tp=layout.tp,
+        pp=layout.pp,
+        microbatches=layout.microbatches,
+        schedule=layout.schedule,
+        global_batch=run.graph.global_batch,
+        optimizer=run.optimizer,
+        stages=starts,
+        operators=operators,
+        collectives=measured_choices(run.cluster, {layout.dp, layout.tp, 2} if layout.ranks > 1 else set()),
+        parameters=parameters,
+        profile=best.profile,
+        predicted=predicted,
+        gap=best.gap,
+        considered=[trial.candidate() for trial in sorted(trials, key=lambda t: t.estimate_s)],
+    )
+    return plan.model_copy(update={"explanation": explain(plan, best.applied, run.graph, run.cluster, run.obstacle, seconds)})
+
+
+def _gb(nbytes: float) -> str:
+    return f"{nbytes / 1e9:.3g} GB"
+

@@ -1,0 +1,116 @@
+"""Cuts the model into stages: dynamic programming over the places where the computation may be cut.
+
+A cut may lie where the module path changes near the root (between blocks); the best cut makes the slowest stage as fast as possible, counting
+what has to be sent, among those whose states fit the memory of a rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
+
+from shardwise.capture.graph import Graph, Op, Value
+from shardwise.errors import LayoutError
+
+__all__ = ["StageCosts", "cut_stages"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageCosts:
+    """seconds(op): forward and backward of a microbatch; transfer(bytes): seconds of one message; state_bytes(parameter);
+    limit_bytes of a rank, None without limit."""
+
+    seconds: Callable[[Op], float]
+    transfer: Callable[[float], float]
+    state_bytes: Callable[[Value], float]
+    limit_bytes: float | None = None
+
+
+def cut_stages(graph: Graph, prelude: set[Op], stages: int, costs: StageCosts) -> list[int] | None:
+    """The stage of each operator outside the prelude, in order; None when no cut keeps the states within the limit.
+
+    Raises LayoutError when the model has fewer parts than stages.
+    """
+    body = [op for op in graph.ops if op not in prelude]
+    places = _places(body, stages)
+    if len(places) - 1 < stages:
+        raise LayoutError(f"pp={stages} stages are more than the {len(places) - 1} parts that the model can be cut into; use pp={len(places) - 1} or fewer")
+    segments = _Segments(graph, body, places, costs)
+    ends = _best(len(places) - 1, stages, segments)
+    if ends is None:
+        return None
+    stage_of: list[int] = []
+    for stage, (start, end) in enumerate(zip([0, *ends[:-1]], ends, strict=True)):
+        stage_of += [stage] * (places[end] - places[start])
+    return stage_of
+
+
+def _places(body: Sequence[Op], stages: int) -> list[int]:
+    """Indices in the body where it may be cut, its ends included: where the path of the module changes at the least depth that suffices."""
+    for depth in range(1, 12):
+        paths = [".".join(op.module.split(".")[:depth]) for op in body]
+        places = [0, *(i for i in range(1, len(body)) if paths[i] != paths[i - 1]), len(body)]
+        if len(places) - 1 >= 2 * stages + 2:
+            return places
+    return list(range(len(body) + 1)) if len(body) <= 200 else places
+
+
+class _Segments:
+    """Cost of running places[i] … places[j] as one stage."""
+
+    def __init__(self, graph: Graph, body: Sequence[Op], places: Sequence[int], costs: StageCosts) -> None:
+        self.costs, self.places = costs, places
+        sums = [0.0]
+        for op in body:
+            sums.append(sums[-1] + costs.seconds(op))
+        self.seconds = [sums[place] for place in places]
+        self.crossing = _crossing_bytes(graph, body, places)
+        index = {op: i for i, op in enumerate(body)}
+        self.parameters = [
+            (sorted({index[op] for op, _ in readers if op in index}), value) for value, readers in graph.consumers().items() if value.kind == "parameter"
+        ]
+
+    def cost(self, start: int, end: int) -> float:
+        sent = self.costs.transfer(self.crossing[start]) + self.costs.transfer(self.crossing[end])
+        return self.seconds[end] - self.seconds[start] + sent
+
+    def fits(self, start: int, end: int) -> bool:
+        if self.costs.limit_bytes is None:
+            return True
+        low, high = self.places[start], self.places[end]
+        held = sum(self.costs.state_bytes(value) for readers, value in self.parameters if any(low <= reader < high for reader in readers))
+        return held <= self.costs.limit_bytes
+
+
+def _crossing_bytes(graph: Graph, body: Sequence[Op], places: Sequence[int]) -> list[float]:
+    """Bytes of all values made before each place and read after it."""
+    index = {op: i for i, op in enumerate(body)}
+    crossing = [0.0] * len(places)
+    for value, readers in graph.consumers().items():
+        if value.producer in index:
+            made, last = index[value.producer], max((index[op] for op, _ in readers if op in index), default=-1)
+            for number, place in enumerate(places):
+                if made < place <= last:
+                    crossing[number] += value.nbytes
+    return crossing
+
+
+def _best(parts: int, stages: int, segments: _Segments) -> list[int] | None:
+    """The end of each stage that makes the slowest one fastest (and then the sum least)."""
+
+    @cache
+    def solve(start: int, left: int) -> tuple[float, float, tuple[int, ...]] | None:
+        if left == 1:
+            return (segments.cost(start, parts), segments.cost(start, parts), (parts,)) if segments.fits(start, parts) else None
+        best = None
+        for end in range(start + 1, parts - left + 2):
+            if segments.fits(start, end) and (rest := solve(end, left - 1)) is not None:
+                here = segments.cost(start, end)
+                found = (max(here, rest[0]), here + rest[1], (end, *rest[2]))
+                if best is None or found[:2] < best[:2]:
+                    best = found
+        return best
+
+    found = solve(0, stages)
+    return None if found is None else list(found[2])

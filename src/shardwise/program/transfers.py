@@ -1,0 +1,101 @@
+"""Puts sends and receives into the ranks' action lists so that they cannot deadlock even where a send blocks until it is received.
+
+Every forward is preceded by the receives of what it reads and followed by the sends of what it makes; backward likewise. Played under the
+strictest reading (a send ends only when its receiver is at the matching receive), two ranks may then stand at sends to each other; there the
+receive of one is moved before its send. What comes out is played again by `shardwise.program.check`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+from shardwise.program.actions import Action, Kind
+from shardwise.program.schedules import Table
+
+__all__ = ["matching", "order_transfers", "with_transfers"]
+
+Lists = dict[int, list[Action]]
+
+
+class Link(Protocol):
+    """A value that goes from stage to stage."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def source(self) -> int: ...
+    @property
+    def target(self) -> int: ...
+    @property
+    def requires_grad(self) -> bool: ...
+
+
+_OTHER = {Kind.SEND: Kind.RECV, Kind.RECV: Kind.SEND, Kind.SEND_GRAD: Kind.RECV_GRAD, Kind.RECV_GRAD: Kind.SEND_GRAD}
+
+
+def with_transfers(table: Table, stage: int, edges: Sequence[Link], peer: Callable[[int], int]) -> list[Action]:
+    """A stage's table as actions. `peer`: stage → the rank there that holds the same part."""
+    inward = [edge for edge in edges if edge.target == stage]
+    outward = [edge for edge in edges if edge.source == stage]
+    actions: list[Action] = []
+    for kind, microbatch in table:
+        forward = kind is Kind.FORWARD
+        before = inward if forward else [edge for edge in outward if edge.requires_grad]
+        after = outward if forward else [edge for edge in inward if edge.requires_grad]
+        get, put = (Kind.RECV, Kind.SEND) if forward else (Kind.RECV_GRAD, Kind.SEND_GRAD)
+        actions += [Action(kind=get, microbatch=microbatch, edge=edge.name, peer=peer(_far(edge, stage))) for edge in sorted(before, key=_order)]
+        actions.append(Action(kind=kind, microbatch=microbatch))
+        actions += [Action(kind=put, microbatch=microbatch, edge=edge.name, peer=peer(_far(edge, stage))) for edge in sorted(after, key=_order)]
+    return actions
+
+
+def _far(edge: Link, stage: int) -> int:
+    return edge.source if edge.target == stage else edge.target
+
+
+def _order(edge: Link) -> tuple[int, int, str]:
+    return edge.source, edge.target, edge.name
+
+
+def matching(action: Action, rank: int) -> Action:
+    """The other side of a transfer that `rank` takes part in."""
+    return Action(kind=_OTHER[action.kind], microbatch=action.microbatch, edge=action.edge, peer=rank)
+
+
+def order_transfers(lists: Lists) -> Lists:
+    """The lists with receives moved forward until no rank waits for ever."""
+    waiting = {rank: list(actions) for rank, actions in lists.items()}
+    done: Lists = {rank: [] for rank in lists}
+    while any(waiting.values()):
+        if not _advance(waiting, done) and not _hoist(waiting):
+            raise AssertionError(f"no receive can be moved to free {[str(a[0]) for a in waiting.values() if a]}")
+    return done
+
+
+def _advance(waiting: Lists, done: Lists) -> bool:
+    moved = False
+    for rank, actions in waiting.items():
+        while actions:
+            first = actions[0]
+            if first.sends or first.receives:
+                other = waiting[first.peer]
+                if not other or other[0] != matching(first, rank):
+                    break
+                done[first.peer].append(other.pop(0))
+            done[rank].append(actions.pop(0))
+            moved = True
+    return moved
+
+
+def _hoist(waiting: Lists) -> bool:
+    """Moves one receive, for which a rank stands at its send, to the front of the receiver's list."""
+    for rank, actions in waiting.items():
+        if actions and actions[0].sends:
+            wanted = matching(actions[0], rank)
+            other = waiting[actions[0].peer]
+            if wanted in other[1:]:
+                other.remove(wanted)
+                other.insert(0, wanted)
+                return True
+    return False

@@ -1,0 +1,167 @@
+"""Performs a rank's actions, one after the other: the only loop of the runtime."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from shardwise.errors import TransferError
+from shardwise.program.actions import Action, Kind
+from shardwise.program.program import Binding, Program
+from shardwise.runtime.gradients import Gradients
+from shardwise.runtime.graphs import Prelude, accumulating, callable_of, with_gradient
+from shardwise.sharding.types import take
+
+__all__ = ["Event", "Executor"]
+
+_FORWARD_ONLY = (Kind.PRELUDE, Kind.RECV, Kind.FORWARD, Kind.SEND)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Event:
+    """One performed action; times in seconds of `time.perf_counter`."""
+
+    action: Action
+    start_s: float
+    end_s: float
+
+
+class Executor:
+    """Runs a program's steps on the tensors of this rank.
+
+    state: the rank's parts of parameters and buffers, by name; they are read, and buffers are updated in place.
+    """
+
+    def __init__(self, program: Program, state: Mapping[str, Tensor], gradients: Gradients, device: torch.device) -> None:
+        self.program, self.state, self.gradients, self.device = program, state, gradients, device
+        stage = program.stage
+        buffers = {part.name: state[part.name] for part in stage.buffers}
+        with torch.no_grad():
+            self.prelude = Prelude(stage, buffers)
+        self.forward = callable_of(stage.forward)
+        self.backward_first = accumulating(stage, first=True)
+        self.backward_more = accumulating(stage, first=False) if program.microbatches > 1 else self.backward_first
+        self.with_gradient = with_gradient(stage)
+        self.edges = {edge.name: edge for edge in program.edges}
+        self.seed = torch.ones((), dtype=self._loss_dtype(), device=device)
+        self.events: list[Event] = []
+        self.act: dict[Kind, Callable[[Action], None]] = {
+            Kind.PRELUDE: self._prelude,
+            Kind.FORWARD: self._forward,
+            Kind.BACKWARD: self._backward,
+            Kind.SEND: self._send,
+            Kind.RECV: self._receive,
+            Kind.SEND_GRAD: self._send,
+            Kind.RECV_GRAD: self._receive,
+            Kind.REDUCE: lambda action: self.gradients.reduce(),
+        }
+
+    def _loss_dtype(self) -> torch.dtype:
+        seeds = [node for node in self.program.stage.backward.nodes if node.op == "placeholder" and node.name == "seed"]
+        return seeds[0].meta["val"].dtype if seeds else torch.float32
+
+    def step(self, batch: Mapping[str, Tensor], step_key: int, update: Callable[[], None]) -> float:
+        """One training step on this rank's part of the batch; returns what this rank adds to the loss."""
+        self.act[Kind.UPDATE] = lambda action: update()
+        return self._run(self.program.actions, batch, step_key)
+
+    def evaluate(self, batch: Mapping[str, Tensor], step_key: int) -> float:
+        """The forward pass alone, with the buffers left as they are."""
+        kept = {name: self.state[name].clone() for name in self._updated()}
+        actions = [action for action in self.program.actions if action.kind in _FORWARD_ONLY]
+        loss = self._run(actions, batch, step_key)
+        for name, value in kept.items():
+            self.state[name].copy_(value)
+        return loss
+
+    def _updated(self) -> list[str]:
+        return [binding.name for binding in self.program.stage.forward_outputs if binding.kind == "buffer"]
+
+    @torch.no_grad()
+    def _run(self, actions: list[Action], batch: Mapping[str, Tensor], step_key: int) -> float:
+        self.batch, self.step_key = batch, step_key
+        self.crossings: dict[str, Tensor] = {}
+        self.values: dict[tuple[str, int, bool], Tensor] = {}  # (edge, microbatch, is a gradient) → tensor
+        self.saved: dict[int, list[Any]] = {}
+        self.losses: list[Tensor] = []
+        self.pending: list[tuple[Action, Any, Tensor]] = []
+        self.events = []
+        self.started = False
+        for action in actions:
+            start = time.perf_counter()
+            self.act[action.kind](action)
+            self.events.append(Event(action=action, start_s=start, end_s=time.perf_counter()))
+        for action, work, _ in self.pending:
+            self._wait(action, work)
+        self.pending.clear()
+        return sum(loss.item() for loss in self.losses)
+
+    def _prelude(self, action: Action) -> None:
+        self.crossings = self.prelude.run(self.batch)
+
+    def _forward(self, action: Action) -> None:
+        stage, microbatch = self.program.stage, action.microbatch
+        results = self.forward([self._input(binding, microbatch) for binding in stage.forward_inputs])
+        self.saved[microbatch] = results[len(stage.forward_outputs) :]
+        for binding, value in zip(stage.forward_outputs, results, strict=False):
+            if binding.kind == "edge":
+                self.values[binding.name, microbatch, False] = value
+            elif binding.kind == "buffer":
+                self.state[binding.name].copy_(value)
+            else:
+                self.losses.append(value)
+
+    def _input(self, binding: Binding, microbatch: int) -> Tensor:
+        if binding.kind == "edge":
+            return self.values.pop((binding.name, microbatch, False))
+        if binding.kind == "crossing":
+            return self._crossing(binding.name, microbatch)
+        if binding.kind == "random":
+            return torch.tensor([self.step_key, microbatch], device=self.device)
+        return self.state[binding.name]
+
+    def _crossing(self, name: str, microbatch: int) -> Tensor:
+        split = next(crossing.split for crossing in self.program.stage.crossings if crossing.name == name)
+        value = self.crossings[name]
+        return value if split is None else take(value, split, self.program.microbatches, microbatch)
+
+    def _backward(self, action: Action) -> None:
+        stage, microbatch = self.program.stage, action.microbatch
+        inputs: list[Any] = self.saved.pop(microbatch)
+        for binding in stage.backward_inputs:
+            inputs.append(self.seed if binding.kind == "seed" else self.values.pop((binding.name, microbatch, True)))
+        inputs += [self.gradients.of[name] for name in self.with_gradient]
+        function = self.backward_more if self.started else self.backward_first
+        self.started = True
+        results = function(inputs)
+        names = [binding.name for binding in stage.backward_outputs if binding.kind == "edge"]
+        for name, value in zip(names, results, strict=True):
+            self.values[name, microbatch, True] = self._zeros(name) if value is None else value
+
+    def _zeros(self, edge: str) -> Tensor:
+        return torch.zeros(self.edges[edge].shape, dtype=self.edges[edge].dtype, device=self.device)
+
+    def _send(self, action: Action) -> None:
+        value = self.values.pop((action.edge, action.microbatch, action.kind is Kind.SEND_GRAD)).contiguous()
+        self.pending.append((action, dist.isend(value, action.peer), value))
+
+    def _receive(self, action: Action) -> None:
+        edge = self.edges[action.edge]
+        value = torch.empty(edge.shape, dtype=edge.dtype, device=self.device)
+        self._wait(action, dist.irecv(value, action.peer))
+        self.values[action.edge, action.microbatch, action.kind is Kind.RECV_GRAD] = value
+
+    def _wait(self, action: Action, work: Any) -> None:
+        try:
+            work.wait()
+        except RuntimeError as error:
+            raise TransferError(
+                f"rank {self.program.rank} (stage {self.program.stage.stage}) waited in vain for {action}: {error}. "
+                f"Look at what rank {action.peer} did last, or allow more time"
+            ) from error

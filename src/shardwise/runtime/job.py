@@ -1,0 +1,165 @@
+"""A plan at work: `parallelize` makes a Job on each rank, `job.step(batch)` does one optimizer step on the global batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from shardwise.capture.graph import Graph
+from shardwise.errors import BatchError, PlanError
+from shardwise.planner.apply import Applied
+from shardwise.planner.plan import Plan
+from shardwise.program.build import build_programs, rank_of
+from shardwise.program.program import ParameterPart, Program
+from shardwise.runtime.communicate import create_groups
+from shardwise.runtime.executor import Event, Executor
+from shardwise.runtime.gradients import Gradients
+from shardwise.runtime.optimizer import refuse_unless_elementwise
+from shardwise.sharding.types import Shard, take
+
+__all__ = ["Job", "OptimizerFactory", "local_part", "step_key"]
+
+OptimizerFactory = Callable[[Iterable[tuple[str, nn.Parameter]]], torch.optim.Optimizer]
+
+
+class Job:
+    """One rank of a running plan.
+
+    batch_slice: which samples of the global batch this rank works on. program: what it performs; print it to read it.
+    events: the last step's actions with their times.
+    """
+
+    def __init__(
+        self, graph: Graph, plan: Plan, applied: Applied, state: Mapping[str, Tensor], optimizer: OptimizerFactory, *, device: torch.device, seed: int = 0
+    ) -> None:
+        self.graph, self.plan, self.device, self.seed = graph, plan, device, seed
+        self.steps = 0
+        rank = _checked_rank(plan)
+        choose = plan.chooser()
+        programs = build_programs(applied.assignment, applied.cut, plan.schedule, choose, device=device, ranks=[rank])
+        self.program: Program = programs[rank]
+        groups = create_groups(_all_groups(self.program, plan, graph, applied))
+        parts = [*self.program.stage.parameters, *self.program.stage.buffers]
+        self.state = {part.name: _own(local_part(state[part.name], part, self.program), device) for part in parts}
+        self.gradients = Gradients(self.program, groups, choose, device)
+        self.parameters: dict[str, nn.Parameter] = {}
+        for part in self.program.stage.parameters:
+            self._adopt(part)
+        self.optimizer = self._optimizer(optimizer)
+        self.executor = Executor(self.program, self.state, self.gradients, device)
+
+    def _adopt(self, part: ParameterPart) -> None:
+        parameter = nn.Parameter(self.state[part.name], requires_grad=part.requires_grad)
+        self.state[part.name] = parameter.data
+        if part.requires_grad:
+            parameter.grad = self.gradients.of[part.name]
+        self.parameters[part.name] = parameter
+
+    def _optimizer(self, factory: OptimizerFactory) -> torch.optim.Optimizer:
+        if any(isinstance(each, Shard) for part in self.program.stage.parameters for each in part.type.values()):
+            refuse_unless_elementwise(factory)
+        return factory([(name, parameter) for name, parameter in self.parameters.items() if parameter.requires_grad])
+
+    @property
+    def batch_slice(self) -> slice:
+        """The samples of the global batch that this rank works on."""
+        each = self.plan.global_batch // self.plan.dp
+        first = self.program.coordinates["dp"] * each
+        return slice(first, first + each)
+
+    @property
+    def events(self) -> list[Event]:
+        """The last step's actions and when they ran."""
+        return self.executor.events
+
+    def step(self, batch: Mapping[str, Tensor], *, local: bool = False) -> float:
+        """One optimizer step on the global batch; its loss, equal on all ranks.
+
+        batch: the global batch, the same on every rank; with local=True this rank's `batch_slice` of it.
+        Raises BatchError when names, shapes or dtypes are not those that the plan was made for.
+        """
+        part = self._part(batch, local)
+        self.steps += 1
+        loss = self.executor.step(part, step_key(self.seed, self.steps), self.optimizer.step)  # type: ignore[arg-type]
+        return self._total(loss)
+
+    def evaluate(self, batch: Mapping[str, Tensor], *, local: bool = False) -> float:
+        """The loss on a batch, nothing changed."""
+        return self._total(self.executor.evaluate(self._part(batch, local), step_key(self.seed, self.steps)))
+
+    def gradient(self) -> dict[str, Tensor]:
+        """This rank's part of each gradient of the last step."""
+        return dict(self.gradients.of)
+
+    def _part(self, batch: Mapping[str, Tensor], local: bool) -> dict[str, Tensor]:
+        part: dict[str, Tensor] = {}
+        for name, value in self.graph.inputs.items():
+            if name.startswith("__"):
+                continue
+            if name not in batch:
+                raise BatchError(f"the batch lacks {name!r}; it holds {sorted(batch)}")
+            dim = self.graph.batch_dims.get(name)
+            tensor = batch[name].to(self.device)
+            expected = list(value.shape)
+            if dim is not None and local:
+                expected[dim] //= self.plan.dp
+            if list(tensor.shape) != expected or tensor.dtype != value.dtype:
+                whose = "this rank's part of the batch" if local else "the global batch"
+                raise BatchError(
+                    f"{name} in {whose} is {tensor.dtype} {list(tensor.shape)}, the plan was made for {value.dtype} {expected}; "
+                    "plan for this shape or pad the batch to it"
+                )
+            cut = self.batch_slice
+            part[name] = tensor if dim is None or local else tensor.narrow(dim, cut.start, cut.stop - cut.start)
+        return part
+
+    def _total(self, loss: float) -> float:
+        """The sum over microbatches, data ranks and stages of what each adds."""
+        counted = all(index == 0 for axis, index in self.program.coordinates.items() if axis not in (*self.program.loss_axes, "pp"))
+        total = torch.tensor([loss if counted else 0.0], dtype=torch.float64, device=self.device)
+        dist.all_reduce(total)
+        return total.item()
+
+
+def _checked_rank(plan: Plan) -> int:
+    ranks = dist.get_world_size()
+    if ranks != plan.ranks:
+        raise PlanError(f"the plan is for {plan.ranks} ranks, this job has {ranks}; start {plan.ranks} ranks or plan for {ranks}")
+    return dist.get_rank()
+
+
+def _all_groups(program: Program, plan: Plan, graph: Graph, applied: Applied) -> list[tuple[str, tuple[int, ...]]]:
+    """Every process group of the job, in one order on all ranks."""
+    dp, tp, pp = plan.dp, plan.tp, plan.pp
+    groups = [("dp", tuple(rank_of(s, i, t, dp, tp) for i in range(dp))) for s in range(pp) for t in range(tp)]
+    groups += [("tp", tuple(rank_of(s, d, i, dp, tp) for i in range(tp))) for s in range(pp) for d in range(dp)]
+    readers = graph.consumers()
+    ties: set[tuple[int, ...]] = set()
+    for value in graph.parameters.values():
+        stages = sorted({applied.cut.stage_of[op] for op, _ in readers[value] if op in applied.cut.stage_of})
+        if len(stages) > 1:
+            ties |= {tuple(rank_of(s, d, t, dp, tp) for s in stages) for d in range(dp) for t in range(tp)}
+    return groups + [("tie", ranks) for ranks in sorted(ties)]
+
+
+def local_part(whole: Tensor, part: ParameterPart, program: Program) -> Tensor:
+    """What this rank keeps of a whole tensor (a view where it can be)."""
+    for axis, placement in part.type.items():
+        if isinstance(placement, Shard) and axis != "mb":
+            whole = take(whole, placement, program.mesh[axis], program.coordinates[axis])
+    return whole
+
+
+def _own(tensor: Tensor, device: torch.device) -> Tensor:
+    """The tensor on the device, in memory that no larger tensor keeps alive."""
+    tensor = tensor.detach().to(device)
+    small = tensor.untyped_storage().nbytes() > tensor.numel() * tensor.element_size()
+    return tensor.clone(memory_format=torch.contiguous_format) if small else tensor.contiguous()
+
+
+def step_key(seed: int, step: int) -> int:
+    """The number from which the random operators of a step draw (constants: splitmix64)."""
+    return (seed * 0x9E3779B97F4A7C15 + step * 0xBF58476D1CE4E5B9) & 0x7FFFFFFFFFFFFFFF

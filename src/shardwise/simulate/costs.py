@@ -1,0 +1,185 @@
+"""What each action of a program takes: seconds of computing, seconds of communicating, and bytes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import torch
+from torch import fx
+
+from shardwise.cluster.model import Cluster
+from shardwise.cost.collectives import collective_cost, collective_seconds
+from shardwise.cost.compute import op_seconds
+from shardwise.cost.memory import bases, liveness, tensor_bytes
+from shardwise.cost.optimizer import optimizer_seconds
+from shardwise.program.actions import Kind
+from shardwise.program.program import ParameterPart, Program
+from shardwise.program.schedules import in_flight
+from shardwise.sharding.collectives import COLLECTIVES, group_ranks
+
+__all__ = ["MemoryUse", "StageTimes", "graph_seconds", "memory_use", "stage_times"]
+
+_OPTIMIZER_STATES = {"adamw": 2, "adam": 2, "sgd": 0, "sgd_momentum": 1}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Seconds:
+    """compute_s takes a core; communicate_s waits for the network or for other ranks' cores."""
+
+    compute_s: float
+    communicate_s: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageTimes:
+    """Of each kind of action of one rank."""
+
+    of: dict[Kind, Seconds]
+    transfer_s: dict[str, float]  # edge → one message
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryUse:
+    """Bytes of a rank at its peak."""
+
+    parameters: int
+    gradients: int
+    optimizer: int
+    buffers: int
+    saved: int
+    transient: int
+
+    @property
+    def total(self) -> int:
+        return self.parameters + self.gradients + self.optimizer + self.buffers + self.saved + self.transient
+
+    def by_kind(self) -> dict[str, int]:
+        return {each.name: getattr(self, each.name) for each in fields(self)}
+
+
+def graph_seconds(graph: fx.Graph, cluster: Cluster) -> Seconds:
+    """One run of a graph on a rank."""
+    compute = communicate = 0.0
+    for node in graph.nodes:
+        if node.op != "call_function":
+            continue
+        if node.target in COLLECTIVES:
+            communicate += _collective_seconds(node, cluster)
+        else:
+            args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta.get("val"))
+            compute += op_seconds(node.target, args, kwargs, node.meta.get("val"), cluster)
+    return Seconds(compute_s=compute, communicate_s=communicate)
+
+
+def _collective_seconds(node: fx.Node, cluster: Cluster) -> float:
+    kind = COLLECTIVES[node.target]  # type: ignore[index]
+    source = node.args[0]
+    assert isinstance(source, fx.Node)
+    message = tensor_bytes(node.meta["val"] if kind == "all_gather" else source.meta["val"])
+    return collective_seconds(kind, str(node.args[-1]), message, len(group_ranks(str(node.args[1]))), cluster)
+
+
+def stage_times(program: Program, cluster: Cluster, optimizer: str) -> StageTimes:
+    """What the actions of a rank take."""
+    stage = program.stage
+    reduce_s = sum(_reduction_seconds(program, parameter, cluster) for parameter in _reduced(program))
+    update_s = sum(optimizer_seconds(_count(p.local), p.dtype, optimizer, cluster) for p in stage.parameters if p.requires_grad)
+    transfers = {edge.name: collective_cost("send_recv", edge.nbytes, 2, cluster).seconds for edge in program.edges}
+    backward = graph_seconds(stage.backward, cluster)
+    sinks = _sink_seconds(stage.parameters, cluster)
+    return StageTimes(
+        of={
+            Kind.PRELUDE: graph_seconds(stage.prelude, cluster),
+            Kind.FORWARD: graph_seconds(stage.forward, cluster),
+            Kind.BACKWARD: Seconds(compute_s=backward.compute_s + sinks, communicate_s=backward.communicate_s),
+            Kind.REDUCE: Seconds(compute_s=0.0, communicate_s=reduce_s),
+            Kind.UPDATE: Seconds(compute_s=update_s, communicate_s=0.0),
+        },
+        transfer_s=transfers,
+    )
+
+
+def _sink_seconds(parameters: list[ParameterPart], cluster: Cluster) -> float:
+    """Putting each gradient into its buffer: it is read and written once."""
+    copy = torch.ops.aten.copy_.default
+    seconds = 0.0
+    for parameter in parameters:
+        if parameter.requires_grad:
+            meta = torch.empty(parameter.local, dtype=parameter.dtype, device="meta")
+            seconds += op_seconds(copy, (meta, meta), {}, meta, cluster)
+    return seconds
+
+
+def _reduced(program: Program) -> list[tuple[str, int]]:
+    """(axis, bytes) of each pending sum over gradients."""
+    totals: dict[str, int] = {}
+    for parameter in program.stage.parameters:
+        for axis in parameter.reduce:
+            totals[axis] = totals.get(axis, 0) + _count(parameter.local) * parameter.dtype.itemsize
+        if len(parameter.stages) > 1:
+            totals["tie"] = totals.get("tie", 0) + _count(parameter.local) * parameter.dtype.itemsize
+    return list(totals.items())
+
+
+def _reduction_seconds(program: Program, pending: tuple[str, int], cluster: Cluster) -> float:
+    axis, message = pending
+    ranks = 2 if axis == "tie" else len(program.groups[axis])
+    return collective_cost("all_reduce", message, ranks, cluster).seconds
+
+
+def memory_use(program: Program, optimizer: str) -> MemoryUse:
+    """The peak of a rank, by liveness on its graphs and by how many microbatches are in flight."""
+    stage = program.stage
+    trained = [p for p in stage.parameters if p.requires_grad]
+    held = sum(_bytes(p) for p in stage.parameters)
+    gradients = sum(_bytes(p) for p in trained)
+    saved, aliases, sizes = _saved(program)
+    flying = in_flight([(action.kind, action.microbatch) for action in program.actions if action.kind in (Kind.FORWARD, Kind.BACKWARD)])
+    forward_peak = liveness(stage.forward).peak_bytes
+    backward_peak = liveness(stage.backward, lambda node: sizes.get(node, 0), aliases).peak_bytes
+    largest = max((_bytes(p) for p in trained), default=0)
+    transient = max(forward_peak - saved, backward_peak, 2 * largest - flying * saved)
+    return MemoryUse(
+        parameters=held,
+        gradients=gradients,
+        optimizer=_OPTIMIZER_STATES.get(optimizer, 2) * gradients,
+        buffers=sum(_bytes(p) for p in stage.buffers) + _crossing_bytes(program),
+        saved=flying * saved,
+        transient=max(0, transient),
+    )
+
+
+def _saved(program: Program) -> tuple[int, dict[fx.Node, fx.Node], dict[fx.Node, int]]:
+    """Bytes saved by a forward pass; in the backward graph, which saved values share memory, and the bytes of each that has its own."""
+    stage = program.stage
+    forward_base = bases(stage.forward, {})
+    kept = list(stage.forward.output_node().args[0])[len(stage.forward_outputs) :]  # type: ignore[arg-type]
+    placeholders = [node for node in stage.backward.nodes if node.op == "placeholder"][: stage.saved]
+    inputs = [node for node in stage.forward.nodes if node.op == "placeholder"]
+    lasting = {node for node, binding in zip(inputs, stage.forward_inputs, strict=True) if binding.kind != "edge"}
+    first: dict[fx.Node, fx.Node] = {}
+    aliases: dict[fx.Node, fx.Node] = {}
+    sizes: dict[fx.Node, int] = {}
+    for node, placeholder in zip(kept, placeholders, strict=True):
+        owner = forward_base[node]
+        if owner in first:
+            aliases[placeholder] = first[owner]
+        else:
+            first[owner] = placeholder
+            sizes[placeholder] = 0 if owner in lasting else tensor_bytes(owner.meta.get("val"))
+    return sum(sizes.values()), aliases, sizes
+
+
+def _crossing_bytes(program: Program) -> int:
+    return sum(tensor_bytes(node.meta.get("val")) for node in program.stage.prelude.output_node().all_input_nodes)
+
+
+def _bytes(part: ParameterPart) -> int:
+    return _count(part.local) * part.dtype.itemsize
+
+
+def _count(shape: tuple[int, ...]) -> int:
+    count = 1
+    for size in shape:
+        count *= size
+    return count

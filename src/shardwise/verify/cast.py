@@ -1,0 +1,66 @@
+"""A graph in another precision: every cast to a smaller float becomes one to `dtype`, for the proof in float64."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from shardwise.capture.graph import Graph, Op, Value
+
+__all__ = ["cast_graph", "cast_tensor"]
+
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def cast_tensor(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The tensor in `dtype` if it is one of real numbers, else itself."""
+    return tensor.to(dtype) if tensor.dtype in _FLOATS else tensor
+
+
+def cast_graph(graph: Graph, dtype: torch.dtype) -> Graph:
+    """The same computation with every real tensor in `dtype`."""
+    new: dict[Value, Value] = {}
+
+    def value_of(value: Value) -> Value:
+        if value not in new:
+            kind = dtype if value.dtype in _FLOATS else value.dtype
+            new[value] = Value(name=value.name, shape=value.shape, dtype=kind, kind=value.kind, requires_grad=value.requires_grad)
+        return new[value]
+
+    sources = {kind: {name: value_of(v) for name, v in group.items()} for kind, group in _sources(graph).items()}
+    ops: dict[Op, Op] = {}
+    for op in graph.ops:
+        inputs, outputs = tuple(map(value_of, op.inputs)), tuple(map(value_of, op.outputs))
+        ops[op] = Op(
+            target=op.target, args=_cast(op.args, dtype), kwargs=_cast(op.kwargs, dtype), inputs=inputs, outputs=outputs, module=op.module, key=op.key
+        )
+        for value in outputs:
+            value.producer = ops[op]
+    return Graph(
+        parameters=sources["parameters"],
+        buffers=sources["buffers"],
+        inputs=sources["inputs"],
+        ops=list(ops.values()),
+        loss=new[graph.loss],
+        aliases=graph.aliases,
+        updates={name: new[value] for name, value in graph.updates.items()},
+        blocks=[[[ops[op] for op in block] for block in run] for run in graph.blocks],
+        batch_dims=graph.batch_dims,
+        constants={name: cast_tensor(tensor, dtype) for name, tensor in graph.constants.items()},
+    )
+
+
+def _sources(graph: Graph) -> dict[str, dict[str, Value]]:
+    return {"parameters": graph.parameters, "buffers": graph.buffers, "inputs": graph.inputs}
+
+
+def _cast(tree: Any, dtype: torch.dtype) -> Any:
+    """The constants with every real dtype exchanged."""
+    if isinstance(tree, torch.dtype):
+        return dtype if tree in _FLOATS else tree
+    if isinstance(tree, (tuple, list)):
+        return type(tree)(_cast(item, dtype) for item in tree)
+    if isinstance(tree, dict):
+        return {name: _cast(item, dtype) for name, item in tree.items()}
+    return tree

@@ -1,0 +1,103 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from shardwise.cluster import probe
+from shardwise.cluster.probe_kernels import KERNELS
+from shardwise.cluster.rates import IMPLEMENTATIONS, Curve, MatmulRate, Rates
+from shardwise.cluster.timing import Stopwatch
+
+
+def _rates(flops: float) -> Rates:
+    curve = Curve.constant(flops)
+    return Rates(
+        matmul={"float32": MatmulRate(cubes_flops=curve, thinness=Curve.constant(1), batched_flops=curve)},
+        attention_flops={},
+        convolution_flops={},
+        read_bytes_per_s=curve,
+        write_bytes_per_s=curve,
+        fresh_bytes_per_s=1,
+        fresh_from_bytes=float("inf"),
+        element_s={},
+        call_s=0,
+        view_s=0,
+        collectives=(),
+        optimizers={},
+    )
+
+
+@pytest.mark.distributed
+def test_two_ranks_measure_everything() -> None:
+    rates = probe.measure(2, probe.Budget(compute_s=0.0, collective_s=0.0, message_bytes=(1 << 10, 1 << 18)))
+    assert {(rate.kind, rate.impl) for rate in rates.collectives} == {
+        (kind, impl) for kind in IMPLEMENTATIONS for impl in IMPLEMENTATIONS[kind]
+    }
+    assert all(rate.ranks == 2 and 1e-7 < rate.latency_s <= rate.seconds[-1] < 5 for rate in rates.collectives)
+    assert 1e9 < rates.matmul_of("float32").flops_per_s(512, 512, 512) < 1e14
+    assert rates.matmul_of("float32").thinness.at(1) < 0.9
+    assert 1e8 < rates.read_bytes_per_s.at(1 << 26) < 1e12
+    assert rates.kernel_s("gelu", "float32") > rates.kernel_s("add", "float32") > 0
+    assert set(rates.element_s["float64"]) == set(KERNELS)
+    assert set(rates.attention_flops) == {"forward", "backward", "forward_causal", "backward_causal"}
+    plain = {"forward", "backward_input", "backward_weight"}
+    assert set(rates.convolution_flops) == plain | {part + "_transposed" for part in plain}
+    assert rates.optimizers["adamw"].element_s.at(1 << 20) > rates.optimizers["sgd"].element_s.at(1 << 20)
+    assert 1e-8 < rates.call_s < 1e-3
+    assert rates.contention >= 0.9
+    assert Rates.model_validate_json(rates.model_dump_json()) == rates
+
+
+def test_figures_are_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+    monkeypatch.setattr(probe, "measure", lambda ranks: asked.append(ranks) or _rates(float(len(asked))))
+    first = probe.local_rates(2, directory=tmp_path / "new")
+    assert probe.local_rates(2, directory=tmp_path / "new") == first == _rates(1.0)
+    assert asked == [2]
+    assert probe.local_rates(3, directory=tmp_path / "new") == _rates(2.0)
+    assert probe.local_rates(2, refresh=True, directory=tmp_path / "new") == _rates(3.0)
+    assert probe.local_rates(2, directory=tmp_path / "new") == _rates(3.0)
+    assert asked == [2, 3, 2]
+    assert len(list((tmp_path / "new").iterdir())) == 2
+
+
+@pytest.mark.parametrize("damage", ["", "{}", '{"matmul": 3}'])
+def test_damaged_figures_are_measured_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str) -> None:
+    monkeypatch.setattr(probe, "measure", lambda _ranks: _rates(5.0))
+    probe.cache_file(2, tmp_path).write_text(damage)
+    assert probe.local_rates(2, directory=tmp_path) == _rates(5.0)
+
+
+def test_figures_are_kept_for_a_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    here = probe.cache_file(2, tmp_path)
+    assert here == probe.cache_file(2, tmp_path) != probe.cache_file(4, tmp_path)
+    monkeypatch.setattr(probe, "processor_name", lambda: "another")
+    assert probe.cache_file(2, tmp_path) != here
+
+
+def test_ranks_are_merged_by_the_median() -> None:
+    results = [{"a": 1.0, "b": [{"c": 10.0, "d": "x"}]}, {"a": 3.0, "b": [{"c": 30.0, "d": "x"}]}]
+    assert probe._combined(results, lambda values: sum(values) / len(values)) == {"a": 2.0, "b": [{"c": 20.0, "d": "x"}]}
+
+
+@pytest.mark.parametrize("name", list(KERNELS))
+def test_kernels_run_in_every_dtype(name: str) -> None:
+    for dtype in (torch.float32, torch.float64, torch.bfloat16):
+        call, elements = KERNELS[name](torch.randn(64, 512).to(dtype))
+        call()
+        assert elements >= 64 * 512
+
+
+def test_stopwatch_counts_the_cpu_alone() -> None:
+    import time
+
+    watch = Stopwatch(budget_s=0.0)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        assert watch.seconds(lambda: time.sleep(0.02)) < 0.01
+    finally:
+        torch.set_num_threads(threads)
+    assert watch.contention > 2

@@ -1,0 +1,110 @@
+"""Every reshard keeps the value whole, and takes the gradient from the type of the target's to the type of the source's."""
+
+from __future__ import annotations
+
+from itertools import permutations
+
+import pytest
+import torch
+from tests.sharding.emulate import assert_same, combine, distribute, run_ranks
+from torch import Tensor
+
+from shardwise.runtime import communicate
+from shardwise.runtime.launch import launch
+from shardwise.sharding.collectives import group_name
+from shardwise.sharding.reshard import Axis, Reshard, collective_of, dual, reshard
+from shardwise.sharding.types import I, P, Placement, R, Shard
+
+SHAPE = (10, 12, 4)  # 10: uneven on 3 ranks; blocks of 5 and 6 on 2 and 3 ranks; 4 uneven on 3
+PLACEMENTS: tuple[Placement, ...] = (
+    P,
+    R,
+    I,
+    Shard(0),
+    Shard(1),
+    Shard(2),
+    Shard(0, blocks=2),
+    Shard(1, blocks=2),
+    Shard(0, unit=2),
+    Shard(1, 2, 2),
+)
+PAIRS = list(permutations(PLACEMENTS, 2))
+
+
+def step(source: Placement, target: Placement, ranks: int, rank: int) -> Reshard:
+    axis = Axis(name="tp", group=group_name("tp", range(ranks)), ranks=ranks, rank=rank)
+    sizes = [SHAPE[each.dim] if isinstance(each, Shard) else 0 for each in (source, target)]
+    return Reshard(source=source, target=target, axis=axis, source_size=sizes[0], target_size=sizes[1])
+
+
+def there_and_back(source: Placement, target: Placement, held: Tensor, seed: Tensor, ranks: int, rank: int) -> tuple[Tensor, Tensor]:
+    """One rank's result and gradient."""
+    leaf = held.clone().requires_grad_()
+    result = reshard(leaf, step(source, target, ranks, rank))
+    (gradient,) = torch.autograd.grad(result, leaf, seed)
+    return result.detach(), gradient
+
+
+def dealt(source: Placement, target: Placement, ranks: int) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor]]:
+    """A value and a gradient: whole, and as the ranks hold them before the reshard and before its backward."""
+    torch.manual_seed(0)
+    whole, seed = torch.randn(SHAPE, dtype=torch.float64), torch.randn(SHAPE, dtype=torch.float64)
+    mesh = {"tp": ranks}
+    return whole, seed, distribute(whole, {"tp": source}, mesh), distribute(seed, {"tp": dual(target)}, mesh)
+
+
+def check(source: Placement, target: Placement, results: list[tuple[Tensor, Tensor]]) -> None:
+    ranks = len(results)
+    whole, seed, _, _ = dealt(source, target, ranks)
+    label = f"{source} → {target} on {ranks} ranks"
+    assert_same(combine([result for result, _ in results], {"tp": target}, {"tp": ranks}, SHAPE), whole, label)
+    gradient = combine([gradient for _, gradient in results], {"tp": dual(source)}, {"tp": ranks}, SHAPE)
+    assert_same(gradient, seed, f"gradient of {label}")
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+@pytest.mark.parametrize(("source", "target"), PAIRS, ids=str)
+def test_reshard(source: Placement, target: Placement, ranks: int) -> None:
+    _, _, held, seeds = dealt(source, target, ranks)
+    check(source, target, run_ranks(ranks, lambda rank: there_and_back(source, target, held[rank], seeds[rank], ranks, rank)))
+
+
+@pytest.mark.parametrize(("source", "target"), PAIRS, ids=str)
+def test_the_collective_is_the_declared_one(source: Placement, target: Placement) -> None:
+    """What the cost model is told is what is run."""
+    _, _, held, seeds = dealt(source, target, 2)
+    asked: list[str] = []
+
+    def choose(kind: str, nbytes: int, ranks: int) -> str:
+        asked.append(kind)
+        return "native"
+
+    def work(rank: int) -> None:
+        move = step(source, target, 2, rank)
+        watched = Reshard(**{**move.__dict__, "choose": choose if rank == 0 else move.choose})
+        watched.forward(held[rank])
+        watched.backward(seeds[rank])
+
+    run_ranks(2, work)
+    assert asked == [kind for kind in (collective_of(source, target), collective_of(dual(target), dual(source))) if kind]
+
+
+def test_a_gradient_has_a_type() -> None:
+    assert [dual(each) for each in (P, R, I, Shard(1, 2))] == [I, P, I, Shard(1, 2)]
+
+
+def _on_a_real_rank(ranks: int) -> list[tuple[Tensor, Tensor]]:
+    communicate.create_groups([("tp", tuple(range(ranks)))])
+    rank = torch.distributed.get_rank()
+    results = []
+    for source, target in PAIRS:
+        _, _, held, seeds = dealt(source, target, ranks)
+        results.append(there_and_back(source, target, held[rank], seeds[rank], ranks, rank))
+    return results
+
+
+@pytest.mark.distributed
+def test_reshard_on_real_ranks() -> None:
+    found = launch(_on_a_real_rank, (3,), ranks=3, threads=1)
+    for number, (source, target) in enumerate(PAIRS):
+        check(source, target, [each[number] for each in found])
