@@ -8,7 +8,7 @@ complete   each way of splitting the inputs that turns out to work is offered, o
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import product
 from math import prod
 from typing import Any
@@ -20,7 +20,7 @@ from torch import Tensor
 from shardwise.capture import operators
 from shardwise.capture.graph import Op, Slot, Value, call
 from shardwise.sharding.reshard import dual
-from shardwise.sharding.signature import AxisSplit, Call, Choice, Signature, Variant, choice_for, factor_part, variant
+from shardwise.sharding.signature import AxisSplit, Call, Choice, Signature, Split, Variant, choice_for, factor_part, variant
 from shardwise.sharding.types import P, Placement, R, Shard, Type, local_shape, part
 
 aten = torch.ops.aten
@@ -306,13 +306,13 @@ Candidate = tuple[Placement, ...]
 
 
 def missing_splits(case: Sample, sig: Signature) -> dict[str, str]:
-    """Ways of giving the ranks parts or summands of the inputs that recombine, and that the signature neither offers nor has a reason against.
+    """Ways of giving the ranks parts or summands of the inputs that recombine, which the signature neither offers nor has a reason against.
 
     Types of the inputs → of the outputs.
     """
     found = {}
     for candidate in candidates(case):
-        if not offered(case, sig, candidate) and not excused(sig, candidate) and (outputs := works(case, candidate)) is not None:
+        if not offered(case, sig, candidate) and not excused(case, sig, candidate) and (outputs := works(case, candidate)) is not None:
             found[", ".join(map(str, candidate))] = ", ".join(map(str, outputs))
     return found
 
@@ -365,10 +365,15 @@ def _same(shape: Sequence[int], one: Placement, other: Placement) -> bool:
     return one.dim == other.dim and held[0] == held[1]
 
 
-def excused(sig: Signature, candidate: Candidate) -> bool:
-    """Whether the signature has a reason against splitting a dim that the candidate splits."""
-    names = {name for tensor, each in zip(sig.inputs, candidate, strict=True) if isinstance(each, Shard) for name in tensor[each.dim]}
-    return bool(names & set(sig.reasons)) or (bool(names) and "*" in sig.reasons)
+def excused(case: Sample, sig: Signature, candidate: Candidate) -> bool:
+    """Whether the signature has a reason against the factor that the candidate splits (no single one: against any of the dim)."""
+    if not any(isinstance(each, Shard) for each in candidate):
+        return False
+    everything = replace(sig, splits={name: Split() for name in sig.sizes})
+    names = {choice.factor for choice in _choices_like(case, everything, candidate)}
+    if not names:
+        names = {name for tensor, each in zip(sig.inputs, candidate, strict=True) if isinstance(each, Shard) for name in tensor[each.dim]}
+    return "*" in sig.reasons or bool(names & set(sig.reasons))
 
 
 def works(case: Sample, candidate: Candidate) -> tuple[Placement, ...] | None:
@@ -393,6 +398,8 @@ def _works_on(case: Sample, op: Op, candidate: Candidate, whole: Reference, rank
     try:
         made = [call(op, each) for each in leaves]
     except (RuntimeError, IndexError, ValueError, NotImplementedError):
+        return None
+    if any(len(each) != len(whole.outputs) for each in made):
         return None
     outputs = [_recombined([each[index].detach() for each in made], out, case.tolerance) for index, out in enumerate(whole.outputs)]
     placements = tuple(each for each in outputs if each is not None)

@@ -5,7 +5,7 @@ And since a test that never fails proves nothing, rules are spoilt on purpose to
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -39,6 +39,15 @@ LEFT_OUT: dict[str, dict[str, str]] = {
     "aten.group_norm.default": {"R, P, P": _NORM_WEIGHTS},
     "aten.index.Tensor": {"R, S(0), S(0)": _COUNTER},
 }
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Tensors this small are slower with more."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(autouse=True)

@@ -102,7 +102,8 @@ def _microbatched(mesh: Layout, pinned: Layout, samples: int, obstacle: str) -> 
     assert mesh.dp and mesh.pp
     if samples % mesh.dp:
         return
-    counts = [pinned.microbatches] if pinned.microbatches else _useful_counts(samples // mesh.dp, mesh.pp)
+    useful = [1] if obstacle else _useful_counts(samples // mesh.dp, mesh.pp)
+    counts = [pinned.microbatches] if pinned.microbatches else useful
     for count in counts:
         if (samples // mesh.dp) % count == 0 and (count == 1 or not obstacle):
             schedules = [pinned.schedule] if pinned.schedule else ["1f1b"]

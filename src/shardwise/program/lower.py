@@ -256,7 +256,9 @@ class _Stage:
                     self._send(value, target, outputs, seeds)
         for name, value in self.graph.updates.items():
             if value.producer in self.cut.stage_of and self.cut.stage_of[value.producer] == self.stage:
-                outputs.append((Binding("buffer", name), self.nodes[self._named(value, self.assignment.produced(value))]))
+                kept = self.assignment.produced(self.graph.buffers[name])
+                made = self.assignment.produced(value)
+                outputs.append((Binding("buffer", name), self._resharded(self.body, self.nodes, value, made, kept, value.producer.module)))
         loss_axes: tuple[str, ...] = ()
         if self.cut.stage_of[self.graph.loss.producer] == self.stage:  # type: ignore[index]
             loss_axes = self._loss(outputs, seeds)

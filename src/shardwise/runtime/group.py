@@ -74,6 +74,7 @@ def _place() -> RankEnvironment:
 def _join(place: RankEnvironment, *, timeout_s: float, backend: str) -> None:
     try:
         dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
+        dist.barrier()  # a rank that was done and left while others still connect would make them fail
     except dist.DistNetworkError as error:
         if "EADDRINUSE" in str(error) or "address already in use" in str(error).lower():
             raise port_in_use(place.master_address, place.master_port) from error

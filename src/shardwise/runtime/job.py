@@ -58,10 +58,12 @@ class Job:
             parameter.grad = self.gradients.of[part.name]
         self.parameters[part.name] = parameter
 
-    def _optimizer(self, factory: OptimizerFactory) -> torch.optim.Optimizer:
+    def _optimizer(self, factory: OptimizerFactory) -> torch.optim.Optimizer | None:
+        """The user's optimizer over this rank's parts; None for a stage without parameters."""
         if any(isinstance(each, Shard) for part in self.program.stage.parameters for each in part.type.values()):
             refuse_unless_elementwise(factory)
-        return factory([(name, parameter) for name, parameter in self.parameters.items() if parameter.requires_grad])
+        trained = [(name, parameter) for name, parameter in self.parameters.items() if parameter.requires_grad]
+        return factory(trained) if trained else None
 
     @property
     def batch_slice(self) -> slice:
@@ -83,8 +85,11 @@ class Job:
         """
         part = self._part(batch, local)
         self.steps += 1
-        loss = self.executor.step(part, step_key(self.seed, self.steps), self.optimizer.step)  # type: ignore[arg-type]
-        return self._total(loss)
+        return self._total(self.executor.step(part, step_key(self.seed, self.steps), self._update))
+
+    def _update(self) -> None:
+        if self.optimizer is not None:
+            self.optimizer.step()
 
     def evaluate(self, batch: Mapping[str, Tensor], *, local: bool = False) -> float:
         """The loss on a batch, nothing changed."""

@@ -41,6 +41,7 @@ class Report:
     """The result of a verification.
 
     differences: everything that was compared, in the order of the model; layout: what was verified; plan: its plan.
+    captured: the captured graph's gradients against the model's own, in the model's precision.
     """
 
     layout: str
@@ -48,12 +49,13 @@ class Report:
     loss: float
     reference_loss: float
     differences: list[Difference]
+    captured: list[Difference]
     plan: Plan
 
     @property
     def ok(self) -> bool:
         """Whether everything keeps its bound."""
-        return all(each.ok for each in self.differences)
+        return all(each.ok for each in (*self.captured, *self.differences))
 
     @property
     def max_relative_error(self) -> float:
@@ -63,7 +65,7 @@ class Report:
     @property
     def first_difference(self) -> str | None:
         """The first quantity that does not keep its bound."""
-        return next((each.name for each in self.differences if not each.ok), None)
+        return next((each.name for each in (*self.captured, *self.differences) if not each.ok), None)
 
     def __str__(self) -> str:
         verdict = "yes" if self.ok else "NO"
@@ -73,7 +75,10 @@ class Report:
             f"largest relative error {self.max_relative_error:.1e} over {len(self.differences)} quantities",
             f"loss {self.loss:.10g}, one device {self.reference_loss:.10g}",
         ]
-        worst = sorted(self.differences, key=lambda each: -(each.error / each.bound))[:5] if not self.ok else []
+        if self.captured:
+            worst_captured = max(each.error for each in self.captured)
+            lines.append(f"captured graph against the model itself: largest relative error {worst_captured:.1e}")
+        worst = sorted((*self.captured, *self.differences), key=lambda each: -(each.error / each.bound))[:5] if not self.ok else []
         lines += [f"  {each.name}: {each.error:.2e}, allowed {each.bound:.0e}" for each in worst]
         return "\n".join(lines)
 
@@ -117,8 +122,8 @@ def verify(
     exact = _one_device(cast_graph(graph, torch.float64), state, tensors, torch.float64, seed)
     reference = exact if dtype is torch.float64 else _one_device(cast_graph(graph, dtype), state, tensors, dtype, seed)
     split = launch(_rank, (cast_graph(graph, dtype), plan, state, tensors, dtype, seed, reference.gradients), ranks=plan.ranks, timeout_s=_WAIT_S)
-    differences = checks + _compare(split, exact, reference, dtype)
-    return Report(layout=plan.layout, dtype=dtype, loss=split[0].loss, reference_loss=exact.loss, differences=differences, plan=plan)
+    differences = _compare(split, exact, reference, dtype)
+    return Report(layout=plan.layout, dtype=dtype, loss=split[0].loss, reference_loss=exact.loss, differences=differences, captured=checks, plan=plan)
 
 
 def _state(model: nn.Module) -> dict[str, Tensor]:

@@ -19,7 +19,7 @@ def attention(op: Op) -> Signature:
     """… h q d, … h k d, … h k e, mask -> … h q e; with a causal mask of its own the queries stay whole, too."""
     query = op.inputs[0].shape
     grouped = op.inputs[1].shape[-3] != query[-3] if len(query) > 2 else False
-    batch = [(f"b{index}",) for index in range(len(query) - 2)]
+    batch: list[Dim] = [(f"b{index}",) for index in range(len(query) - 2)]
     sizes = {f"b{index}": size for index, size in enumerate(query[:-2])}
     sizes |= {"q": query[-2], "k": op.inputs[1].shape[-2], "d": query[-1], "e": op.inputs[2].shape[-1]}
     if grouped:  # several query heads share a key head: h = (g r)

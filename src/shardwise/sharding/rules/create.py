@@ -32,7 +32,13 @@ def create(op: Op) -> Signature:
     inputs = tuple(tuple((f"i{n}{d}",) for d in range(len(value.shape))) for n, value in enumerate(op.inputs))
     sizes = {f"i{n}{d}": size for n, value in enumerate(op.inputs) for d, size in enumerate(value.shape)}
     sizes |= {f"d{d}": size for d, size in enumerate(op.outputs[0].shape)}
-    return Signature(inputs=inputs, outputs=(tuple(simple_dims(op.outputs[0].shape)),), sizes=sizes, local=_create, reasons={"*": "made whole: it is cheap"})
+    return Signature(
+        inputs=inputs,
+        outputs=(tuple(simple_dims(op.outputs[0].shape)),),
+        sizes=sizes,
+        local=_create,
+        reasons={"*": "made whole: it is cheap"},
+    )
 
 
 def _create(call: Call, tensors: Sequence[torch.Tensor]) -> Any:

@@ -50,5 +50,6 @@ def _embedding(call: Call, tensors: Sequence[Tensor]) -> Any:
     padding = call.op.argument(2, "padding_idx", -1)
     local = index - start
     here = (local >= 0) & (local < table.shape[0])
-    found = torch.ops.aten.embedding.default(table, torch.where(here, local, 0), *([padding - start] if 0 <= padding - start < table.shape[0] else []))
+    padded = padding - start if 0 <= padding - start < table.shape[0] else -1
+    found = aten.embedding.default(table, torch.where(here, local, 0), padded)
     return torch.where(here.unsqueeze(-1), found, torch.zeros((), dtype=found.dtype, device=found.device))

@@ -100,6 +100,6 @@ def _index(call: Call, tensors: Sequence[torch.Tensor]) -> Any:
         value = op.inputs[slot.index]
         along = counts_along(value, op.inputs[0].shape[dim])
         if along is not None and call.splits.get(f"r{along + dims - len(value.shape)}"):
-            local = tensors[0].shape[dim]
-            shifted[slot.index] = torch.arange(local, device=tensors[0].device).reshape([local if d == along else 1 for d in range(len(value.shape))])
+            count = torch.arange(tensors[0].shape[dim], device=tensors[0].device)
+            shifted[slot.index] = count.reshape([-1 if d == along else 1 for d in range(len(value.shape))])
     return call.run(shifted)

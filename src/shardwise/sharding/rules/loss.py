@@ -50,7 +50,7 @@ class _SplitVocabulary(torch.autograd.Function):
     """Sum of cross-entropies over logits [n, vocabulary of this rank]; equal on all ranks of the group."""
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, target: Tensor, split: AxisSplit, ignore_index: int) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, logits: Tensor, target: Tensor, split: AxisSplit, ignore_index: int) -> Tensor:
         highest = all_reduce(logits.amax(1), split.group, "max")
         shifted = logits - highest[:, None]
         exponentials = shifted.exp()
@@ -64,7 +64,7 @@ class _SplitVocabulary(torch.autograd.Function):
         return torch.where(valid, both[0].log() - both[1], 0.0).sum()
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
         softmax, column, here, valid = ctx.saved_tensors
         scaled = softmax * (valid.to(softmax.dtype) * gradient)[:, None]
         return scaled.scatter_add(1, column[:, None], -(here.to(softmax.dtype) * gradient)[:, None]), None, None, None

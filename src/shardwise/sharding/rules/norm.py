@@ -42,7 +42,9 @@ def group_norm(op: Op) -> Signature:
     weights = tuple((channels,) for _ in op.inputs[1:])
     splits = {"d0": Split(), "g": Split(blocked=False)}
     reasons = {name: "it is normalised as a whole" for name in sizes if name not in splits}
-    return Signature(inputs=(tuple(names), *weights), outputs=(tuple(names),), sizes=sizes, splits=splits, reasons=reasons, local=_group_norm)
+    return Signature(
+        inputs=(tuple(names), *weights), outputs=(tuple(names),), sizes=sizes, splits=splits, reasons=reasons, local=_group_norm
+    )
 
 
 def _group_norm(call: Call, tensors: Sequence[Tensor]) -> Any:

@@ -74,7 +74,8 @@ def squeeze(op: Op) -> Signature:
     chosen = range(len(shape)) if given is None else [dim % len(shape) for dim in (given if isinstance(given, (list, tuple)) else [given])]
     gone = {dim for dim in chosen if shape[dim] == 1}
     names: list[Dim] = [() if dim in gone else name for dim, name in enumerate(simple_dims(shape))]
-    return _moved(op, names, [name for dim, name in enumerate(names) if dim not in gone], local=_reshape)  # a dim may be of size 1 here alone
+    kept = [name for dim, name in enumerate(names) if dim not in gone]
+    return _moved(op, names, kept, local=_reshape)  # a rank's part of another dim may be of size 1, too, and must stay
 
 
 @rule(aten.expand.default, aten.expand_as.default, aten.broadcast_to.default)
@@ -100,8 +101,8 @@ def reshape(op: Op) -> Signature:
     inputs, outputs, sizes = common_factors(op.inputs[0].shape, op.outputs[0].shape)
     splits = {name: Split() for name in sizes if name.startswith("f")}
     reasons = {name: "its elements are in dims of other sizes before and after" for name in sizes if name not in splits}
-    extra = tuple(outputs for _ in op.inputs[1:])
-    return Signature(inputs=(inputs, *extra), outputs=(outputs,), sizes=sizes, splits=splits, linear=_ALONE, local=_reshape, reasons=reasons)
+    read = (inputs, *(outputs for _ in op.inputs[1:]))
+    return Signature(inputs=read, outputs=(outputs,), sizes=sizes, splits=splits, linear=_ALONE, local=_reshape, reasons=reasons)
 
 
 def _reshape(call: Call, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -242,7 +243,8 @@ def cat(op: Op) -> Signature:
         names[dim] = ("whole",)
         sizes |= {"whole": out[dim]} | {f"n{index}": size for index, size in enumerate(lengths)}
     splits = {name: Split() for name in sizes if name == "n" or name.startswith("d")}
-    reasons = {name: "the inputs have unequal lengths" for name in sizes if name not in splits} | {"pieces": "each piece is an input of its own"}
+    reason = "each piece is an input of its own" if "pieces" in sizes else "the inputs have unequal lengths"
+    reasons = {name: reason for name in sizes if name not in splits}
     everything = (frozenset(range(len(op.inputs))),)
     return Signature(inputs=inputs, outputs=(tuple(names),), sizes=sizes, splits=splits, linear=everything, reasons=reasons)
 
@@ -319,8 +321,9 @@ def along(op: Op) -> Signature:
     shape = op.inputs[0].shape
     dim = (op.argument(2, "dim", -1) if op.target is aten.diff.default else op.args[1]) % len(shape)
     names = simple_dims(shape)
-    lengths = {f"d{dim}": shape[dim], "out": op.outputs[0].shape[dim]} | {f"more{n}": value.shape[dim] for n, value in enumerate(op.inputs[1:], 1)}
-    inputs = tuple((*names[:dim], (name,), *names[dim + 1 :]) for name in lengths if name != "out")
+    lengths = {f"d{dim}": shape[dim]} | {f"more{n}": value.shape[dim] for n, value in enumerate(op.inputs[1:], 1)}
+    inputs = tuple((*names[:dim], (name,), *names[dim + 1 :]) for name in lengths)
+    lengths["out"] = op.outputs[0].shape[dim]
     sizes = {f"d{index}": size for index, size in enumerate(shape)} | lengths
     return Signature(
         inputs=inputs,
