@@ -5,6 +5,7 @@ from shardwise.cluster.model import Cluster
 from shardwise.errors import (
     BatchError,
     CaptureError,
+    CheckError,
     ClusterError,
     DataError,
     LayoutError,
@@ -21,6 +22,7 @@ from shardwise.verify.verify import verify
 __all__ = [
     "BatchError",
     "CaptureError",
+    "CheckError",
     "Cluster",
     "ClusterError",
     "DataError",

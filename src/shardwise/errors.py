@@ -8,6 +8,7 @@
     ├── PlanError       a plan file is damaged, of another format, or for another model
     ├── ClusterError    a cluster description is wrong, or this machine cannot serve as one
     ├── RuleError       an operator has no sharding rule, or a rule is wrong
+    ├── CheckError      the ranks' programs do not fit together: found before any of them starts
     ├── DataError       training data is missing, empty or too short
     ├── TransferError   a rank waited in vain for another one's message
     └── RankFailed      a rank died; carries that rank's own last error
@@ -20,6 +21,7 @@ from __future__ import annotations
 __all__ = [
     "BatchError",
     "CaptureError",
+    "CheckError",
     "ClusterError",
     "DataError",
     "LayoutError",
@@ -62,6 +64,10 @@ class ClusterError(ShardwiseError):
 
 class RuleError(ShardwiseError):
     """An operator has no sharding rule, or a rule is wrong."""
+
+
+class CheckError(ShardwiseError):
+    """The ranks' programs leave something out, disagree, would wait for each other for ever, or do not fit memory."""
 
 
 class DataError(ShardwiseError):

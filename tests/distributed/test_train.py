@@ -11,7 +11,9 @@ import torch.distributed as dist
 
 import shardwise
 from shardwise.errors import RankFailed
+from shardwise.program.actions import Action, Kind
 from shardwise.runtime.data import ByteText
+from shardwise.runtime.executor import Event
 from shardwise.runtime.train import Settings, train
 
 pytestmark = pytest.mark.distributed
@@ -21,6 +23,7 @@ class StandInJob:
     def __init__(self, model: torch.nn.Module, batch: object, *, plan: Any, optimizer: Any) -> None:
         self.optimizer = optimizer(model.named_parameters())
         self.steps = 0
+        self.events = [Event(action=Action(kind=Kind.UPDATE), start_s=1.0, end_s=2.0)]
 
     def evaluate(self, batch: dict[str, torch.Tensor]) -> float:
         return 5.0 - self.steps
@@ -54,6 +57,7 @@ def test_all_ranks_train_and_report(text: ByteText, capfd: pytest.CaptureFixture
     assert len(run.memory_bytes) == 2
     assert max(run.memory_bytes) < 40e6, "a model of 6 parameters: only the first collective's buffers and the like"
     assert 0 < run.step_time_s < 1
+    assert run.actions == [[("update", -1, "", -1, 1.0, 2.0)]] * 2
     shown = capfd.readouterr().out
     assert shown.count("step 4/4") == 1, "one rank shows, the others are silent"
 

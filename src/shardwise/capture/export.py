@@ -71,7 +71,7 @@ class _LossOnly(nn.Module):
         if isinstance(value, dict):
             value = value.get("loss")
         if not isinstance(value, torch.Tensor) or value.numel() != 1:
-            found = f"a tensor of shape {list(value.shape)}" if isinstance(value, torch.Tensor) else type(value).__name__
+            found = f"a tensor of shape {list(value.shape)}" if isinstance(value, torch.Tensor) else type(output).__name__
             raise CaptureError(
                 f"{type(self.model).__name__} returns {found}, not a scalar loss; put labels into the batch or pass loss=callable "
                 "that makes the scalar from the module's output"
@@ -122,8 +122,8 @@ def _explain(model: nn.Module, error: Exception) -> str:
             where = f" in {names[type(owner)]} ({frame.f_code.co_filename}:{line})"
     reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     return (
-        f"{type(model).__name__} cannot be captured{where}: {type(error).__name__}: {reason}. Control flow that depends on tensor values must be "
-        "written with tensor operators (torch.where, masks)"
+        f"{type(model).__name__} cannot be captured{where}: {type(error).__name__}: {reason}. "
+        "Control flow that depends on tensor values must be written with tensor operators (torch.where, masks)"
     )
 
 
@@ -154,7 +154,7 @@ class _Builder:
 
     def add(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], metas: list[torch.Tensor]) -> tuple[Value, ...]:
         inputs: list[Value] = []
-        slotted_args, slotted_kwargs = _slots((args, kwargs), inputs)
+        slotted_args, slotted_kwargs = _slots((args, kwargs), inputs)  # devices become "cpu": where it runs is the program's matter
         tracked = self.grad and any(value.requires_grad for value in inputs)
         name = f"{self.module or 'model'}.{operator_name(target).split('.')[1]}"
         outputs = tuple(
@@ -237,7 +237,7 @@ class _Converter:
             if node.op == "get_attr":
                 env[node] = self._attribute(module, node)
             elif node.op == "call_function":
-                env[node] = self._call(module, node, env, grad)
+                env[node] = self._call(node, env, grad)
             elif node.op == "output":
                 return torch.fx.node.map_arg(node.args[0], env.__getitem__)
         raise AssertionError("an exported graph has no output")
@@ -252,8 +252,9 @@ class _Converter:
             return self.buffers.setdefault(name, _value(name, value, "buffer"))
         return value
 
-    def _call(self, module: torch.fx.GraphModule, node: torch.fx.Node, env: dict[torch.fx.Node, Any], grad: bool) -> Any:
-        args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), env.__getitem__)
+    def _call(self, node: torch.fx.Node, env: dict[torch.fx.Node, Any], grad: bool) -> Any:
+        arguments: Any = torch.fx.node.map_arg((node.args, node.kwargs), env.__getitem__)
+        args, kwargs = arguments
         target = node.target
         if target is operator.getitem:
             return args[0][args[1]]
@@ -273,8 +274,7 @@ class _Converter:
         value = node.meta["val"]
         metas = list(value) if isinstance(value, (tuple, list)) else [value]
         builder = _Builder(converter=self, module=_module_path(node), grad=grad)
-        replaced = normalize(target, args, kwargs, metas, builder)
-        outputs = replaced if replaced is not None else builder.add(target, args, kwargs, metas)
+        outputs = normalize(target, args, kwargs, metas, builder)
         return outputs if isinstance(value, (tuple, list)) else outputs[0]
 
     def unique(self, name: str) -> str:
@@ -326,7 +326,7 @@ def _check_sizes(node: torch.fx.Node) -> None:
 
 
 def _slots(tree: Any, inputs: list[Value]) -> Any:
-    """The arguments with every Value moved to `inputs` and a Slot left in its place."""
+    """The arguments with every Value moved to `inputs` and a Slot left in its place, and every device the same."""
     if isinstance(tree, Value):
         inputs.append(tree)
         return Slot(len(inputs) - 1)
@@ -338,7 +338,7 @@ def _slots(tree: Any, inputs: list[Value]) -> Any:
         )
     if isinstance(tree, dict):
         return {name: _slots(item, inputs) for name, item in tree.items()}
-    return tree
+    return torch.device("cpu") if isinstance(tree, torch.device) else tree
 
 
 def _module_path(node: torch.fx.Node) -> str:

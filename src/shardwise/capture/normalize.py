@@ -64,10 +64,8 @@ def passes_through(target: Any, args: tuple[Any, ...], meta: Any) -> Value | Non
     return None
 
 
-def normalize(
-    target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], metas: list[torch.Tensor], builder: Builder
-) -> tuple[Value, ...] | None:
-    """The results of the rewritten call, whose parts are appended to `builder`; None when the call stays as it is."""
+def normalize(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], metas: list[torch.Tensor], builder: Builder) -> tuple[Value, ...]:
+    """The results of the call, rewritten where it must be, whose parts are appended to `builder`."""
     add = builder.add
     if target in (aten.view.default, aten._unsafe_view.default):
         return add(aten.reshape.default, args, kwargs, metas)
@@ -86,19 +84,19 @@ def normalize(
         x, weight, bias, mean, var, _, momentum, eps = args
         out, new_mean, new_var = add(operators.batch_norm, (x, weight, bias, mean, var, momentum, eps), {}, [metas[0], metas[3], metas[4]])
         return out, out, out, new_mean, new_var
-    return None
+    return add(target, args, kwargs, metas)
 
 
 def _get(args: tuple[Any, ...], index: int, default: Any) -> Any:
     return args[index] if len(args) > index else default
 
 
-def _cross_entropy(args: tuple[Any, ...], metas: list[torch.Tensor], builder: Builder) -> tuple[Value, ...] | None:
+def _cross_entropy(args: tuple[Any, ...], metas: list[torch.Tensor], builder: Builder) -> tuple[Value, ...]:
     add = builder.add
     logits, target, weight, reduction = args[0], args[1], _get(args, 2, None), _get(args, 3, 1)
     ignore_index, smoothing = _get(args, 4, -100), _get(args, 5, 0.0)
     if reduction == 0 or target.dtype.is_floating_point or (smoothing and weight is not None):
-        return None
+        return add(aten.cross_entropy_loss.default, args, {}, metas)
     scalar = metas[0]
     (total,) = add(operators.cross_entropy_sum, (logits, target, weight, ignore_index, smoothing), {}, [scalar])
     if reduction == 2:

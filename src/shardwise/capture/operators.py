@@ -1,7 +1,7 @@
 """Operators of our own that a captured graph may hold beside ATen's.
 
-Each says in one call what ATen hides in several or as a side effect, so that a sharding rule can be written for it: a loss as sum and count,
-batch normalisation with its new statistics as results, random numbers as a function of where an element lies in the whole tensor.
+Each says in one call what ATen hides in several or as a side effect, so that a sharding rule can be written for it: a loss as sum and
+count, batch normalisation with its new statistics as results, random numbers as a function of where an element lies in the whole tensor.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ def cross_entropy_sum(logits: Tensor, target: Tensor, weight: Tensor | None, ign
 
 
 def valid_count(target: Tensor, weight: Tensor | None, ignore_index: int, dtype: torch.dtype) -> Tensor:
-    """What a mean cross-entropy divides by: the number (or total class weight) of targets other than `ignore_index`; a scalar of `dtype`."""
+    """What a mean cross-entropy divides by: the number (or class weight) of targets other than `ignore_index`; a scalar of `dtype`."""
     valid = target != ignore_index
     if weight is None:
         return valid.sum().to(dtype)
@@ -67,11 +67,11 @@ def keyed_dropout(x: Tensor, random_state: Tensor, probability: float, *, key: i
 def drop(x: Tensor, index: Tensor, step_key: Tensor, probability: float, key: int) -> Tensor:
     """Zeroes the elements whose random bits at global `index` fall under `probability`, scales the others."""
     keep = random_bits(index, step_key, key) >= int(probability * 2**31)
-    return x * (keep * (1.0 / (1.0 - probability))).to(x.dtype)
+    return x * (keep.to(x.dtype) * (1.0 / (1.0 - probability)))
 
 
 def random_bits(index: Tensor, step_key: Tensor, key: int) -> Tensor:
-    """31 random bits for each int64 index: two rounds of the 32-bit finaliser `lowbias32` (C. Wellons, hash-prospector) over index and keys."""
+    """31 random bits for each int64 index: two rounds of the 32-bit finaliser `lowbias32` (C. Wellons, hash-prospector)."""
     state = (index ^ (index >> 32) ^ step_key ^ (key * 0x9E3779B9)) & 0xFFFFFFFF
     state = _mix(state)
     return _mix((state + (step_key >> 32) + index) & 0xFFFFFFFF) >> 1

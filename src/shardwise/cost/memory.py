@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from shardwise.cost.operators import is_view
+from shardwise.cost.operators import is_inplace, is_view
 
 __all__ = ["Liveness", "bases", "liveness", "tensor_bytes"]
 
@@ -75,3 +75,8 @@ def bases(graph: fx.Graph, known: Mapping[fx.Node, fx.Node]) -> dict[fx.Node, fx
         )
         base[node] = base[first] if aliases and first is not None else known.get(node, node)
     return base
+
+
+def _shares_memory(target: Any) -> bool:
+    """Whether an operator's result lies in its first argument's memory."""
+    return isinstance(target, torch._ops.OpOverload) and (is_view(target) or is_inplace(target))

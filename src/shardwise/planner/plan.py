@@ -33,7 +33,7 @@ class _Strict(BaseModel):
 class Prediction(_Strict):
     """What the simulator says of a plan. Seconds and bytes; memory_bytes and by_kind for each rank.
 
-    by_kind: for each rank parameters, gradients, optimizer, saved, transient and buffers at the peak.
+    by_kind: for each rank parameters, gradients, optimizer, saved, transient and buffers at the peak. limit_bytes: what a rank has.
     """
 
     step_time_s: float
@@ -41,6 +41,7 @@ class Prediction(_Strict):
     by_kind: list[dict[str, int]] = []
     bubble: float = 0.0
     communication_s: float = 0.0
+    limit_bytes: int | None = None
 
 
 class Candidate(_Strict):

@@ -22,6 +22,7 @@ from shardwise.planner.layout import Layout, completions
 from shardwise.planner.plan import Candidate, Infeasible, Plan, Prediction, by_pattern, choice_text
 from shardwise.planner.stages import StageCosts, cut_stages
 from shardwise.program.build import build_programs
+from shardwise.program.check import check_programs
 from shardwise.program.lower import Cut
 from shardwise.program.trace import Tracer
 from shardwise.sharding.assignment import Assignment
@@ -219,6 +220,7 @@ class _Search:
         programs = build_programs(
             trial.applied.assignment, trial.applied.cut, trial.layout.schedule or "1f1b", chooser(self.cluster), device=torch.device("cpu"), tracer=self.tracer
         )
+        check_programs(programs, trial.applied.assignment, trial.applied.cut, chooser(self.cluster))
         trial.profile = profile_programs(programs, self.cluster, self.optimizer)
         layout = trial.layout
         mesh = Mesh(dp=layout.dp or 1, tp=layout.tp or 1, pp=layout.pp or 1, microbatches=layout.microbatches or 1, schedule=layout.schedule or "1f1b")
@@ -284,6 +286,7 @@ def make_plan(run: _Search, best: _Trial, trials: list[_Trial], seconds: float, 
         by_kind=simulation.memory,
         bubble=simulation.bubble,
         communication_s=simulation.communication_s,
+        limit_bytes=run.cluster.memory_bytes,
     )
     plan = Plan(
         model=model,

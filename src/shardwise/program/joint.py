@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from shardwise.program.reuse import reuse_memory
 from shardwise.program.trace import Function, Traced, Tracer
 
 __all__ = ["JointGraph", "Halves"]
@@ -134,6 +135,8 @@ class JointGraph:
         forward = _extract([node for node in forward_order if node in needed or node.op == "placeholder"], [], [*outputs, *saved])
         backward_order = [node for node in self.graph.nodes if node not in self.forward_nodes and (node in backward_nodes or node.op == "placeholder")]
         backward = _extract(backward_order, saved, list(gradients))
+        reuse_memory(forward)
+        reuse_memory(backward)
         return Halves(
             forward=forward,
             backward=backward,

@@ -131,7 +131,7 @@ class _Stage:
             splits.setdefault(choice.factor, []).append(split)
             sizes[choice.factor] = held.length
         shapes = tuple(self._local_shape(value, self.assignment.produced(value)) for value in op.outputs)
-        return Call(op=op, shapes=shapes, sizes=sig.sizes, splits={name: tuple(found) for name, found in splits.items()})
+        return Call(op=op, shapes=shapes, sizes=sig.sizes, splits={name: tuple(found) for name, found in splits.items()}, device=self.tracer.device)
 
     def _local_shape(self, value: Value, type_: Mapping[str, Placement]) -> tuple[int, ...]:
         return local_shape(value.shape, type_, self.assignment.mesh, self.coordinates)

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from shardwise.errors import ShardwiseError
 
-__all__ = ["all_gather", "all_reduce", "all_to_all", "reduce_scatter"]
+__all__ = ["all_gather", "all_reduce", "all_to_all", "reduce_scatter", "start_all_reduce"]
 
 Group = dist.ProcessGroup | None
 Reduction = Literal["sum", "max"]
@@ -50,6 +50,26 @@ def all_reduce(tensor: Tensor, group: Group = None, impl: str = "native", *, inp
         return tensor if inplace else tensor.clone()
     result = function(tensor, group, inplace, reduction)
     return tensor.copy_(result) if inplace and result is not tensor else result
+
+
+def start_all_reduce(tensor: Tensor, group: Group, impl: str, tag: int) -> Callable[[], None]:
+    """Begins to sum a contiguous `tensor` over the group, in place; the function returned waits until that is done.
+
+    tag: tells messages under way at the same time apart. Until the end the tensor must not be touched.
+    """
+    if impl == "exchange" and dist.get_world_size(group) == 2:
+        other = torch.empty_like(tensor)
+        peer = 1 - dist.get_rank(group)
+        works = _post({peer: tensor}, {peer: other}, group, _TAG + 1 + tag)
+
+        def finish() -> None:
+            for work in works:
+                work.wait()
+            tensor.add_(other)
+
+        return finish
+    work = dist.all_reduce(tensor, group=group, async_op=True)
+    return work.wait  # type: ignore[union-attr, return-value]
 
 
 def all_gather(tensor: Tensor, dim: int, sizes: Sequence[int], group: Group = None, impl: str = "native") -> Tensor:
@@ -241,16 +261,21 @@ def _all_to_all_exchange(pieces: Sequence[Tensor], shapes: Sequence[Sequence[int
 
 def _swap(sends: Mapping[int, Tensor], receives: Mapping[int, Tensor], group: Group) -> None:
     """Sends and receives contiguous tensors by group rank, all at once; both sides leave out the empty ones."""
+    for work in _post(sends, receives, group, _TAG):
+        work.wait()
+
+
+def _post(sends: Mapping[int, Tensor], receives: Mapping[int, Tensor], group: Group, tag: int) -> list[Any]:
+    """Begins the sends and receives."""
     rank, ranks = dist.get_rank(group), dist.get_world_size(group)
     operations = []
     for step in range(1, ranks):
         source, target = (rank - step) % ranks, (rank + step) % ranks
         if source in receives and receives[source].numel():
-            operations.append(dist.P2POp(dist.irecv, _bytes(receives[source]), group=group, tag=_TAG, group_peer=source))
+            operations.append(dist.P2POp(dist.irecv, _bytes(receives[source]), group=group, tag=tag, group_peer=source))
         if target in sends and sends[target].numel():
-            operations.append(dist.P2POp(dist.isend, _bytes(sends[target]), group=group, tag=_TAG, group_peer=target))
-    for work in dist.batch_isend_irecv(operations) if operations else ():
-        work.wait()
+            operations.append(dist.P2POp(dist.isend, _bytes(sends[target]), group=group, tag=tag, group_peer=target))
+    return dist.batch_isend_irecv(operations) if operations else []
 
 
 def _to_others(rank: int, tensors: Sequence[Tensor]) -> dict[int, Tensor]:

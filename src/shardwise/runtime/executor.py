@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -45,8 +46,13 @@ class Executor:
         with torch.no_grad():
             self.prelude = Prelude(stage, buffers)
         self.forward = callable_of(stage.forward)
-        self.backward_first = accumulating(stage, first=True)
-        self.backward_more = accumulating(stage, first=False) if program.microbatches > 1 else self.backward_first
+        begin = {partial(gradients.start, number): names for number, names in gradients.early().items()}
+        one = program.microbatches == 1
+        self.backward = {
+            (True, one): accumulating(stage, first=True, begin=begin if one else None),
+            (False, True): accumulating(stage, first=False, begin=begin),
+            (False, False): accumulating(stage, first=False),
+        }  # (is the step's first, is its last) → function
         self.with_gradient = with_gradient(stage)
         self.edges = {edge.name: edge for edge in program.edges}
         self.seed = torch.ones((), dtype=self._loss_dtype(), device=device)
@@ -92,7 +98,7 @@ class Executor:
         self.losses: list[Tensor] = []
         self.pending: list[tuple[Action, Any, Tensor]] = []
         self.events = []
-        self.started = False
+        self.backwarded = 0
         for action in actions:
             start = time.perf_counter()
             self.act[action.kind](action)
@@ -137,9 +143,8 @@ class Executor:
         for binding in stage.backward_inputs:
             inputs.append(self.seed if binding.kind == "seed" else self.values.pop((binding.name, microbatch, True)))
         inputs += [self.gradients.of[name] for name in self.with_gradient]
-        function = self.backward_more if self.started else self.backward_first
-        self.started = True
-        results = function(inputs)
+        self.backwarded += 1
+        results = self.backward[self.backwarded == 1, self.backwarded == self.program.microbatches](inputs)
         names = [binding.name for binding in stage.backward_outputs if binding.kind == "edge"]
         for name, value in zip(names, results, strict=True):
             self.values[name, microbatch, True] = self._zeros(name) if value is None else value

@@ -13,6 +13,8 @@ from shardwise.program.program import Binding, StageProgram
 
 __all__ = ["Prelude", "accumulating", "callable_of"]
 
+aten = torch.ops.aten
+
 Function = Callable[[list[Any]], list[Any]]
 
 
@@ -66,29 +68,72 @@ def _fold(graph: fx.Graph, bindings: Sequence[Binding], buffers: Mapping[str, Te
     return folded, constants
 
 
-def accumulating(stage: StageProgram, *, first: bool) -> Function:
+def accumulating(stage: StageProgram, *, first: bool, begin: Mapping[Callable[[], None], set[str]] | None = None) -> Function:
     """The backward graph with each parameter's gradient put into a buffer as soon as it is known.
 
     Inputs: saved values, gradients of what was sent, and a buffer for each parameter with a gradient; outputs: gradients to send.
     first: whether the buffers are overwritten (the step's first microbatch) or added to.
+    begin: functions to call as soon as all gradients of the named parameters are in their buffers.
     """
     graph = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
-    returned = graph.graph_copy(stage.backward, copies)
-    gradients: Sequence[Any] = returned  # type: ignore[assignment]
-    placeholders = [node for node in graph.nodes if node.op == "placeholder"]
-    sent = []
-    last = placeholders[-1]
+    gradients: Sequence[Any] = graph.graph_copy(stage.backward, copies)  # type: ignore[assignment]
+    last = [node for node in graph.nodes if node.op == "placeholder"][-1]
+    sent = [gradient for binding, gradient in zip(stage.backward_outputs, gradients, strict=True) if binding.kind != "parameter"]
+    sinks: dict[str, tuple[fx.Node, fx.Node]] = {}
     for binding, gradient in zip(stage.backward_outputs, gradients, strict=True):
-        if binding.kind != "parameter":
-            sent.append(gradient)
-        elif gradient is not None:
+        if binding.kind == "parameter" and gradient is not None:
             with graph.inserting_after(last):
                 last = graph.placeholder(f"buffer_{''.join(c if c.isalnum() else '_' for c in binding.name)}")
-            with graph.inserting_after(last if gradient.op == "placeholder" else gradient):
-                graph.call_function(torch.ops.aten.copy_.default if first else torch.ops.aten.add_.Tensor, (last, gradient))
+            sinks[binding.name] = last, gradient
+    placed = {name: _sink(graph, buffer, gradient, last, first=first) for name, (buffer, gradient) in sinks.items()}
     graph.output(sent)
+    _call_when_placed(graph, placed, begin or {})
     return callable_of(graph)
+
+
+def _sink(graph: fx.Graph, buffer: fx.Node, gradient: fx.Node, last_placeholder: fx.Node, *, first: bool) -> fx.Node:
+    """Puts a gradient into its buffer: a matrix product that nothing else reads is computed there, others are copied or added.
+
+    Returns the node after which it is there.
+    """
+    product, turned = gradient, False
+    while product.target is aten.t.default and len(product.users) <= 1:
+        product, turned = product.args[0], not turned  # type: ignore[assignment]
+    if product.target is aten.mm.default and len(product.users) <= 1:
+        with graph.inserting_before(product):
+            place = graph.call_function(aten.t.default, (buffer,)) if turned else buffer
+            if first:
+                done = graph.call_function(aten.mm.out, product.args, {"out": place})
+            else:
+                done = graph.call_function(aten.addmm_.default, (place, *product.args))
+        while gradient is not product:
+            gradient, gone = gradient.args[0], gradient  # type: ignore[assignment]
+            graph.erase_node(gone)
+        graph.erase_node(product)
+        return done
+    with graph.inserting_after(last_placeholder if gradient.op == "placeholder" else gradient):
+        return graph.call_function(aten.copy_.default if first else aten.add_.Tensor, (buffer, gradient))
+
+
+def _call_when_placed(graph: fx.Graph, placed: Mapping[str, fx.Node], begin: Mapping[Callable[[], None], set[str]]) -> None:
+    position = {node: index for index, node in enumerate(graph.nodes)}
+    for number, (function, names) in enumerate(begin.items()):
+        nodes = [placed[name] for name in names if name in placed]
+        if not nodes:
+            continue
+        with graph.inserting_after(max(nodes, key=position.__getitem__)):
+            graph.call_function(_Named(f"begin_reduction_{number}", function))
+
+
+class _Named:
+    """A function under a name that generated code can use."""
+
+    def __init__(self, name: str, function: Callable[[], None]) -> None:
+        self.__name__, self.__module__, self.function = name, "shardwise", function
+
+    def __call__(self) -> None:
+        self.function()
 
 
 def with_gradient(stage: StageProgram) -> list[str]:

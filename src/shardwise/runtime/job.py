@@ -13,6 +13,7 @@ from shardwise.errors import BatchError, PlanError
 from shardwise.planner.apply import Applied
 from shardwise.planner.plan import Plan
 from shardwise.program.build import build_programs, rank_of
+from shardwise.program.check import check_own
 from shardwise.program.program import ParameterPart, Program
 from shardwise.runtime.communicate import create_groups
 from shardwise.runtime.executor import Event, Executor
@@ -41,6 +42,7 @@ class Job:
         choose = plan.chooser()
         programs = build_programs(applied.assignment, applied.cut, plan.schedule, choose, device=device, ranks=[rank])
         self.program: Program = programs[rank]
+        check_own(self.program, applied.assignment, applied.cut)
         groups = create_groups(_all_groups(self.program, plan, graph, applied))
         parts = [*self.program.stage.parameters, *self.program.stage.buffers]
         self.state = {part.name: _own(local_part(state[part.name], part, self.program), device) for part in parts}

@@ -13,6 +13,7 @@ from torch import nn
 
 from shardwise.environment import rank_environment
 from shardwise.runtime.data import ByteText
+from shardwise.runtime.executor import Event
 from shardwise.runtime.launch import launch
 from shardwise.runtime.memory import PeakMemory
 from shardwise.runtime.progress import TrainingDisplay
@@ -20,16 +21,20 @@ from shardwise.runtime.progress import TrainingDisplay
 if TYPE_CHECKING:
     from shardwise import Plan
 
-__all__ = ["WAIT_S", "RankResult", "Settings", "TrainingRun", "train", "train_rank"]
+__all__ = ["WAIT_S", "RankResult", "RecordedAction", "Settings", "TrainingRun", "train", "train_rank"]
 
 _WARM_UP_STEPS = 2  # their times are not typical: memory is taken and connections are made
 WAIT_S = 300.0  # a collective, send or receive may take so long
 
 Build = Callable[[], nn.Module]
+RecordedAction = tuple[str, int, str, int, float, float]  # kind, microbatch, edge, peer, start and end in seconds of time.perf_counter
 
 
 class Job(Protocol):
-    """What the loop needs of `parallelize`'s result."""
+    """What the loop needs of `parallelize`'s result. events: the last step's actions."""
+
+    @property
+    def events(self) -> list[Event]: ...
 
     def step(self, batch: dict[str, torch.Tensor]) -> float:
         """One optimizer step on the global batch; the loss."""
@@ -51,7 +56,10 @@ class Settings:
 
 @dataclass(frozen=True, kw_only=True)
 class RankResult:
-    """What one rank saw. Losses are equal on all ranks; the held-out ones are means over one batch of held-out text."""
+    """What one rank saw. Losses are equal on all ranks; the held-out ones are means over one batch of held-out text.
+
+    actions: of the last step, plain so that they travel between processes.
+    """
 
     rank: int
     losses: list[float]
@@ -59,17 +67,22 @@ class RankResult:
     peak_memory_bytes: int
     held_out_before: float
     held_out_after: float
+    actions: list[RecordedAction] = field(default_factory=list)
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingRun:
-    """The ranks' results as one. memory_bytes: peak of each rank; step_time_s: median, of the slowest rank in each step."""
+    """The ranks' results as one.
+
+    memory_bytes: peak of each rank; step_time_s: median, of the slowest rank in each step; actions: of the last step, for each rank.
+    """
 
     losses: list[float]
     held_out_before: float
     held_out_after: float
     step_times_s: list[float]
     memory_bytes: list[int]
+    actions: list[list[RecordedAction]] = field(default_factory=list)
     step_time_s: float = field(init=False)
 
     def __post_init__(self) -> None:
@@ -86,6 +99,7 @@ class TrainingRun:
             held_out_after=first.held_out_after,
             step_times_s=[max(times) for times in zip(*(result.step_times_s for result in results), strict=True)],
             memory_bytes=[result.peak_memory_bytes for result in results],
+            actions=[result.actions for result in results],
         )
 
 
@@ -108,6 +122,7 @@ def train_rank(build: Build, plan: Plan, text: ByteText, settings: Settings) -> 
     job = sw.parallelize(build(), held_out, plan=plan, optimizer=_adamw(settings.learning_rate))
     before = job.evaluate(held_out)
     losses, times = _loop(job, text, settings, shown=settings.shown and place.rank == 0)
+    actions = [_recorded(event) for event in job.events]
     return RankResult(
         rank=place.rank,
         losses=losses,
@@ -115,7 +130,13 @@ def train_rank(build: Build, plan: Plan, text: ByteText, settings: Settings) -> 
         peak_memory_bytes=memory.peak_bytes(),
         held_out_before=before,
         held_out_after=job.evaluate(held_out),
+        actions=actions,
     )
+
+
+def _recorded(event: Event) -> RecordedAction:
+    action = event.action
+    return action.kind.value, action.microbatch, action.edge, action.peer, event.start_s, event.end_s
 
 
 def _import_what_training_imports() -> None:

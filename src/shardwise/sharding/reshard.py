@@ -49,7 +49,7 @@ class Axis:
 class Reshard:
     """From `source` to `target` on `axis`, of a tensor whose dim (where a Shard says so) has `size` elements over all the axis' ranks.
 
-    choose: (kind of collective, bytes of the whole tensor, ranks) → implementation.
+    choose: (kind of collective, bytes of its message as `shardwise.cost.collectives` counts them, ranks) → implementation.
     """
 
     source: Placement
@@ -90,7 +90,7 @@ class Reshard:
 
     def _gather(self, x: Tensor, shard: Shard) -> Tensor:
         sizes = lengths(self._size(shard), shard, self.axis.ranks)
-        impl = self.choose("all_gather", x.nbytes * self.axis.ranks, self.axis.ranks)
+        impl = self.choose("all_gather", _resized_bytes(x, shard.dim, sum(sizes)), self.axis.ranks)
         if shard.blocks == 1:
             return all_gather(x, self.axis.group, shard.dim, sizes, impl)
         opened = x.unflatten(shard.dim, (shard.blocks, -1))
@@ -111,7 +111,7 @@ class Reshard:
             return take(self._gather(x, source), target, self.axis.ranks, self.axis.rank)
         ranks = self.axis.ranks
         give, get = lengths(self._size(target), target, ranks), lengths(self._size(source), source, ranks)
-        impl = self.choose("all_to_all", x.nbytes * ranks, ranks)
+        impl = self.choose("all_to_all", _resized_bytes(x, source.dim, sum(get)) // ranks, ranks)
         return all_to_all(x, self.axis.group, target.dim, give, source.dim, get, self.axis.rank, impl)
 
     def _pad(self, x: Tensor, shard: Shard) -> Tensor:
@@ -125,6 +125,11 @@ class Reshard:
         dim = shard.dim if shard.blocks == 1 else shard.dim + 1
         source = x if shard.blocks == 1 else x.unflatten(shard.dim, (shard.blocks, -1))
         return torch.slice_scatter(take_view, source, dim, start, start + source.shape[dim]).reshape(shape)
+
+
+def _resized_bytes(x: Tensor, dim: int, size: int) -> int:
+    """Bytes of x, were its dim `size` long: the same on ranks with uneven parts, so that all choose one implementation."""
+    return x.nbytes // x.shape[dim] * size
 
 
 class _Function(torch.autograd.Function):

@@ -19,6 +19,7 @@ from math import prod
 from typing import Any, Literal
 
 import torch
+from torch.utils._pytree import tree_map_only
 
 from shardwise.capture.graph import Op, fill
 from shardwise.sharding.types import I, P, Part, Placement, R, Shard, canonical, part
@@ -66,19 +67,22 @@ class Call:
     """An operator call on one rank, for the local code of a rule.
 
     args, kwargs: the whole call's, with Slots; shapes: local shapes of the outputs; sizes: whole sizes of the factors.
-    splits: factor → its splits, outermost axis first.
+    splits: factor → its splits, outermost axis first. device: where the rank computes.
     """
 
     op: Op
     shapes: tuple[tuple[int, ...], ...]
     sizes: Mapping[str, int]
     splits: Mapping[str, tuple[AxisSplit, ...]]
+    device: torch.device = torch.device("cpu")
 
     def run(self, tensors: Sequence[Any], replace: Mapping[int, Any] | None = None, **kwargs: Any) -> Any:
         """The operator itself on local tensors, with constants at the positions in `replace` (and keyword constants) exchanged."""
         args = [(replace or {}).get(index, value) for index, value in enumerate(self.op.args)]
         missing = [value for index, value in sorted((replace or {}).items()) if index >= len(args)]
         filled_args, filled_kwargs = fill((tuple(args + missing), {**self.op.kwargs, **kwargs}), list(tensors))
+        if self.device.type != "cpu":
+            filled_args, filled_kwargs = tree_map_only(torch.device, lambda _: self.device, (filled_args, filled_kwargs))
         return self.op.target(*filled_args, **filled_kwargs)
 
 

@@ -14,6 +14,7 @@ from shardwise.cost.memory import bases, liveness, tensor_bytes
 from shardwise.cost.optimizer import optimizer_seconds
 from shardwise.program.actions import Kind
 from shardwise.program.program import ParameterPart, Program
+from shardwise.program.reductions import reductions
 from shardwise.program.schedules import in_flight
 from shardwise.sharding.collectives import COLLECTIVES, group_ranks
 
@@ -82,7 +83,7 @@ def _collective_seconds(node: fx.Node, cluster: Cluster) -> float:
 def stage_times(program: Program, cluster: Cluster, optimizer: str) -> StageTimes:
     """What the actions of a rank take."""
     stage = program.stage
-    reduce_s = sum(_reduction_seconds(program, parameter, cluster) for parameter in _reduced(program))
+    reduce_s = _reduction_seconds(program, cluster)
     update_s = sum(optimizer_seconds(_count(p.local), p.dtype, optimizer, cluster) for p in stage.parameters if p.requires_grad)
     transfers = {edge.name: collective_cost("send_recv", edge.nbytes, 2, cluster).seconds for edge in program.edges}
     backward = graph_seconds(stage.backward, cluster)
@@ -110,21 +111,10 @@ def _sink_seconds(parameters: list[ParameterPart], cluster: Cluster) -> float:
     return seconds
 
 
-def _reduced(program: Program) -> list[tuple[str, int]]:
-    """(axis, bytes) of each pending sum over gradients."""
-    totals: dict[str, int] = {}
-    for parameter in program.stage.parameters:
-        for axis in parameter.reduce:
-            totals[axis] = totals.get(axis, 0) + _count(parameter.local) * parameter.dtype.itemsize
-        if len(parameter.stages) > 1:
-            totals["tie"] = totals.get("tie", 0) + _count(parameter.local) * parameter.dtype.itemsize
-    return list(totals.items())
-
-
-def _reduction_seconds(program: Program, pending: tuple[str, int], cluster: Cluster) -> float:
-    axis, message = pending
-    ranks = 2 if axis == "tie" else len(program.groups[axis])
-    return collective_cost("all_reduce", message, ranks, cluster).seconds
+def _reduction_seconds(program: Program, cluster: Cluster) -> float:
+    """Summing the pending gradients at the end of a step."""
+    groups = [(reduction.nbytes, len(group_ranks(group))) for reduction in reductions(program) for group in reduction.groups]
+    return sum(collective_cost("all_reduce", message, ranks, cluster).seconds for message, ranks in groups)
 
 
 def memory_use(program: Program, optimizer: str) -> MemoryUse:

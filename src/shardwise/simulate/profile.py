@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from math import prod
 
 from pydantic import BaseModel, ConfigDict
 
 from shardwise.cluster.model import Cluster
+from shardwise.program.holdings import modules_held
 from shardwise.program.program import Edge, Program
 from shardwise.simulate.costs import MemoryUse, memory_use, stage_times
 
@@ -21,11 +23,14 @@ class StageProfile(_Strict):
     """One rank of a stage (where they differ, the slowest and the fullest).
 
     seconds: kind of action → (computing, communicating). memory: bytes by kind at the peak. reduces: axes over which gradients are summed.
+    modules: what the stage holds; parameters: how many numbers, over all its ranks.
     """
 
     seconds: dict[str, tuple[float, float]]
     memory: dict[str, int]
     reduces: list[str] = []
+    modules: list[str] = []
+    parameters: int = 0
 
 
 class EdgeProfile(_Strict):
@@ -73,4 +78,11 @@ def _stage(programs: list[Program], cluster: Cluster, optimizer: str) -> StagePr
     seconds = {kind.value: (max(t[kind].compute_s for t in times), max(t[kind].communicate_s for t in times)) for kind in times[0]}
     fullest: MemoryUse = max((memory_use(program, optimizer) for program in programs), key=lambda use: use.total)
     reduces = sorted({axis for program in programs for part in program.stage.parameters for axis in part.reduce})
-    return StageProfile(seconds=seconds, memory=fullest.by_kind(), reduces=reduces)
+    held = programs[0].stage.parameters
+    return StageProfile(
+        seconds=seconds,
+        memory=fullest.by_kind(),
+        reduces=reduces,
+        modules=modules_held(part.name for part in held),
+        parameters=sum(prod(part.shape) for part in held),
+    )

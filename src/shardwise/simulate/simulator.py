@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from shardwise.program.actions import Action, Kind
@@ -175,9 +175,15 @@ class _Clock:
             state.until_s = max(self.now_s + self._seconds(state, action)[1], self.arrivals.get((state.stage, state.place, action), 0.0))
         if state.until_s > self.now_s + _TINY_S:
             return False
-        self.timeline.append(Span(rank=rank, stage=state.stage, action=action, start_s=state.start_s, end_s=self.now_s))
+        self.timeline.append(Span(rank=rank, stage=state.stage, action=self._between_ranks(state, action), start_s=state.start_s, end_s=self.now_s))
         state.at, state.begun, state.until_s = state.at + 1, False, None
         return True
+
+    def _between_ranks(self, state: _Rank, action: Action) -> Action:
+        """With the rank in place of the stage that it sends to or receives from."""
+        if action.peer < 0:
+            return action
+        return replace(action, peer=rank_of(action.peer, *state.place, self.mesh.dp, self.mesh.tp))
 
     def _seconds(self, state: _Rank, action: Action) -> tuple[float, float]:
         return self.profile.stages[state.stage].seconds.get(action.kind.value, (0.0, 0.0))

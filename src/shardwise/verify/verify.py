@@ -22,6 +22,7 @@ from shardwise.cluster.model import Cluster
 from shardwise.planner.apply import apply_plan
 from shardwise.planner.layout import Layout
 from shardwise.planner.plan import Infeasible, Plan
+from shardwise.planner.preflight import preflight
 from shardwise.planner.search import search
 from shardwise.program.program import ParameterPart
 from shardwise.runtime.job import Job, local_part, step_key
@@ -114,8 +115,9 @@ def verify(
         found = search(graph, Cluster.parse(cluster), Layout.parse(layout), "adamw", type(model).__name__)
         if isinstance(found, Infeasible):
             return found
-        plan = found
-    apply_plan(plan, graph)
+        plan = found  # its programs were checked when they were simulated
+    else:
+        preflight(plan, graph)
     state = {**_state(model), **graph.constants}
     tensors = {name: value for name, value in batch.items() if isinstance(value, torch.Tensor)}
     checks = _check_capture(model, batch, loss, graph, state, tensors, seed)

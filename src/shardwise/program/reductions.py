@@ -1,0 +1,87 @@
+"""Which gradients a rank sums over which groups at the end of a step, in which order.
+
+Gradients that are summed over the same groups travel together, in flat messages of about BUCKET_BYTES, those that the backward pass finishes
+first in the first, so that it can be sent while the pass goes on. The order is that of the groups' names, which is the same on every rank
+that meets in them; data and tensor axes come before tied stages.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod
+
+import torch
+
+from shardwise.program.program import ParameterPart, Program
+from shardwise.sharding.collectives import group_name
+
+__all__ = ["Reduction", "reductions", "tie_ranks"]
+
+
+BUCKET_BYTES = 24 * 2**20  # large enough for the link's full rate, small enough that most is sent before the backward pass ends
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reduction:
+    """One flat message of gradients, summed over one group after the other (over none where nothing is pending)."""
+
+    groups: tuple[str, ...]
+    dtype: torch.dtype
+    parameters: tuple[ParameterPart, ...]
+
+    @property
+    def sizes(self) -> list[int]:
+        """Elements of each parameter's gradient."""
+        return [prod(parameter.local) for parameter in self.parameters]
+
+    @property
+    def nbytes(self) -> int:
+        """Of the message."""
+        return sum(self.sizes) * self.dtype.itemsize
+
+
+def reductions(program: Program) -> list[Reduction]:
+    """All gradients of a rank, those that nothing is pending for first."""
+    keyed: dict[tuple[tuple[str, ...], torch.dtype], list[ParameterPart]] = {}
+    for parameter in program.stage.parameters:
+        if parameter.requires_grad:
+            keyed.setdefault((_groups_of(program, parameter), parameter.dtype), []).append(parameter)
+    done = _completion(program)
+    ordered = sorted(keyed, key=lambda key: (len(key[0]), key[0], str(key[1])))
+    return [found for groups, dtype in ordered for found in _messages(groups, dtype, keyed[groups, dtype], done)]
+
+
+def _messages(groups: tuple[str, ...], dtype: torch.dtype, parameters: list[ParameterPart], done: dict[str, int]) -> list[Reduction]:
+    """Stages meet tied parameters in unlike orders; in the message they lie in that of their names."""
+    if any(name.startswith("tie:") for name in groups) or not groups:
+        return [Reduction(groups=groups, dtype=dtype, parameters=tuple(sorted(parameters, key=lambda each: each.name)))]
+    buckets: list[list[ParameterPart]] = [[]]
+    for parameter in sorted(parameters, key=lambda each: (done.get(each.name, -1), each.name)):
+        if buckets[-1] and sum(prod(each.local) for each in buckets[-1]) * dtype.itemsize >= BUCKET_BYTES:
+            buckets.append([])
+        buckets[-1].append(parameter)
+    return [Reduction(groups=groups, dtype=dtype, parameters=tuple(bucket)) for bucket in buckets]
+
+
+def _completion(program: Program) -> dict[str, int]:
+    """Where in the backward graph each parameter's gradient is finished."""
+    stage = program.stage
+    position = {node: index for index, node in enumerate(stage.backward.nodes)}
+    gradients = stage.backward.output_node().args[0]
+    return {b.name: position[g] for b, g in zip(stage.backward_outputs, gradients, strict=True) if b.kind == "parameter" and g is not None}  # type: ignore[arg-type, union-attr, index]
+
+
+def tie_ranks(program: Program, parameter: ParameterPart) -> tuple[int, ...]:
+    """The ranks of all stages that hold the same part of a tied parameter; empty when one stage holds it."""
+    if len(parameter.stages) < 2:
+        return ()
+    stride = program.mesh["dp"] * program.mesh["tp"]
+    first = program.rank - program.stage.stage * stride
+    return tuple(first + stage * stride for stage in parameter.stages)
+
+
+def _groups_of(program: Program, parameter: ParameterPart) -> tuple[str, ...]:
+    names = [group_name(axis, program.groups[axis]) for axis in parameter.reduce]
+    if ties := tie_ranks(program, parameter):
+        names.append(group_name("tie", ties))
+    return tuple(names)

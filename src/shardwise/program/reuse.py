@@ -1,0 +1,70 @@
+"""Lets elementwise operators write over an input that nobody reads afterwards.
+
+Adding up gradients and chains of elementwise operators otherwise take fresh memory for every result, which costs page faults and cache. An
+input may be overwritten when the graph itself made its memory, this is the last use of all of that memory, and the result has just its
+shape, strides and dtype.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import fx
+
+from shardwise.cost.memory import bases
+
+__all__ = ["reuse_memory"]
+
+aten = torch.ops.aten
+
+_IN_PLACE = {
+    aten.add.Tensor: aten.add_.Tensor,
+    aten.sub.Tensor: aten.sub_.Tensor,
+    aten.mul.Tensor: aten.mul_.Tensor,
+    aten.div.Tensor: aten.div_.Tensor,
+    aten.neg.default: aten.neg_.default,
+    aten.tanh.default: aten.tanh_.default,
+    aten.relu.default: aten.relu_.default,
+    aten.add.Scalar: aten.add_.Scalar,
+    aten.mul.Scalar: aten.mul_.Scalar,
+}
+_COMMUTES = (aten.add.Tensor, aten.mul.Tensor)
+
+
+def reuse_memory(graph: fx.Graph) -> None:
+    """Exchanges operators for their in-place forms where that changes no value that is read."""
+    base = bases(graph, {})
+    position = {node: index for index, node in enumerate(graph.nodes)}
+    last: dict[fx.Node, int] = {}
+    for node in graph.nodes:
+        for parent in node.all_input_nodes:
+            last[base[parent]] = position[node]
+    for node in graph.nodes:
+        if node.op == "call_function" and node.target in _IN_PLACE:
+            _reuse(node, base, last, position)
+
+
+def _reuse(node: fx.Node, base: dict[fx.Node, fx.Node], last: dict[fx.Node, int], position: dict[fx.Node, int]) -> None:
+    choices = (0, 1) if node.target in _COMMUTES and not node.kwargs else (0,)
+    for index in choices:
+        source = node.args[index]
+        if not isinstance(source, fx.Node) or not _overwritable(node, source, base, last, position):
+            continue
+        if index == 1:
+            node.args = (node.args[1], node.args[0])
+        node.target = _IN_PLACE[node.target]  # type: ignore[index]
+        mine, owner = base[node], base[source]
+        last[owner] = max(last[owner], last.get(mine, -1))
+        for other, known in base.items():
+            if known is mine:
+                base[other] = owner
+        return
+
+
+def _overwritable(node: fx.Node, source: fx.Node, base: dict[fx.Node, fx.Node], last: dict[fx.Node, int], position: dict[fx.Node, int]) -> bool:
+    owner, meta, result = base[source], source.meta.get("val"), node.meta.get("val")
+    if owner.op != "call_function" or last[owner] != position[node] or not isinstance(meta, torch.Tensor):
+        return False
+    others = [other for other in node.all_input_nodes if other is not source and base[other] is owner]
+    whole = owner.meta.get("val")
+    alike = meta.shape == result.shape and meta.stride() == result.stride() and meta.dtype == result.dtype
+    return alike and not others and isinstance(whole, torch.Tensor) and whole.numel() == meta.numel() and node.args.count(source) == 1

@@ -1,0 +1,86 @@
+"""Memory of each rank by kind, with what was measured and what there is."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from shardwise.planner.plan import Plan
+from shardwise.report.charts import Figure
+from shardwise.report.measured import Measured
+from shardwise.report.ranks import shown_ranks
+from shardwise.report.units import bytes_text
+from shardwise.simulate.simulator import Simulation
+
+__all__ = ["KINDS", "MEASURED", "limit_is_drawn", "memory_figure"]
+
+KINDS = {
+    "parameters": "#3b7dc4",
+    "gradients": "#d9742b",
+    "optimizer": "#c2417c",
+    "buffers": "#64748b",
+    "saved": "#12a594",
+    "transient": "#a3b83b",
+}
+MEASURED = "#f2b705"
+_ROW_PX, _AROUND_PX = 30, 52
+
+
+def memory_figure(plan: Plan, simulation: Simulation, measured: Measured | None) -> Figure:
+    """Stacked bars, a row for each rank."""
+    ranks = shown_ranks(plan)
+    labels = [f"<b>rank {rank}</b>" for rank in ranks]
+    data = [_bars(kind, [simulation.memory[rank].get(kind, 0) for rank in ranks], labels) for kind in KINDS]
+    if measured is not None and len(measured.memory_bytes) == plan.ranks:
+        data.append(_marks([measured.memory_bytes[rank] for rank in ranks], labels))
+    return {
+        "data": data,
+        "layout": {
+            "height": _AROUND_PX + _ROW_PX * len(ranks),
+            "barmode": "stack",
+            "bargap": 0.3,
+            "showlegend": False,
+            "hovermode": "closest",
+            "margin": {"l": 10, "r": 16, "t": 4, "b": 34},
+            "xaxis": {"rangemode": "tozero", "tickformat": "~s", "ticksuffix": "B", "fixedrange": True},
+            "yaxis": {"autorange": "reversed", "type": "category", "automargin": True, "fixedrange": True},
+            "shapes": _limit(plan) if limit_is_drawn(plan, simulation) else [],
+        },
+    }
+
+
+def limit_is_drawn(plan: Plan, simulation: Simulation) -> bool:
+    """A limit far above all bars would only make them small."""
+    limit = plan.predicted.limit_bytes
+    return limit is not None and limit <= 3 * max(simulation.memory_bytes)
+
+
+def _limit(plan: Plan) -> list[dict[str, Any]]:
+    limit = plan.predicted.limit_bytes
+    line = {"color": "#d64545", "width": 2, "dash": "dash"}
+    return [{"type": "line", "x0": limit, "x1": limit, "yref": "paper", "y0": 0, "y1": 1, "line": line, "label": {"text": "limit", "textposition": "end"}}]
+
+
+def _bars(kind: str, sizes: list[int], labels: list[str]) -> Figure:
+    return {
+        "type": "bar",
+        "name": kind,
+        "orientation": "h",
+        "y": labels,
+        "x": sizes,
+        "hovertext": [f"{label}, predicted<br>{kind}: {bytes_text(size)}" for label, size in zip(labels, sizes, strict=True)],
+        "hovertemplate": "%{hovertext}<extra></extra>",
+        "marker": {"color": KINDS[kind], "line": {"width": 0}},
+    }
+
+
+def _marks(sizes: list[int], labels: list[str]) -> Figure:
+    return {
+        "type": "scatter",
+        "mode": "markers",
+        "name": "measured",
+        "y": labels,
+        "x": sizes,
+        "hovertext": [f"{label}, measured peak<br>{bytes_text(size)}" for label, size in zip(labels, sizes, strict=True)],
+        "hovertemplate": "%{hovertext}<extra></extra>",
+        "marker": {"symbol": "diamond", "size": 12, "color": MEASURED, "line": {"width": 1.5, "color": "#1b2430"}},
+    }

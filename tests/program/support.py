@@ -1,0 +1,66 @@
+"""All ranks' programs of a small model, planned for a made-up cluster."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from tests.clusters import made_up
+from tests.models import Example
+from torch import fx
+
+from shardwise.capture.export import capture
+from shardwise.capture.graph import Graph
+from shardwise.planner.apply import Applied, apply_plan
+from shardwise.planner.layout import Layout
+from shardwise.planner.plan import Infeasible, Plan
+from shardwise.planner.search import search
+from shardwise.program.build import build_programs
+from shardwise.program.program import Program
+
+__all__ = ["Built", "build", "copied_graph", "copied_programs"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Built:
+    """A plan and what is made of it."""
+
+    graph: Graph
+    plan: Plan
+    applied: Applied
+    programs: dict[int, Program]
+    choose: Callable[[str, int, int], str]
+
+
+def build(example: Example, layout: str) -> Built:
+    """layout: complete, so that only one is planned."""
+    model, batch = example
+    graph = capture(model, batch)
+    pinned = Layout.parse(layout)
+    plan = search(graph, made_up(pinned.ranks), pinned, "adamw", type(model).__name__)
+    assert not isinstance(plan, Infeasible)
+    applied = apply_plan(plan, graph)
+    choose = plan.chooser()
+    programs = build_programs(applied.assignment, applied.cut, plan.schedule, choose, device=torch.device("cpu"))
+    return Built(graph=graph, plan=plan, applied=applied, programs=programs, choose=choose)
+
+
+def copied_programs(programs: dict[int, Program]) -> dict[int, Program]:
+    """Programs whose lists can be changed; the graphs are shared."""
+    copies = {}
+    for rank, program in programs.items():
+        copies[rank] = copy.copy(program)
+        copies[rank].stage = copy.copy(program.stage)
+        for owner, names in ((copies[rank], ("actions", "edges")), (copies[rank].stage, ("parameters", "buffers"))):
+            for name in names:
+                setattr(owner, name, list(getattr(owner, name)))
+    return copies
+
+
+def copied_graph(graph: fx.Graph) -> fx.Graph:
+    """A graph whose nodes can be changed."""
+    copied = fx.Graph()
+    copied.output(copied.graph_copy(graph, {}))
+    return copied
