@@ -110,6 +110,10 @@ def _join_group(context: RankContext, port: int) -> None:
 
 def _touch_libraries(context: RankContext) -> None:
     """Train a tiny model of the family once, so that the code it runs is resident before the size is taken."""
+    if context.plan_path is not None:  # ours
+        from shardwise.runtime.preload import preload
+
+        preload()
     workload = SMALL[context.workload.family]
     model = workload.build()
     model(**workload.batch(0)).loss.backward()

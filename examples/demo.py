@@ -17,7 +17,7 @@ from rich.console import Console
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import shardwise as sw
-from shardwise.report import write_report
+from shardwise.report import Measured, save_traces, write_report
 from shardwise.runtime.data import VOCABULARY, ByteText
 from shardwise.runtime.train import Settings, TrainingRun, train
 
@@ -89,7 +89,7 @@ def run(arguments: argparse.Namespace) -> None:
     headline("4. What happened")
     for line in summary(plan, verified, result):
         console.print(line, markup=False)
-    for path in write_files(plan, result, arguments.out):
+    for path in write_files(plan, Measured.of(result, plan, same_numbers=verified.max_relative_error), arguments.out):
         console.print(f"  {path}", markup=False)
 
 
@@ -140,14 +140,14 @@ def memory_lines(plan: sw.Plan, result: TrainingRun) -> list[str]:
     ]
 
 
-def write_files(plan: sw.Plan, result: TrainingRun, out: Path) -> list[Path]:
+def write_files(plan: sw.Plan, measured: Measured, out: Path) -> list[Path]:
     out.mkdir(parents=True, exist_ok=True)
     paths = [out / "plan.json", out / "report.html", out / "trace.json", out / "losses.json"]
     simulation = sw.simulate(plan)
     plan.save(paths[0])
-    write_report(paths[1], plan, simulation, result)
-    simulation.save_trace(paths[2])
-    paths[3].write_text(json.dumps(result.losses))
+    write_report(paths[1], plan, simulation, measured)
+    save_traces(paths[2], simulation, measured)
+    paths[3].write_text(json.dumps(measured.losses))
     return paths
 
 

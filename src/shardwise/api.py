@@ -71,7 +71,7 @@ def parallelize(
     join_group(timeout_s)
     graph = capture(model, _resized(batch, plan.global_batch, batch_dims or {}), loss=loss, batch_dims=batch_dims)
     applied = apply_plan(plan, graph)
-    job = Job(graph, plan, applied, _state(model, graph), optimizer, device=_device(), seed=seed)
+    job = Job(graph, plan, applied, _state(model, graph), optimizer, device=_device(), seed=seed, timeout_s=timeout_s)
     _release(model, job)
     return job
 

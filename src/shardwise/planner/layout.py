@@ -45,6 +45,11 @@ class Layout:
         """Ranks that a complete layout takes."""
         return (self.dp or 1) * (self.tp or 1) * (self.pp or 1)
 
+    @property
+    def mesh(self) -> tuple[int, int, int]:
+        """(dp, tp, pp) of a complete layout."""
+        return self.dp or 1, self.tp or 1, self.pp or 1
+
     def __str__(self) -> str:
         names = (*_NUMBERS, "schedule")
         return ",".join(f"{name}={getattr(self, name)}" for name in names if getattr(self, name) is not None)
@@ -111,11 +116,11 @@ def _microbatched(mesh: Layout, pinned: Layout, samples: int, obstacle: str) -> 
 
 
 def _useful_counts(samples: int, stages: int) -> list[int]:
-    """Without stages one microbatch is fastest, and more only save memory; with them, from as many as stages to eight times that."""
+    """Without stages one microbatch is fastest, and more only save memory; with them, from as many as stages to four times that."""
     divisors = [count for count in range(1, samples + 1) if samples % count == 0]
     if stages == 1:
-        return [count for count in divisors if count in (1, 2, 4, 8, 16)]
-    return [count for count in divisors if stages <= count <= 8 * stages] or divisors
+        return [count for count in divisors if count in (1, 4, 16)]
+    return [count for count in divisors if stages <= count <= 4 * stages] or divisors
 
 
 def _explain(layout: Layout, meshes: list[Layout], samples: int, obstacle: str) -> None:

@@ -15,12 +15,12 @@ from shardwise.simulate.costs import memory_use
 __all__ = ["preflight"]
 
 
-def preflight(plan: Plan, graph: Graph, *, limit_bytes: int | None = None) -> dict[int, Program]:
-    """All ranks' programs. limit_bytes: what each rank has, the plan's own figure by default.
+def preflight(plan: Plan, graph: Graph, *, limit_bytes: int | None = None, same_fingerprint: bool = True) -> dict[int, Program]:
+    """All ranks' programs. limit_bytes: what each rank has, the plan's own figure by default. same_fingerprint: as of `apply_plan`.
 
     Raises PlanError when the plan is not for the graph, CheckError when its programs do not go together or do not fit.
     """
-    applied = apply_plan(plan, graph)
+    applied = apply_plan(plan, graph, same_fingerprint=same_fingerprint)
     programs = build_programs(applied.assignment, applied.cut, plan.schedule, plan.chooser(), device=torch.device("cpu"))
     check_programs(programs, applied.assignment, applied.cut, plan.chooser())
     limit = plan.predicted.limit_bytes if limit_bytes is None else limit_bytes

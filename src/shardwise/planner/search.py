@@ -5,8 +5,10 @@
 
 from __future__ import annotations
 
+import gc
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -21,8 +23,7 @@ from shardwise.planner.intra import Costs, representatives, split_tensors
 from shardwise.planner.layout import Layout, completions
 from shardwise.planner.plan import Candidate, Infeasible, Plan, Prediction, by_pattern, choice_text
 from shardwise.planner.stages import StageCosts, cut_stages
-from shardwise.program.build import build_programs
-from shardwise.program.check import check_programs
+from shardwise.program.build import build_programs, rank_of
 from shardwise.program.lower import Cut
 from shardwise.program.trace import Tracer
 from shardwise.sharding.assignment import Assignment
@@ -34,7 +35,8 @@ from shardwise.simulate.simulator import Mesh, Simulation, simulate_profile
 __all__ = ["Choose", "chooser", "make_plan", "search"]
 
 Choose = Callable[[str, int, int], str]
-_SIMULATED = 3  # layouts that are lowered and simulated
+_MESHES, _NEIGHBOURS = 3, 1  # layouts that are lowered and simulated: of unlike meshes, and beside the best
+_HOPELESS = 1.25  # times the best: an estimate is not further off than that
 _FULL_MEMORY = 0.92  # of a rank's memory that a plan may take; the rest is for the libraries and what is not foreseen
 
 
@@ -99,6 +101,10 @@ class _Trial:
     profile: Profile | None = None
     simulation: Simulation | None = None
     note: str = ""
+
+    @property
+    def simulated_s(self) -> float:
+        return self.simulation.step_time_s if self.simulation else float("inf")
 
     def candidate(self) -> Candidate:
         simulation = self.simulation
@@ -217,13 +223,13 @@ class _Search:
     def simulate(self, trial: _Trial) -> None:
         """Lowers a layout and simulates it."""
         assert trial.applied is not None
-        programs = build_programs(
-            trial.applied.assignment, trial.applied.cut, trial.layout.schedule or "1f1b", chooser(self.cluster), device=torch.device("cpu"), tracer=self.tracer
-        )
-        check_programs(programs, trial.applied.assignment, trial.applied.cut, chooser(self.cluster))
-        trial.profile = profile_programs(programs, self.cluster, self.optimizer)
-        layout = trial.layout
+        layout, applied = trial.layout, trial.applied
         mesh = Mesh(dp=layout.dp or 1, tp=layout.tp or 1, pp=layout.pp or 1, microbatches=layout.microbatches or 1, schedule=layout.schedule or "1f1b")
+        ranks = [rank_of(stage, 0, 0, mesh.dp, mesh.tp) for stage in range(mesh.pp)]  # of each stage the rank with the largest parts
+        programs = build_programs(
+            applied.assignment, applied.cut, mesh.schedule, chooser(self.cluster), device=torch.device("cpu"), ranks=ranks, tracer=self.tracer
+        )
+        trial.profile = profile_programs(programs, self.cluster, self.optimizer)
         trial.simulation = simulate_profile(trial.profile, mesh)
         if (peak := max(trial.simulation.memory_bytes)) > self._limit():
             trial.note = f"needs {_gb(peak)} a rank, {_gb(self._limit())} of {_gb(self.cluster.memory_bytes)} may be used"
@@ -231,6 +237,23 @@ class _Search:
 
 def search(graph: Graph, cluster: Cluster, pinned: Layout, optimizer: str, model: str) -> Plan | Infeasible:
     """The best plan for the graph on the cluster."""
+    with _without_garbage_collection():
+        return _search(graph, cluster, pinned, optimizer, model)
+
+
+@contextmanager
+def _without_garbage_collection() -> Iterator[None]:
+    """Planning makes millions of small objects that live until it ends; looking through them again and again takes a fifth of its time."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
+
+
+def _search(graph: Graph, cluster: Cluster, pinned: Layout, optimizer: str, model: str) -> Plan | Infeasible:
     start = time.perf_counter()
     tracer = Tracer(device=torch.device("cpu"))
     run = _Search(
@@ -247,15 +270,33 @@ def search(graph: Graph, cluster: Cluster, pinned: Layout, optimizer: str, model
 
 
 def _simulate_best(run: _Search, ranked: list[_Trial]) -> _Trial | None:
-    """Simulates in the order of the estimates until enough that fit have been seen."""
+    """Simulates the best of each mesh in the order of the estimates, then the winner's other numbers of microbatches, while they may be better."""
     seen: list[_Trial] = []
+
+    def look_at(trials: Iterable[_Trial], most: int) -> None:
+        for trial in trials:
+            fitting = [each for each in seen if not each.note]
+            best_s = min((each.simulated_s for each in fitting), default=float("inf"))
+            if len(fitting) >= most or trial.estimate_s > _HOPELESS * best_s:
+                return
+            if trial.simulation is None:
+                run.simulate(trial)
+                seen.append(trial)
+
+    look_at(_first_of_each(ranked), _MESHES)
+    if fitting := [trial for trial in seen if not trial.note]:
+        best = min(fitting, key=lambda trial: trial.simulated_s)
+        look_at([trial for trial in ranked if trial.layout.mesh == best.layout.mesh], len(fitting) + _NEIGHBOURS)
+    else:
+        look_at(ranked, 1)
+    return min((trial for trial in seen if not trial.note), key=lambda trial: trial.simulated_s, default=None)
+
+
+def _first_of_each(ranked: list[_Trial]) -> list[_Trial]:
+    found: dict[tuple[int, int, int], _Trial] = {}
     for trial in ranked:
-        if len(seen) >= _SIMULATED or (seen and trial.estimate_s > 1.5 * seen[0].estimate_s):
-            break
-        run.simulate(trial)
-        if not trial.note:
-            seen.append(trial)
-    return min(seen, key=lambda trial: trial.simulation.step_time_s, default=None)  # type: ignore[union-attr]
+        found.setdefault(trial.layout.mesh, trial)
+    return list(found.values())
 
 
 def _infeasible(run: _Search, trials: list[_Trial]) -> Infeasible:

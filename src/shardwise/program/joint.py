@@ -162,8 +162,9 @@ class JointGraph:
 
 
 def _bind(graph: fx.Graph, values: Sequence[fx.Node]) -> dict[str, fx.Node]:
+    """A trace's placeholders as nodes here: its tensors, then (in the backward part) the incoming gradients."""
     placeholders = [node for node in graph.nodes if node.op == "placeholder"]
-    return {placeholder.name: value for placeholder, value in zip(placeholders, values, strict=True)}
+    return {placeholder.name: value for placeholder, value in zip(placeholders, values, strict=False)}
 
 
 def _hashable(tree: Any) -> Any:

@@ -28,7 +28,7 @@ from shardwise.sharding.collectives import COLLECTIVES, group_ranks
 __all__ = ["Meeting", "check_order", "grid"]
 
 Choose = Callable[[str, int, int], str]
-_SHOWN = 4  # details of a collective
+_SHOWN = 3  # details of a collective
 _AROUND = 5  # actions drawn before and after the place where a rank stands
 
 

@@ -32,7 +32,7 @@ class Traced:
     """A call as operators.
 
     graph: placeholders are the call's tensors, then the incoming gradients.
-    results: its results; gradients: those of the call's tensors (None where there is none), empty for a forward trace.
+    results: its results; gradients: those of the call's tensors (None where there is none), empty when none was asked for.
     forward: names of the nodes recorded before the gradients were taken.
     """
 
@@ -49,6 +49,7 @@ class Tracer:
     device: torch.device
     mode: FakeTensorMode = field(default_factory=lambda: FakeTensorMode(allow_non_fake_inputs=True))
     known: dict[Hashable, Traced] = field(default_factory=dict)
+    shapes: dict[Hashable, list[Tensor | None]] = field(default_factory=dict)
 
     def tensor(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """A description of a contiguous tensor."""
@@ -56,20 +57,29 @@ class Tracer:
             return torch.empty(list(shape), dtype=dtype, device=self.device)
 
     def forward(self, function: Function, key: Hashable, tensors: Sequence[Tensor], grads: Sequence[bool]) -> Traced:
-        """The call on `tensors`, of which those marked in `grads` will be differentiated."""
-        full = (key, *map(describe, tensors), tuple(grads))
-        if full not in self.known:
-            self.known[full] = self._trace(function, tensors, grads, None)
-        return self.known[full]
+        """The call on `tensors`, of which those marked in `grads` will be differentiated; its gradients for contiguous cotangents."""
+        short = (key, *map(describe, tensors), tuple(grads))
+        if short not in self.shapes:
+            self.shapes[short] = self._cotangents(function, tensors, grads)
+        return self.joint(function, key, tensors, grads, self.shapes[short])
 
     def joint(self, function: Function, key: Hashable, tensors: Sequence[Tensor], grads: Sequence[bool], cotangents: Sequence[Tensor | None]) -> Traced:
-        """The call and its gradients, given the incoming `cotangents` (None where a result has none); it begins like `forward`."""
+        """The call and its gradients, given the incoming `cotangents` (None where a result has none). Its forward part is always the same."""
         full = (key, *map(describe, tensors), tuple(grads), tuple(c if c is None else describe(c) for c in cotangents))
         if full not in self.known:
             self.known[full] = self._trace(function, tensors, grads, cotangents)
         return self.known[full]
 
-    def _trace(self, function: Function, tensors: Sequence[Tensor], grads: Sequence[bool], cotangents: Sequence[Tensor | None] | None) -> Traced:
+    def _cotangents(self, function: Function, tensors: Sequence[Tensor], grads: Sequence[bool]) -> list[Tensor | None]:
+        """A contiguous one for each result that may have a gradient."""
+        if not any(grads):
+            return []
+        with self.mode, torch.no_grad():
+            found = function([_like(t, self.device) for t in tensors])
+            results = found if isinstance(found, (tuple, list)) else [found]
+            return [torch.empty(r.shape, dtype=r.dtype, device=self.device) if r.is_floating_point() else None for r in results]
+
+    def _trace(self, function: Function, tensors: Sequence[Tensor], grads: Sequence[bool], cotangents: Sequence[Tensor | None]) -> Traced:
         forward: set[str] = set()
         count = 0
 
@@ -80,7 +90,7 @@ class Tracer:
             results = list(found) if isinstance(found, (tuple, list)) else [found]
             forward.update(traced_names())
             count = len(results)
-            if cotangents is None:
+            if not cotangents:
                 return [*results]
             given = iter(tangents)
             return [*results, *_gradients(results, leaves, grads, [None if c is None else next(given) for c in cotangents])]
@@ -88,7 +98,7 @@ class Tracer:
         with self.mode, warnings.catch_warnings(), torch.enable_grad() if any(grads) else torch.no_grad():
             warnings.simplefilter("ignore")
             fresh = [_like(t, self.device) for t in tensors]
-            module = make_fx(joint)(fresh, [_like(c, self.device) for c in cotangents or () if c is not None])
+            module = make_fx(joint)(fresh, [_like(c, self.device) for c in cotangents if c is not None])
         outputs: list[Any] = list(_clean(module.graph).output_node().args[0])  # type: ignore[arg-type]
         return Traced(graph=module.graph, results=outputs[:count], gradients=outputs[count:], forward=frozenset(forward))
 

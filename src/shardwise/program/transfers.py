@@ -89,13 +89,30 @@ def _advance(waiting: Lists, done: Lists) -> bool:
 
 
 def _hoist(waiting: Lists) -> bool:
-    """Moves one receive, for which a rank stands at its send, to the front of the receiver's list."""
-    for rank, actions in waiting.items():
-        if actions and actions[0].sends:
-            wanted = matching(actions[0], rank)
-            other = waiting[actions[0].peer]
-            if wanted in other[1:]:
+    """Moves one receive, for which a rank stands at its send, to the front of its receiver's list.
+
+    Only within a circle of ranks that wait for each other: a rank outside of it waits for something that is still to come, and moving its
+    receive forward would make others wait for that, too. Results go before gradients: they keep more stages busy.
+    """
+    circle = _circle(waiting)
+    for kind in (Kind.SEND, Kind.SEND_GRAD):
+        for rank in sorted(circle, reverse=True):
+            first = waiting[rank][0]
+            wanted, other = matching(first, rank), waiting[first.peer]
+            if first.kind is kind and wanted in other[1:]:
                 other.remove(wanted)
                 other.insert(0, wanted)
                 return True
     return False
+
+
+def _circle(waiting: Lists) -> list[int]:
+    """Ranks of which each waits for the next and the last for the first."""
+    path = [next(rank for rank, actions in waiting.items() if actions)]
+    while True:
+        following = waiting[path[-1]][0].peer
+        if following in path:
+            return path[path.index(following) :]
+        if not waiting[following]:
+            return []
+        path.append(following)

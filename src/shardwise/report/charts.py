@@ -15,7 +15,9 @@ Figure = dict[str, Any]  # plotly's: data, layout
 def chart(name: str, figure: Figure, label: str) -> Markup:
     """A place for the figure and its data; label: what a screen reader says."""
     data = Markup(json.dumps(figure, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c"))
-    holder = element("div", class_="chart", data_figure=f"{name}-data", role="img", aria_label=label, style=f"height:{figure['layout']['height']}px")
+    holder = element(
+        "div", class_="chart", data_figure=f"{name}-data", role="img", aria_label=label, style=f"height:{figure['layout']['height']}px"
+    )
     return Markup(holder + element("script", data, type="application/json", id=f"{name}-data"))
 
 

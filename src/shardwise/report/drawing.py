@@ -1,8 +1,8 @@
 """The plan drawn: stages from left to right, in each its mesh of ranks, between them what is sent.
 
-    ┌ stage 0 ┐   262 kB →   ┌ stage 1 ┐      one grid: stages in the odd columns, arrows in the even ones;
-    │ r0  r1  │   ← 262 kB   │ r2  r3  │      an edge that skips stages is a line of its own below, as wide as
-    └─────────┘              └─────────┘      the stages that it spans
+┌ stage 0 ┐   262 kB →   ┌ stage 1 ┐      one grid: stages in the odd columns, arrows in the even ones;
+│ r0  r1  │   ← 262 kB   │ r2  r3  │      an edge that skips stages is a line of its own below, as wide as
+└─────────┘              └─────────┘      the stages that it spans
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ __all__ = ["drawing"]
 
 _MOST_PLACES = 8  # of a mesh axis that are drawn
 _MOST_MODULES = 8
+_WIDE_PLACES = 4  # of the tensor axis that are drawn with their memory; more get their number alone
 
 
 def drawing(plan: Plan, simulation: Simulation) -> Markup:
@@ -29,7 +30,8 @@ def drawing(plan: Plan, simulation: Simulation) -> Markup:
     cells += [_arrow(source, pairs.get((source, source + 1), [])) for source in range(plan.pp - 1)]
     far = sorted(ends for ends in pairs if ends[1] != ends[0] + 1)
     lines = [_far(source, target, row, pairs[source, target]) for row, (source, target) in enumerate(far, start=2)]
-    columns = " 6.5rem ".join(["minmax(11rem, 1fr)"] * plan.pp)
+    stage_rem = 10 if plan.tp <= _WIDE_PLACES else 5 + 2.4 * min(plan.tp, _MOST_PLACES)
+    columns = " 6.5rem ".join([f"minmax({stage_rem}rem, 1fr)"] * plan.pp)
     return element("div", element("div", *_in_order(cells, plan.pp), *lines, class_="plan", style=f"--columns:{columns}"), class_="scroll")
 
 
@@ -79,21 +81,26 @@ def _busy(profile: StageProfile) -> str:
 def _mesh(plan: Plan, simulation: Simulation, stage: int) -> Markup:
     """The stage's ranks: a row for each place along dp, a column for each along tp."""
     rows, columns = min(plan.dp, _MOST_PLACES), min(plan.tp, _MOST_PLACES)
-    body = [
-        element("tr", _axis(f"dp {d}", plan.dp), *(_rank(rank_of(stage, d, t, plan.dp, plan.tp), simulation) for t in range(columns))) for d in range(rows)
-    ]
+    numbers = [[rank_of(stage, d, t, plan.dp, plan.tp) for t in range(columns)] for d in range(rows)]
+    alone = plan.tp > _WIDE_PLACES
+    cells = [[_rank(rank, bytes_text(simulation.memory_bytes[rank]), alone=alone) for rank in row] for row in numbers]
+    body = [element("tr", _axis(f"dp {d}", plan.dp), *row) for d, row in enumerate(cells)]
     top = [element("tr", _axis("", plan.dp), *(element("th", f"tp {t}") for t in range(columns)))] if plan.tp > 1 else []
-    note = [] if (rows, columns) == (plan.dp, plan.tp) else [element("caption", f"{plan.dp * plan.tp} ranks: dp {plan.dp} × tp {plan.tp}; the first are shown")]
+    note = (
+        []
+        if (rows, columns) == (plan.dp, plan.tp)
+        else [element("caption", f"the first of {plan.dp * plan.tp} ranks: dp {plan.dp} × tp {plan.tp}")]
+    )
     return element("table", *note, *top, *body, class_="mesh")
 
 
 def _axis(text: str, ranks: int) -> Markup:
-    return element("th", text) if ranks > 1 else Markup("")
+    return element("th", text, class_="side") if ranks > 1 else Markup("")
 
 
-def _rank(rank: int, simulation: Simulation) -> Markup:
-    memory = element("small", bytes_text(simulation.memory_bytes[rank]))
-    return element("td", f"rank {rank}", memory, title=f"rank {rank}: predicted peak memory {bytes_text(simulation.memory_bytes[rank])}")
+def _rank(rank: int, memory: str, *, alone: bool) -> Markup:
+    said = f"rank {rank}: predicted peak memory {memory}"
+    return element("td", str(rank), title=said) if alone else element("td", f"rank {rank}", element("small", memory), title=said)
 
 
 # ---- edges
@@ -106,7 +113,8 @@ def _arrow(source: int, edges: list[EdgeProfile]) -> Markup:
 def _sent(edges: list[EdgeProfile]) -> list[Markup]:
     if not edges:
         return [element("small", "nothing is sent")]
-    forward, back = (sum(edge.nbytes for edge in edges if needed(edge)) for needed in (lambda edge: True, lambda edge: edge.requires_grad))
+    forward = sum(edge.nbytes for edge in edges)
+    back = sum(edge.nbytes for edge in edges if edge.requires_grad)
     seconds = seconds_text(sum(edge.transfer_s for edge in edges))
     lines = [element("span", bytes_text(forward), class_="forth")]
     lines += [element("span", bytes_text(back), class_="back")] if back else []

@@ -111,4 +111,5 @@ def _short(layout: str) -> str:
 
 
 def _hover(each: Candidate) -> str:
-    return f"<b>{escape(each.layout)}</b><br>{seconds_text(each.step_time_s or 0.0)} a step, {bytes_text(each.memory_bytes or 0)} on the fullest rank"
+    step, memory = seconds_text(each.step_time_s or 0.0), bytes_text(each.memory_bytes or 0)
+    return f"<b>{escape(each.layout)}</b><br>{step} a step, {memory} on the fullest rank"

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from shardwise.planner.plan import Plan
 from shardwise.report.charts import Figure
 from shardwise.report.measured import Measured
@@ -22,7 +20,8 @@ KINDS = {
     "transient": "#a3b83b",
 }
 MEASURED = "#f2b705"
-_ROW_PX, _AROUND_PX = 30, 52
+_LIMIT = "#d64545"
+_ROW_PX, _AROUND_PX = 30, 70
 
 
 def memory_figure(plan: Plan, simulation: Simulation, measured: Measured | None) -> Figure:
@@ -40,10 +39,10 @@ def memory_figure(plan: Plan, simulation: Simulation, measured: Measured | None)
             "bargap": 0.3,
             "showlegend": False,
             "hovermode": "closest",
-            "margin": {"l": 10, "r": 16, "t": 4, "b": 34},
+            "margin": {"l": 10, "r": 16, "t": 22, "b": 34},
             "xaxis": {"rangemode": "tozero", "tickformat": "~s", "ticksuffix": "B", "fixedrange": True},
             "yaxis": {"autorange": "reversed", "type": "category", "automargin": True, "fixedrange": True},
-            "shapes": _limit(plan) if limit_is_drawn(plan, simulation) else [],
+            **(_limit(plan) if limit_is_drawn(plan, simulation) else {}),
         },
     }
 
@@ -54,10 +53,20 @@ def limit_is_drawn(plan: Plan, simulation: Simulation) -> bool:
     return limit is not None and limit <= 3 * max(simulation.memory_bytes)
 
 
-def _limit(plan: Plan) -> list[dict[str, Any]]:
-    limit = plan.predicted.limit_bytes
-    line = {"color": "#d64545", "width": 2, "dash": "dash"}
-    return [{"type": "line", "x0": limit, "x1": limit, "yref": "paper", "y0": 0, "y1": 1, "line": line, "label": {"text": "limit", "textposition": "end"}}]
+def _limit(plan: Plan) -> Figure:
+    """A line where a rank's memory ends."""
+    x = plan.predicted.limit_bytes
+    line = {"type": "line", "x0": x, "x1": x, "yref": "paper", "y0": 0, "y1": 1, "line": {"color": _LIMIT, "width": 2, "dash": "dash"}}
+    text = {
+        "x": x,
+        "y": 1,
+        "yref": "paper",
+        "yanchor": "bottom",
+        "text": f"limit {bytes_text(x or 0)}",
+        "showarrow": False,
+        "font": {"color": _LIMIT},
+    }
+    return {"shapes": [line], "annotations": [text]}
 
 
 def _bars(kind: str, sizes: list[int], labels: list[str]) -> Figure:

@@ -32,7 +32,9 @@ def write_report(path: str | Path, plan: Plan, simulation: Simulation, measured:
 
 def _page(plan: Plan, simulation: Simulation, measured: Measured | None) -> str:
     sections = [
-        _section("The plan", "Stages from left to right, each on its own ranks; arrows show what a microbatch sends.", drawing(plan, simulation)),
+        _section(
+            "The plan", "Stages from left to right, each on its own ranks; arrows show what a microbatch sends.", drawing(plan, simulation)
+        ),
         _section("What each axis splits", "", splits(plan)),
         _timeline(plan, simulation, measured),
         _memory(plan, simulation, measured),
@@ -53,7 +55,9 @@ def _head(plan: Plan) -> Markup:
         '<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
         f'<meta name="color-scheme" content="light dark"><meta http-equiv="Content-Security-Policy" content="{_POLICY}">'
     )
-    return element("head", metas, element("title", f"{plan.model} on {plan.cluster} · shardwise"), element("style", Markup(_resource("page.css"))))
+    return element(
+        "head", metas, element("title", f"{plan.model} on {plan.cluster} · shardwise"), element("style", Markup(_resource("page.css")))
+    )
 
 
 def _section(title: str, caption: str, *children: str) -> Markup:
@@ -68,7 +72,12 @@ def _timeline(plan: Plan, simulation: Simulation, measured: Measured | None) -> 
         caption += f" Measured: the last step, {seconds_text(last)} (a typical one took {seconds_text(measured.step_time_s)})."
     caption += f"{omitted_text(plan)} Drag over a part to enlarge it, double-click to go back, hold the pointer on a bar to read it."
     figure = timeline_figure(plan, simulation, measured)
-    return _section("Timeline", caption, legend(COLOURS, {"receive and wait": "hatched", "send": "triangle"}), chart("timeline", figure, "timeline of all ranks"))
+    return _section(
+        "Timeline",
+        caption,
+        legend(COLOURS, {"receive and wait": "hatched", "send": "triangle"}),
+        chart("timeline", figure, "timeline of all ranks"),
+    )
 
 
 def _memory(plan: Plan, simulation: Simulation, measured: Measured | None) -> Markup:
@@ -76,10 +85,12 @@ def _memory(plan: Plan, simulation: Simulation, measured: Measured | None) -> Ma
     caption = "Each rank's predicted bytes at its peak, by kind"
     caption += "; the diamond is the measured peak." if measured is not None else "."
     if limit is not None and not limit_is_drawn(plan, simulation):
-        caption += f" A rank has {bytes_text(limit)}, far beyond this chart."
+        caption += f" A rank has {bytes_text(limit)}, far beyond what is drawn."
     figure = memory_figure(plan, simulation, measured)
     colours = KINDS if measured is None else KINDS | {"measured": MEASURED}
-    return _section("Memory", caption + omitted_text(plan), legend(colours, {"measured": "diamond"}), chart("memory", figure, "memory of all ranks"))
+    return _section(
+        "Memory", caption + omitted_text(plan), legend(colours, {"measured": "diamond"}), chart("memory", figure, "memory of all ranks")
+    )
 
 
 def _layouts(plan: Plan) -> Markup:

@@ -28,7 +28,9 @@ def _sentences(plan: Plan) -> list[tuple[str, str]]:
         said.append((f"dp {plan.dp}", text))
     if plan.tp > 1:
         split = sum(text.startswith("S") for text in plan.parameters.values())
-        said.append((f"tp {plan.tp}", f"{plan.tp} ranks share each operator; {split} of {len(plan.parameters)} kinds of parameters are split"))
+        said.append(
+            (f"tp {plan.tp}", f"{plan.tp} ranks share each operator; {split} of {len(plan.parameters)} kinds of parameters are split")
+        )
     if plan.pp > 1:
         said.append((f"pp {plan.pp}", f"{plan.pp} stages, one after the other, on ranks of their own"))
     if plan.microbatches > 1:

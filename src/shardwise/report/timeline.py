@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from html import escape
 
@@ -119,7 +118,8 @@ def _bars(group: str, rows: list[_Row], scale: float) -> Figure:
         "textfont": {"color": "#ffffff"},
         "hovertext": [_hover(row, span) for row, span in chosen],
         "hovertemplate": "%{hovertext}<extra></extra>",
-        "marker": {"color": COLOURS[group], "opacity": 0.35 if waiting else 1, "line": {"width": 0}} | ({"pattern": {"shape": "/", "size": 5}} if waiting else {}),
+        "marker": {"color": COLOURS[group], "opacity": 0.35 if waiting else 1, "line": {"width": 0}}
+        | ({"pattern": {"shape": "/", "size": 5}} if waiting else {}),
     }
 
 
@@ -150,19 +150,19 @@ def _hover(row: _Row, span: Span) -> str:
     return "<br>".join(lines)
 
 
-_VERBS: dict[Kind, Callable[[Action], str]] = {
-    Kind.FORWARD: lambda action: "forward",
-    Kind.BACKWARD: lambda action: "backward",
-    Kind.SEND: lambda action: f"send {action.edge} to rank {action.peer}",
-    Kind.SEND_GRAD: lambda action: f"send the gradient of {action.edge} to rank {action.peer}",
-    Kind.RECV: lambda action: f"receive {action.edge} from rank {action.peer}",
-    Kind.RECV_GRAD: lambda action: f"receive the gradient of {action.edge} from rank {action.peer}",
-    Kind.REDUCE: lambda action: "add up gradients",
-    Kind.UPDATE: lambda action: "optimizer's update",
-    Kind.PRELUDE: lambda action: "prelude: what all microbatches share",
+_WORDS = {
+    Kind.FORWARD: "forward",
+    Kind.BACKWARD: "backward",
+    Kind.SEND: "send {edge} to rank {peer}",
+    Kind.SEND_GRAD: "send the gradient of {edge} to rank {peer}",
+    Kind.RECV: "receive {edge} from rank {peer}",
+    Kind.RECV_GRAD: "receive the gradient of {edge} from rank {peer}",
+    Kind.REDUCE: "add up gradients",
+    Kind.UPDATE: "optimizer's update",
+    Kind.PRELUDE: "prelude: what all microbatches share",
 }
 
 
 def _action_words(action: Action) -> str:
-    words = _VERBS[action.kind](action)
+    words = _WORDS[action.kind].format(edge=action.edge, peer=action.peer)
     return words if action.microbatch < 0 else f"{words}, microbatch {action.microbatch}"

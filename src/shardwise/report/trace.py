@@ -25,6 +25,8 @@ def _events(timeline: list[Span], name: str, *, place: int) -> list[dict[str, An
     events = cast(list[dict[str, Any]], trace_of(timeline, name)["traceEvents"])
     moved = [{**event, "pid": 2 * event["pid"] + place} for event in events]
     order = [
-        {"name": "process_sort_index", "ph": "M", "pid": event["pid"], "args": {"sort_index": event["pid"]}} for event in moved if event["ph"] == "M"
+        {"name": "process_sort_index", "ph": "M", "pid": event["pid"], "args": {"sort_index": event["pid"]}}
+        for event in moved
+        if event["ph"] == "M"
     ]
     return moved + order

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from datetime import timedelta
 from typing import Any
 
 import torch.distributed as dist
@@ -34,21 +35,26 @@ def _all_to_all(
     return collectives.all_to_all(x, split_dim, split_sizes, cat_dim, cat_sizes, _resolve_process_group(group), impl)
 
 
-for _name, _function in (("all_reduce", _all_reduce), ("all_gather", _all_gather), ("reduce_scatter", _reduce_scatter), ("all_to_all", _all_to_all)):
+for _name, _function in (
+    ("all_reduce", _all_reduce),
+    ("all_gather", _all_gather),
+    ("reduce_scatter", _reduce_scatter),
+    ("all_to_all", _all_to_all),
+):
     LIBRARY.impl(_name, _function, "CompositeExplicitAutograd")
 
 
-def create_groups(groups: Sequence[tuple[str, tuple[int, ...]]]) -> dict[str, Any]:
+def create_groups(groups: Sequence[tuple[str, tuple[int, ...]]], timeout_s: float = 300.0) -> dict[str, Any]:
     """Creates the process groups of the whole job, in the same order on every rank; those of this rank by axis.
 
-    groups: (axis, ranks) of all ranks' programs, each once.
+    groups: (axis, ranks) of all ranks' programs, each once. timeout_s: how long a wait in them may take; torch's default is half an hour.
     """
     mine: dict[str, Any] = {}
     for axis, ranks in groups:
         if len(ranks) == 1:
             continue
         name = group_name(axis, ranks)
-        group = dist.new_group(list(ranks), group_desc=name)
+        group = dist.new_group(list(ranks), timeout=timedelta(seconds=timeout_s), group_desc=name)
         if dist.get_rank() in ranks:
             register_group(name, group)
             mine[name] = group

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from shardwise.sharding.types import take
 
 __all__ = ["Event", "Executor"]
 
+_WAITED_IN_VAIN = re.compile(r"timed out|connection (was )?(closed|reset)", re.IGNORECASE)  # gloo's and NCCL's words
 _FORWARD_ONLY = (Kind.PRELUDE, Kind.RECV, Kind.FORWARD, Kind.SEND)
 
 
@@ -101,12 +103,24 @@ class Executor:
         self.backwarded = 0
         for action in actions:
             start = time.perf_counter()
-            self.act[action.kind](action)
+            self._perform(action)
             self.events.append(Event(action=action, start_s=start, end_s=time.perf_counter()))
         for action, work, _ in self.pending:
             self._wait(action, work)
         self.pending.clear()
         return sum(loss.item() for loss in self.losses)
+
+    def _perform(self, action: Action) -> None:
+        """The action; where a collective in it ends because other ranks do not come, the error says so."""
+        try:
+            self.act[action.kind](action)
+        except RuntimeError as error:
+            if not _WAITED_IN_VAIN.search(str(error)):
+                raise
+            raise TransferError(f"{self._who()} waited in vain in {action} for other ranks of a group: {_first_line(error)}") from error
+
+    def _who(self) -> str:
+        return f"rank {self.program.rank} (stage {self.program.stage.stage})"
 
     def _prelude(self, action: Action) -> None:
         self.crossings = self.prelude.run(self.batch)
@@ -167,6 +181,10 @@ class Executor:
             work.wait()
         except RuntimeError as error:
             raise TransferError(
-                f"rank {self.program.rank} (stage {self.program.stage.stage}) waited in vain for {action}: {error}. "
+                f"{self._who()} waited in vain for {action}: {_first_line(error)}. "
                 f"Look at what rank {action.peer} did last, or allow more time"
             ) from error
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).splitlines()[0].rstrip(".")

@@ -40,8 +40,15 @@ class Gradients:
         self.pending.append((reduction, flat))
 
     def early(self) -> dict[int, set[str]]:
-        """The messages that can be begun during the backward pass: number → the parameters whose gradients it needs."""
-        return {n: {p.name for p in reduction.parameters} for n, (reduction, _) in enumerate(self.pending) if len(reduction.groups) == 1}
+        """The messages that can be begun during the backward pass: number → the parameters whose gradients it needs.
+
+        Not those between tied stages, whose backward passes end at other times and which number their messages otherwise.
+        """
+        return {
+            number: {parameter.name for parameter in reduction.parameters}
+            for number, (reduction, _) in enumerate(self.pending)
+            if len(reduction.groups) == 1 and not reduction.groups[0].startswith("tie:")
+        }
 
     def start(self, number: int) -> None:
         """Begins to sum a message, all of whose gradients are there."""

@@ -34,7 +34,16 @@ class Job:
     """
 
     def __init__(
-        self, graph: Graph, plan: Plan, applied: Applied, state: Mapping[str, Tensor], optimizer: OptimizerFactory, *, device: torch.device, seed: int = 0
+        self,
+        graph: Graph,
+        plan: Plan,
+        applied: Applied,
+        state: Mapping[str, Tensor],
+        optimizer: OptimizerFactory,
+        *,
+        device: torch.device,
+        seed: int = 0,
+        timeout_s: float = 300.0,
     ) -> None:
         self.graph, self.plan, self.device, self.seed = graph, plan, device, seed
         self.steps = 0
@@ -43,7 +52,7 @@ class Job:
         programs = build_programs(applied.assignment, applied.cut, plan.schedule, choose, device=device, ranks=[rank])
         self.program: Program = programs[rank]
         check_own(self.program, applied.assignment, applied.cut)
-        groups = create_groups(_all_groups(self.program, plan, graph, applied))
+        groups = create_groups(_all_groups(self.program, plan, graph, applied), timeout_s)
         parts = [*self.program.stage.parameters, *self.program.stage.buffers]
         self.state = {part.name: _own(local_part(state[part.name], part, self.program), device) for part in parts}
         self.gradients = Gradients(self.program, groups, choose, device)

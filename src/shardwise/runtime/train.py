@@ -16,6 +16,7 @@ from shardwise.runtime.data import ByteText
 from shardwise.runtime.executor import Event
 from shardwise.runtime.launch import launch
 from shardwise.runtime.memory import PeakMemory
+from shardwise.runtime.preload import preload
 from shardwise.runtime.progress import TrainingDisplay
 
 if TYPE_CHECKING:
@@ -115,7 +116,7 @@ def train_rank(build: Build, plan: Plan, text: ByteText, settings: Settings) -> 
 
     place = rank_environment()
     assert place is not None, "train_rank runs on a rank"
-    _import_what_training_imports()
+    preload()
     memory = PeakMemory()
     torch.manual_seed(settings.seed)
     held_out = text.held_out_batch(size=settings.batch_size)
@@ -137,14 +138,6 @@ def train_rank(build: Build, plan: Plan, text: ByteText, settings: Settings) -> 
 def _recorded(event: Event) -> RecordedAction:
     action = event.action
     return action.kind.value, action.microbatch, action.edge, action.peer, event.start_s, event.end_s
-
-
-def _import_what_training_imports() -> None:
-    """Torch imports some of itself at the first backward and optimizer step, 80 MB that are not the model's."""
-    weight = nn.Parameter(torch.zeros(1))
-    optimizer = torch.optim.AdamW([weight])
-    weight.sum().backward()
-    optimizer.step()
 
 
 def _adamw(learning_rate: float) -> Callable[[object], torch.optim.Optimizer]:

@@ -79,7 +79,7 @@ class Report:
         if self.captured:
             worst_captured = max(each.error for each in self.captured)
             lines.append(f"captured graph against the model itself: largest relative error {worst_captured:.1e}")
-        worst = sorted((*self.captured, *self.differences), key=lambda each: -(each.error / each.bound))[:5] if not self.ok else []
+        worst = sorted((*self.captured, *self.differences), key=lambda each: -each.error / max(each.bound, 1e-300))[:5] if not self.ok else []
         lines += [f"  {each.name}: {each.error:.2e}, allowed {each.bound:.0e}" for each in worst]
         return "\n".join(lines)
 
@@ -115,9 +115,9 @@ def verify(
         found = search(graph, Cluster.parse(cluster), Layout.parse(layout), "adamw", type(model).__name__)
         if isinstance(found, Infeasible):
             return found
-        plan = found  # its programs were checked when they were simulated
-    else:
-        preflight(plan, graph)
+        plan = found
+    apply_plan(plan, graph)
+    preflight(plan, cast_graph(graph, dtype), same_fingerprint=False)
     state = {**_state(model), **graph.constants}
     tensors = {name: value for name, value in batch.items() if isinstance(value, torch.Tensor)}
     checks = _check_capture(model, batch, loss, graph, state, tensors, seed)
@@ -184,7 +184,7 @@ def _rank(
     """A rank's step; then an optimizer step on the reference's gradients, compared with one device's."""
     cast = {name: cast_tensor(tensor, dtype) for name, tensor in state.items()}
     applied = apply_plan(plan, graph, same_fingerprint=False)
-    job = Job(graph, plan, applied, cast, lambda p: torch.optim.SGD(p, lr=0.0), device=torch.device("cpu"), seed=seed)
+    job = Job(graph, plan, applied, cast, lambda p: torch.optim.SGD(p, lr=0.0), device=torch.device("cpu"), seed=seed, timeout_s=_WAIT_S)
     loss = job.step({name: cast_tensor(tensor, dtype) for name, tensor in batch.items()})
     stage = job.program.stage
     return _Part(
