@@ -20,8 +20,9 @@ from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import shardwise as sw
 from tests.models import MODELS
+
+import shardwise as sw
 
 LAYOUTS = {
     "tp2": (2, "tp=2"),
@@ -90,18 +91,26 @@ def _verify(model: str, layout: str, precision: str) -> Result:
     try:
         report = sw.verify(module, batch, cluster=f"local:{ranks}", layout=text or None, dtype=PRECISIONS[precision])
     except sw.ShardwiseError as error:
-        return Result(model=model, layout=layout, precision=precision, ok=False, error=None, note=str(error), seconds=time.perf_counter() - start)
+        return Result(
+            model=model, layout=layout, precision=precision, ok=False, error=None, note=str(error), seconds=time.perf_counter() - start
+        )
     seconds = time.perf_counter() - start
     if isinstance(report, sw.Infeasible):
         return Result(model=model, layout=layout, precision=precision, ok=False, error=None, note=str(report), seconds=seconds)
     note = report.layout if report.ok else f"{report.layout}: {report.first_difference}"
-    return Result(model=model, layout=layout, precision=precision, ok=report.ok, error=report.max_relative_error, note=note, seconds=seconds)
+    return Result(
+        model=model, layout=layout, precision=precision, ok=report.ok, error=report.max_relative_error, note=note, seconds=seconds
+    )
 
 
 def _progress(console: Console, result: Result) -> None:
     error = "–" if result.error is None else f"{result.error:.1e}"
     verdict = "ok " if result.ok else "NO "
-    console.print(f"{verdict} {result.model:<6} {result.layout:<8} {result.precision} {error} {result.seconds:.1f} s  {result.note}", highlight=False, soft_wrap=True)
+    console.print(
+        f"{verdict} {result.model:<6} {result.layout:<8} {result.precision} {error} {result.seconds:.1f} s  {result.note}",
+        highlight=False,
+        soft_wrap=True,
+    )
 
 
 def _table(results: list[Result]) -> Table:
@@ -111,7 +120,11 @@ def _table(results: list[Result]) -> Table:
     for layout, precision in columns:
         table.add_column(f"{layout}\n{precision}", justify="right")
     for model in dict.fromkeys(result.model for result in results):
-        cells = {(r.layout, r.precision): ("" if r.ok else "NO ") + ("–" if r.error is None else f"{r.error:.0e}") for r in results if r.model == model}
+        cells = {
+            (r.layout, r.precision): ("" if r.ok else "NO ") + ("–" if r.error is None else f"{r.error:.0e}")
+            for r in results
+            if r.model == model
+        }
         table.add_row(model, *(cells[column] for column in columns))
     return table
 

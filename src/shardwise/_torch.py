@@ -10,19 +10,24 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx
 from torch.fx.graph import CodeGen
 
-__all__ = ["BoxedCodeGen", "FakeTensorMode", "make_fx", "register_group", "traced_names"]
+__all__ = ["BoxedCodeGen", "FakeTensorMode", "find_group", "make_fx", "register_group", "traced_names"]
 
 
 def traced_names() -> set[str]:
     """Names of the nodes that the make_fx trace in progress has recorded so far."""
     mode = get_proxy_mode()
     assert mode is not None, "no trace is in progress"
-    return {node.name for node in mode.tracer.graph.nodes}  # type: ignore[union-attr]
+    return {node.name for node in mode.tracer.graph.nodes}
 
 
 def register_group(name: str, group: torch.distributed.ProcessGroup) -> None:
     """Lets torch's operators find a process group by this name."""
-    torch._C._distributed_c10d._register_process_group(name, group)
+    torch._C._distributed_c10d._register_process_group(name, group)  # type: ignore[arg-type]
+
+
+def find_group(name: str) -> torch.distributed.ProcessGroup:
+    """The process group registered under this name."""
+    return torch.distributed.distributed_c10d._resolve_process_group(name)  # type: ignore[arg-type]
 
 
 class BoxedCodeGen(CodeGen):

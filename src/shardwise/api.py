@@ -37,7 +37,8 @@ def plan(
     """The fastest way found to split a training step of the model over the cluster, or why none fits.
 
     model: any module, also on the meta device; its parameters are neither changed nor copied.
-    batch: keyword arguments of its forward; tensors have the batch dim first unless batch_dims says otherwise (None: shared by all samples).
+    batch: keyword arguments of its forward; tensors have the batch dim first unless batch_dims says otherwise (None: shared by all
+    samples).
     layout: what is pinned ("tp=2,pp=2"); the rest is searched. global_batch: samples in a step, the example batch's by default.
     optimizer: "adamw", "adam", "sgd" or "sgd_momentum", for its memory and time. loss: makes the scalar from the module's output.
     Raises CaptureError, RuleError, LayoutError, BatchError, ClusterError.
@@ -80,7 +81,10 @@ def _state(model: nn.Module, graph: Graph) -> dict[str, Tensor]:
     named = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers(remove_duplicate=False))}
     found = {name: named[name].detach() for name in (*graph.parameters, *graph.buffers) if name in named} | dict(graph.constants)
     if missing := [name for name, tensor in found.items() if tensor.is_meta]:
-        raise CaptureError(f"{missing[0]} and {len(missing) - 1} more tensors of the model are on the meta device: they have no values; build the model on cpu")
+        raise CaptureError(
+            f"{missing[0]} and {len(missing) - 1} more tensors of the model are on the meta device: they have no "
+            f"values; build the model on cpu"
+        )
     return found
 
 

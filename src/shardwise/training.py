@@ -13,9 +13,12 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from shardwise.capture.export import capture
+from shardwise.cluster.machine import available_memory_bytes
 from shardwise.environment import rank_environment
 from shardwise.errors import DataError, ModelError
 from shardwise.models import Batch, load_model
+from shardwise.planner.preflight import preflight
 from shardwise.runtime.data import VOCABULARY, ByteText
 from shardwise.runtime.group import process_group
 from shardwise.runtime.train import WAIT_S, Settings, TrainingRun, train, train_rank
@@ -58,6 +61,7 @@ def _as_parent(request: TrainRequest) -> dict[str, Any] | Infeasible:
     plan = _plan(request, model, batch)
     if isinstance(plan, sw.Infeasible):
         return plan
+    preflight(plan, capture(model, batch), limit_bytes=available_memory_bytes() // plan.ranks)
     run = train(_builder(request), plan=plan, ranks=plan.ranks, text=text, settings=settings, port=request.port)
     return _written(request, plan, run)
 

@@ -23,7 +23,8 @@ def tensor_bytes(meta: Any) -> int:
 
 
 class Liveness:
-    """held_bytes: of the outputs that the graph made itself (not its inputs). peak_bytes: the most that it holds at once beside its inputs."""
+    """held_bytes: of the outputs that the graph made itself (not its inputs). peak_bytes: the most that it holds at once beside its
+    inputs."""
 
     def __init__(self, *, peak_bytes: int, outputs: dict[fx.Node, int]) -> None:
         self.peak_bytes, self.outputs = peak_bytes, outputs
@@ -33,7 +34,9 @@ class Liveness:
         return sum(self.outputs.values())
 
 
-def liveness(graph: fx.Graph, frees: Callable[[fx.Node], int] = lambda node: 0, aliases: Mapping[fx.Node, fx.Node] | None = None) -> Liveness:
+def liveness(
+    graph: fx.Graph, frees: Callable[[fx.Node], int] = lambda node: 0, aliases: Mapping[fx.Node, fx.Node] | None = None
+) -> Liveness:
     """The graph's memory when each value is freed at its last use.
 
     frees: bytes of a placeholder that are given back at its last use (values saved for the backward pass); 0 for what others keep.

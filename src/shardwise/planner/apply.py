@@ -56,7 +56,8 @@ def apply_plan(plan: Plan, graph: Graph, *, same_fingerprint: bool = True) -> Ap
     """
     if same_fingerprint and plan.fingerprint != graph.fingerprint():
         raise PlanError(
-            f"the plan was made for {plan.model} with fingerprint {plan.fingerprint} and a batch of {plan.global_batch}; this model and batch have "
+            f"the plan was made for {plan.model} with fingerprint {plan.fingerprint} and a batch of "
+            f"{plan.global_batch}; this model and batch have "
             f"{graph.fingerprint()} (batch {graph.global_batch}); plan again for this model and batch"
         )
     analysis = analyse(graph)
@@ -67,8 +68,8 @@ def apply_plan(plan: Plan, graph: Graph, *, same_fingerprint: bool = True) -> Ap
         _check_choice(assignment, op, choice)
         set_choice(assignment, op, "tp", choice)
     for name, value in graph.parameters.items():
-        text = looked_up(plan.parameters, name)
-        assignment.sources.setdefault(value, {})["tp"] = I if text is None else read_placement(text, name)
+        kept = looked_up(plan.parameters, name)
+        assignment.sources.setdefault(value, {})["tp"] = I if kept is None else read_placement(kept, name)
     return Applied(assignment=assignment, cut=_cut(plan, graph, analysis.prelude))
 
 
@@ -86,7 +87,8 @@ def _check_choice(assignment: Assignment, op: Op, choice: Choice) -> None:
     pieces, rest = divmod(size, choice.blocks * choice.unit)
     if rest or pieces < ranks or (pieces % ranks and not split.uneven):
         raise PlanError(
-            f"{op.key}: {choice.factor} of {size} in {choice.blocks} blocks by {choice.unit} has {pieces} pieces, which tp={ranks} does not divide; "
+            f"{op.key}: {choice.factor} of {size} in {choice.blocks} blocks by {choice.unit} has {pieces} pieces, which "
+            f"tp={ranks} does not divide; "
             "use a tp that divides them"
         )
 

@@ -1,7 +1,7 @@
 """Which ways of splitting each operator over the tensor axis are worth choosing among.
 
-An operator offers its own factors. Beyond these, a neighbour may want a tensor split in blocks (a fused q,k,v projection is split inside each
-of its three parts) or by units (whole heads): such wants travel along the edges to every operator that can follow them.
+An operator offers its own factors. Beyond these, a neighbour may want a tensor split in blocks (a fused q,k,v projection is split inside
+each of its three parts) or by units (whole heads): such wants travel along the edges to every operator that can follow them.
 """
 
 from __future__ import annotations
@@ -21,7 +21,9 @@ _MOST = 16  # variants of one operator
 Representative = Callable[[Op], Op]
 
 
-def candidates(assignment: Assignment, ops: Iterable[Op], batch: Mapping[Op, Choice], representative: Representative) -> dict[Op, list[Variant]]:
+def candidates(
+    assignment: Assignment, ops: Iterable[Op], batch: Mapping[Op, Choice], representative: Representative
+) -> dict[Op, list[Variant]]:
     """The variants on axis `tp` of the given operators (one of each group of equal ones)."""
     chosen = list(ops)
     sizes = {op: split_sizes(assignment, op, "tp") for op in chosen}

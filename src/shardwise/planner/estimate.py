@@ -32,5 +32,7 @@ def reshard_seconds(assignment: Assignment, axis: str, share: float, cluster: Cl
     for value, made, wanted, _ in reshards(assignment, axis):
         whole = value.nbytes * (share if value.kind == "result" else 1.0)
         kinds = [collective_of(made, wanted)] + ([collective_of(dual(wanted), dual(made))] if value.requires_grad else [])
-        total += sum(collective_cost(kind, whole / ranks if kind == "all_to_all" else whole, ranks, cluster).seconds for kind in kinds if kind)
+        total += sum(
+            collective_cost(kind, whole / ranks if kind == "all_to_all" else whole, ranks, cluster).seconds for kind in kinds if kind
+        )
     return total

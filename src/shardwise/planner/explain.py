@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections import Counter
 
 from shardwise.capture.blocks import block_pattern
@@ -15,6 +16,8 @@ from shardwise.sharding.types import Shard
 
 __all__ = ["explain"]
 
+_COLUMNS = 110
+
 
 def explain(plan: Plan, applied: Applied, graph: Graph, cluster: Cluster, obstacle: str, seconds: float) -> list[str]:
     """The plan in lines that fit a terminal."""
@@ -26,14 +29,19 @@ def explain(plan: Plan, applied: Applied, graph: Graph, cluster: Cluster, obstac
         *_stages(plan, applied, graph),
         *_tensor(plan, applied, graph),
         "Predicted",
-        f"  step {_time(plan.predicted.step_time_s)}, of which {_time(plan.predicted.communication_s)} communicating and {plan.predicted.bubble:.0%} waiting",
+        f"  step {_time(plan.predicted.step_time_s)}, {_time(plan.predicted.communication_s)} communicating, {plan.predicted.bubble:.0%} waiting",
         *_memory(plan, cluster),
         *_others(plan),
     ]
     if obstacle:
         lines.append(f"One microbatch only: {obstacle}")
     lines.append(f"Planned in {seconds:.1f} s; proven within {plan.gap:.1%} of the best split of the tensors for this layout")
-    return lines
+    return [part for line in lines for part in _wrapped(line)]
+
+
+def _wrapped(line: str) -> list[str]:
+    indent = " " * (len(line) - len(line.lstrip()) + 2)
+    return textwrap.wrap(line, _COLUMNS, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False) or [""]
 
 
 def _mesh(plan: Plan) -> str:
@@ -71,10 +79,16 @@ def _tensor(plan: Plan, applied: Applied, graph: Graph) -> list[str]:
         kinds.setdefault(block_pattern(name), repr(assignment.sources[value]["tp"]))
     shown = [f"  {pattern:<52} {kind}" for pattern, kind in kinds.items() if kind.startswith("S")]
     moves = Counter(
-        collective_of(made, wanted) for value, made, wanted, readers in reshards(assignment, "tp") if collective_of(made, wanted) and value.kind == "result"
+        collective_of(made, wanted)
+        for value, made, wanted, readers in reshards(assignment, "tp")
+        if collective_of(made, wanted) and value.kind == "result"
     )
     talk = ", ".join(f"{count} {kind}s" for kind, count in moves.items()) or "nothing"
-    return [f"Tensors split over {plan.tp} ranks: {share:.0%} of the parameters", *shown[:24], f"  each microbatch's forward pass communicates {talk} over tp"]
+    return [
+        f"Tensors split over {plan.tp} ranks: {share:.0%} of the parameters",
+        *shown[:24],
+        f"  each microbatch's forward pass communicates {talk} over tp",
+    ]
 
 
 def _memory(plan: Plan, cluster: Cluster) -> list[str]:

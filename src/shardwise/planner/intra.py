@@ -38,7 +38,8 @@ class Costs:
     operator(op): seconds, forward and backward, of the whole call in one microbatch on a rank's share of the batch.
     collective(kind, message bytes, ranks): seconds. update(bytes): seconds of the optimizer on parameters of so many bytes.
     state_bytes(value): of a whole parameter with gradient and optimizer state. limit_bytes: for all states, None without limit.
-    prefer_split: how many times over an unsplit matrix product or parameter counts; > 0 where the user pinned the axis, to split what can be.
+    prefer_split: how many times over an unsplit matrix product or parameter counts; > 0 where the user pinned the axis, to split what
+    can be.
     """
 
     operator: Callable[[Op], float]
@@ -128,8 +129,10 @@ class _Intra:
             counts[self.parameter_of[value]] += 1
         for value, count in counts.items():
             wanted = {v.inputs[index] for op, index in self._body_readers(value) for v in self.variants[op]}
-            options = {R, I} | {placement for placement in wanted if isinstance(placement, Shard)}
-            self.keep[value] = {t: self.problem.variable(count * self._parameter_cost(value, t), integer=True) for t in sorted(options, key=repr)}
+            options: set[Placement] = {R, I} | {placement for placement in wanted if isinstance(placement, Shard)}
+            self.keep[value] = {
+                t: self.problem.variable(count * self._parameter_cost(value, t), integer=True) for t in sorted(options, key=repr)
+            }
             self.problem.constrain([(y, 1.0) for y in self.keep[value].values()], 1.0, 1.0)
 
     def _parameter_cost(self, value: Value, kept: Placement) -> float:
@@ -172,7 +175,9 @@ class _Intra:
             representative = self.parameter_of.get(value, value)
             self._edge(representative, key, seen[key], shared)
 
-    def _edge(self, value: Value, key: tuple[object, int, Op, int], count: int, shared: dict[tuple[object, int, Placement, Placement], int]) -> None:
+    def _edge(
+        self, value: Value, key: tuple[object, int, Op, int], count: int, shared: dict[tuple[object, int, Placement, Placement], int]
+    ) -> None:
         source, output, op, index = key
         made = self._made(value)
         read: dict[Placement, list[int]] = defaultdict(list)
@@ -199,7 +204,9 @@ class _Intra:
             return float(self.costs.prefer_split + 1) * 1e3  # nothing is gained by making summands of a constant
         whole = value.nbytes * (self.share if value.kind != "parameter" else 1.0)
         moves = [collective_of(source, target)] + ([collective_of(dual(target), dual(source))] if value.requires_grad else [])
-        seconds = sum(self.costs.collective(kind, whole / self.ranks if kind == "all_to_all" else whole, self.ranks) for kind in moves if kind)
+        seconds = sum(
+            self.costs.collective(kind, whole / self.ranks if kind == "all_to_all" else whole, self.ranks) for kind in moves if kind
+        )
         return seconds + 1e-7
 
     def _memory(self) -> None:

@@ -29,7 +29,7 @@ class Layout:
         """Reads text or a mapping. Raises LayoutError for what is not understood."""
         if given is None or isinstance(given, Layout):
             return given or cls()
-        pairs = dict(given) if isinstance(given, Mapping) else dict(_pairs(given))
+        pairs: dict[str, Any] = dict(given) if isinstance(given, Mapping) else dict(_pairs(given))
         for name, value in pairs.items():
             if name in _NUMBERS:
                 pairs[name] = _positive(name, value)
@@ -56,11 +56,15 @@ class Layout:
 
 
 def _pairs(text: str) -> Iterator[tuple[str, str]]:
+    seen: set[str] = set()
     for item in filter(None, (part.strip() for part in text.split(","))):
-        name, equals, value = item.partition("=")
+        name, equals, value = (part.strip() for part in item.partition("="))
         if not equals:
             raise LayoutError(f"{item!r} in layout {text!r} is no NAME=VALUE pair; write for example tp=2,pp=2")
-        yield name.strip(), value.strip()
+        if name in seen:
+            raise LayoutError(f"{name} is named twice in layout {text!r}")
+        seen.add(name)
+        yield name, value
 
 
 def _positive(name: str, value: Any) -> int:
@@ -68,7 +72,7 @@ def _positive(name: str, value: Any) -> int:
         number = int(value)
     except (TypeError, ValueError):
         number = 0
-    if number < 1:
+    if number < 1 or (isinstance(value, float) and value != number):
         raise LayoutError(f"{name}={value} in the layout is not a whole number of 1 or more")
     return number
 
@@ -96,11 +100,16 @@ def completions(layout: Layout, ranks: int, samples: int, obstacle: str) -> list
 
 def _fill(layout: Layout, free: list[str], left: int) -> Iterator[Layout]:
     if len(free) == 1:
-        yield replace(layout, **{free[0]: left})
+        yield _with(layout, free[0], left)
         return
     for size in range(1, left + 1):
         if left % size == 0:
-            yield from _fill(replace(layout, **{free[0]: size}), free[1:], left // size)
+            yield from _fill(_with(layout, free[0], size), free[1:], left // size)
+
+
+def _with(layout: Layout, name: str, size: int) -> Layout:
+    changed: dict[str, Any] = {name: size}
+    return replace(layout, **changed)
 
 
 def _microbatched(mesh: Layout, pinned: Layout, samples: int, obstacle: str) -> Iterator[Layout]:

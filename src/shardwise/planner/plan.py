@@ -63,7 +63,7 @@ class Plan(_Strict):
     profile: what the stages take, for the simulator.
     """
 
-    format_version: Literal[1] = FORMAT_VERSION
+    format_version: Literal[1] = 1
     model: str
     fingerprint: str
     cluster: str
@@ -135,7 +135,9 @@ class Plan(_Strict):
         except ValidationError as error:
             first = error.errors()[0]
             where = ".".join(map(str, first["loc"]))
-            raise PlanError(f"{source}: {where}: {first['msg']} (and {error.error_count() - 1} more); repair it or make the plan again") from error
+            raise PlanError(
+                f"{source}: {where}: {first['msg']} (and {error.error_count() - 1} more); repair it or make the plan again"
+            ) from error
 
     def __str__(self) -> str:
         return "\n".join(self.explanation) or self.layout
@@ -182,7 +184,8 @@ def read_choice(text: str, key: str) -> Choice:
 def read_placement(text: str, key: str) -> Placement:
     """The type that a placement's repr wrote. Raises PlanError."""
     if text in ("I", "R", "P"):
-        return {"I": I, "R": R, "P": P}[text]
+        known: dict[str, Placement] = {"I": I, "R": R, "P": P}
+        return known[text]
     if match := re.fullmatch(r"S\((\d+)(?:, blocks=(\d+))?(?:, unit=(\d+))?\)", text):
         return Shard(int(match.group(1)), int(match.group(2) or 1), int(match.group(3) or 1))
     raise PlanError(f"type {text!r} of {key} is not understood; write S(0), S(1, blocks=3), R or I")

@@ -1,6 +1,6 @@
 """Chooses a plan: every layout is estimated, the best few are lowered and simulated, the fastest that fits is taken and explained.
 
-    Layouts ──intra, stages, estimate──▶ ranking ──lower, simulate──▶ the best few ──▶ Plan | Infeasible
+Layouts ──intra, stages, estimate──▶ ranking ──lower, simulate──▶ the best few ──▶ Plan | Infeasible
 """
 
 from __future__ import annotations
@@ -101,6 +101,13 @@ class _Trial:
     profile: Profile | None = None
     simulation: Simulation | None = None
     note: str = ""
+
+    @property
+    def mesh(self) -> Mesh:
+        """The layout's sizes."""
+        layout = self.layout
+        assert layout.dp and layout.tp and layout.pp and layout.microbatches and layout.schedule, f"{layout} is not complete"
+        return Mesh(dp=layout.dp, tp=layout.tp, pp=layout.pp, microbatches=layout.microbatches, schedule=layout.schedule)
 
     @property
     def simulated_s(self) -> float:
@@ -223,11 +230,16 @@ class _Search:
     def simulate(self, trial: _Trial) -> None:
         """Lowers a layout and simulates it."""
         assert trial.applied is not None
-        layout, applied = trial.layout, trial.applied
-        mesh = Mesh(dp=layout.dp or 1, tp=layout.tp or 1, pp=layout.pp or 1, microbatches=layout.microbatches or 1, schedule=layout.schedule or "1f1b")
+        mesh, applied = trial.mesh, trial.applied
         ranks = [rank_of(stage, 0, 0, mesh.dp, mesh.tp) for stage in range(mesh.pp)]  # of each stage the rank with the largest parts
         programs = build_programs(
-            applied.assignment, applied.cut, mesh.schedule, chooser(self.cluster), device=torch.device("cpu"), ranks=ranks, tracer=self.tracer
+            applied.assignment,
+            applied.cut,
+            mesh.schedule,
+            chooser(self.cluster),
+            device=torch.device("cpu"),
+            ranks=ranks,
+            tracer=self.tracer,
         )
         trial.profile = profile_programs(programs, self.cluster, self.optimizer)
         trial.simulation = simulate_profile(trial.profile, mesh)
@@ -257,7 +269,13 @@ def _search(graph: Graph, cluster: Cluster, pinned: Layout, optimizer: str, mode
     start = time.perf_counter()
     tracer = Tracer(device=torch.device("cpu"))
     run = _Search(
-        graph=graph, cluster=cluster, pinned=pinned, optimizer=optimizer, analysis=analyse(graph), tracer=tracer, costs=OpCosts(cluster=cluster, tracer=tracer)
+        graph=graph,
+        cluster=cluster,
+        pinned=pinned,
+        optimizer=optimizer,
+        analysis=analyse(graph),
+        tracer=tracer,
+        costs=OpCosts(cluster=cluster, tracer=tracer),
     )
     trials = run.trials()
     for trial in trials:
@@ -270,7 +288,8 @@ def _search(graph: Graph, cluster: Cluster, pinned: Layout, optimizer: str, mode
 
 
 def _simulate_best(run: _Search, ranked: list[_Trial]) -> _Trial | None:
-    """Simulates the best of each mesh in the order of the estimates, then the winner's other numbers of microbatches, while they may be better."""
+    """Simulates the best of each mesh in the order of the estimates, then the winner's other numbers of microbatches, while they may be
+    better."""
     seen: list[_Trial] = []
 
     def look_at(trials: Iterable[_Trial], most: int) -> None:
@@ -306,7 +325,8 @@ def _infeasible(run: _Search, trials: list[_Trial]) -> Infeasible:
     least = min(seen) / _FULL_MEMORY if seen else state / run.cluster.ranks / _FULL_MEMORY
     have = run.cluster.memory_bytes
     ranks = -(-int(state / (_FULL_MEMORY * have)) // 1) + 1
-    remedy = f"ranks with {_gb(least)} of memory instead of {_gb(have)}, or a cluster of about {max(ranks, run.cluster.ranks + 1)} ranks, or a smaller global batch"
+    more = max(ranks, run.cluster.ranks + 1)
+    remedy = f"ranks with {_gb(least)} of memory instead of {_gb(have)}, or about {more} ranks, or a smaller global batch"
     return Infeasible(reasons=reasons[:8], remedy=remedy)
 
 
@@ -314,12 +334,14 @@ def make_plan(run: _Search, best: _Trial, trials: list[_Trial], seconds: float, 
     """The trial as a Plan, explained."""
     from shardwise.planner.explain import explain
 
-    assert best.applied and best.simulation
-    assignment, cut, layout = best.applied.assignment, best.applied.cut, best.layout
+    assert best.applied and best.simulation and best.profile
+    assignment, cut, mesh = best.applied.assignment, best.applied.cut, best.mesh
     body = [op for op in run.graph.ops if op not in cut.prelude]
     starts = [next(op.key for op in body if cut.stage_of[op] == stage) for stage in range(cut.stages)]
-    operators = by_pattern((op.key, choice_text(assignment.variants[op]["tp"].choice)) for op in body) if layout.tp != 1 else {}
-    parameters = by_pattern((name, repr(assignment.sources[value]["tp"])) for name, value in run.graph.parameters.items()) if layout.tp != 1 else {}
+    operators = by_pattern((op.key, choice_text(assignment.variants[op]["tp"].choice)) for op in body) if mesh.tp != 1 else {}
+    parameters = (
+        by_pattern((name, repr(assignment.sources[value]["tp"])) for name, value in run.graph.parameters.items()) if mesh.tp != 1 else {}
+    )
     simulation = best.simulation
     predicted = Prediction(
         step_time_s=simulation.step_time_s,
@@ -334,17 +356,17 @@ def make_plan(run: _Search, best: _Trial, trials: list[_Trial], seconds: float, 
         fingerprint=run.graph.fingerprint(),
         cluster=run.cluster.name,
         backend=run.cluster.backend,
-        ranks=layout.ranks,
-        dp=layout.dp,
-        tp=layout.tp,
-        pp=layout.pp,
-        microbatches=layout.microbatches,
-        schedule=layout.schedule,
+        ranks=best.layout.ranks,
+        dp=mesh.dp,
+        tp=mesh.tp,
+        pp=mesh.pp,
+        microbatches=mesh.microbatches,
+        schedule=mesh.schedule,
         global_batch=run.graph.global_batch,
         optimizer=run.optimizer,
         stages=starts,
         operators=operators,
-        collectives=measured_choices(run.cluster, {layout.dp, layout.tp, 2} if layout.ranks > 1 else set()),
+        collectives=measured_choices(run.cluster, {mesh.dp, mesh.tp, 2} if best.layout.ranks > 1 else set()),
         parameters=parameters,
         profile=best.profile,
         predicted=predicted,
@@ -356,4 +378,3 @@ def make_plan(run: _Search, best: _Trial, trials: list[_Trial], seconds: float, 
 
 def _gb(nbytes: float) -> str:
     return f"{nbytes / 1e9:.3g} GB"
-

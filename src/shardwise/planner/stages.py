@@ -1,7 +1,7 @@
 """Cuts the model into stages: dynamic programming over the places where the computation may be cut.
 
-A cut may lie where the module path changes near the root (between blocks); the best cut makes the slowest stage as fast as possible, counting
-what has to be sent, among those whose states fit the memory of a rank.
+A cut may lie where the module path changes near the root (between blocks); the best cut makes the slowest stage as fast as possible,
+counting what has to be sent, among those whose states fit the memory of a rank.
 """
 
 from __future__ import annotations
@@ -35,7 +35,10 @@ def cut_stages(graph: Graph, prelude: set[Op], stages: int, costs: StageCosts) -
     body = [op for op in graph.ops if op not in prelude]
     places = _places(body, stages)
     if len(places) - 1 < stages:
-        raise LayoutError(f"pp={stages} stages are more than the {len(places) - 1} parts that the model can be cut into; use pp={len(places) - 1} or fewer")
+        raise LayoutError(
+            f"pp={stages} stages are more than the {len(places) - 1} parts that the model can be cut into; use "
+            f"pp={len(places) - 1} or fewer"
+        )
     segments = _Segments(graph, body, places, costs)
     ends = _best(len(places) - 1, stages, segments)
     if ends is None:
@@ -68,7 +71,9 @@ class _Segments:
         self.crossing = _crossing_bytes(graph, body, places)
         index = {op: i for i, op in enumerate(body)}
         self.parameters = [
-            (sorted({index[op] for op, _ in readers if op in index}), value) for value, readers in graph.consumers().items() if value.kind == "parameter"
+            (sorted({index[op] for op, _ in readers if op in index}), value)
+            for value, readers in graph.consumers().items()
+            if value.kind == "parameter"
         ]
 
     def cost(self, start: int, end: int) -> float:

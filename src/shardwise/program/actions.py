@@ -1,6 +1,6 @@
 """The actions that a rank performs, one after the other, in a step.
 
-    PRELUDE · FORWARD m · BACKWARD m · SEND/RECV edge m (peer) · SEND_GRAD/RECV_GRAD edge m (peer) · REDUCE · UPDATE
+PRELUDE · FORWARD m · BACKWARD m · SEND/RECV edge m (peer) · SEND_GRAD/RECV_GRAD edge m (peer) · REDUCE · UPDATE
 """
 
 from __future__ import annotations

@@ -31,7 +31,14 @@ def rank_of(stage: int, d: int, t: int, dp: int, tp: int) -> int:
 
 
 def build_programs(
-    assignment: Assignment, cut: Cut, schedule_name: str, choose: Choose, *, device: torch.device, ranks: Iterable[int] | None = None, tracer: Tracer | None = None
+    assignment: Assignment,
+    cut: Cut,
+    schedule_name: str,
+    choose: Choose,
+    *,
+    device: torch.device,
+    ranks: Iterable[int] | None = None,
+    tracer: Tracer | None = None,
 ) -> dict[int, Program]:
     """The programs of `ranks` (all by default); a rank's transfers are ordered against those of its pipeline neighbours."""
     dp, tp = assignment.mesh["dp"], assignment.mesh["tp"]
@@ -53,7 +60,10 @@ def _column(assignment: Assignment, cut: Cut, schedule_name: str, choose: Choose
     lists: dict[int, list[Action]] = {}
     for stage in range(stages):
         rank = rank_of(stage, d, t, dp, tp)
-        groups = {"dp": tuple(rank_of(stage, i, t, dp, tp) for i in range(dp)), "tp": tuple(rank_of(stage, d, i, dp, tp) for i in range(tp))}
+        groups = {
+            "dp": tuple(rank_of(stage, i, t, dp, tp) for i in range(dp)),
+            "tp": tuple(rank_of(stage, d, i, dp, tp) for i in range(tp)),
+        }
         axes = {
             "dp": Axis(name="dp", group=group_name("dp", groups["dp"]), ranks=dp, rank=d),
             "mb": Axis(name="mb", group="", ranks=assignment.mesh["mb"], rank=0),
@@ -63,9 +73,14 @@ def _column(assignment: Assignment, cut: Cut, schedule_name: str, choose: Choose
         table = schedule(schedule_name, stage, stages, assignment.mesh["mb"])
         lists[rank] = with_transfers(table, stage, edges, lambda other: rank_of(other, d, t, dp, tp))
         programs[rank] = Program(
-            rank=rank, coordinates={"dp": d, "tp": t, "pp": stage}, mesh=dict(assignment.mesh) | {"pp": stages}, groups=groups, stage=lowered, edges=edges,
+            rank=rank,
+            coordinates={"dp": d, "tp": t, "pp": stage},
+            mesh=dict(assignment.mesh) | {"pp": stages},
+            groups=groups,
+            stage=lowered,
+            edges=edges,
             loss_axes=loss_axes,
-        )  # fmt: skip
+        )
     for rank, actions in order_transfers(lists).items():
         programs[rank].actions = [Action(kind=Kind.PRELUDE), *actions, Action(kind=Kind.REDUCE), Action(kind=Kind.UPDATE)]
     return programs

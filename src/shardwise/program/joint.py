@@ -1,8 +1,8 @@
 """Builds a stage's forward and backward computation as one graph, call by call.
 
-    apply(call, inputs) ──▶ forward nodes, and an entry on the tape
-    backward(seeds)     ──▶ the tape from its end: each call's backward nodes, gradients of a value read twice added up
-    split()             ──▶ a forward graph, a backward graph, and the values that the first saves for the second
+apply(call, inputs) ──▶ forward nodes, and an entry on the tape
+backward(seeds)     ──▶ the tape from its end: each call's backward nodes, gradients of a value read twice added up
+split()             ──▶ a forward graph, a backward graph, and the values that the first saves for the second
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, fx
 
 from shardwise.program.reuse import reuse_memory
-from shardwise.program.trace import Function, Traced, Tracer
+from shardwise.program.trace import Function, Tracer
 
-__all__ = ["JointGraph", "Halves"]
+__all__ = ["Halves", "JointGraph"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +56,11 @@ class JointGraph:
 
     def placeholder(self, name: str, meta: Tensor, *, grad: bool = False, forward: bool = True) -> fx.Node:
         """An input of the computation."""
-        with self.graph.inserting_after(self.last_placeholder) if self.last_placeholder else self.graph.inserting_before(next(iter(self.graph.nodes), None)):
+        with (
+            self.graph.inserting_after(self.last_placeholder)
+            if self.last_placeholder
+            else self.graph.inserting_before(next(iter(self.graph.nodes), None))
+        ):
             node = self.last_placeholder = self.graph.placeholder(name)
         node.meta["val"] = meta
         if forward:
@@ -75,7 +79,17 @@ class JointGraph:
         outputs = [nodes[result.name] for result in traced.results]
         if any(grads):
             self.tracked.update(node for node in outputs if node.meta["val"].is_floating_point())
-            self.tape.append(_Entry(function=function, key=key, inputs=list(inputs), outputs=outputs, nodes=nodes, last=next(reversed(self.graph.nodes)), module=module))
+            self.tape.append(
+                _Entry(
+                    function=function,
+                    key=key,
+                    inputs=list(inputs),
+                    outputs=outputs,
+                    nodes=nodes,
+                    last=next(reversed(self.graph.nodes)),
+                    module=module,
+                )
+            )
         return outputs
 
     def backward(self, seeds: Sequence[tuple[fx.Node, fx.Node]]) -> None:
@@ -133,7 +147,9 @@ class JointGraph:
         forward_order = [node for node in self.graph.nodes if node in self.forward_nodes]
         needed = _ancestors([*outputs, *saved], set())
         forward = _extract([node for node in forward_order if node in needed or node.op == "placeholder"], [], [*outputs, *saved])
-        backward_order = [node for node in self.graph.nodes if node not in self.forward_nodes and (node in backward_nodes or node.op == "placeholder")]
+        backward_order = [
+            node for node in self.graph.nodes if node not in self.forward_nodes and (node in backward_nodes or node.op == "placeholder")
+        ]
         backward = _extract(backward_order, saved, list(gradients))
         reuse_memory(forward)
         reuse_memory(backward)

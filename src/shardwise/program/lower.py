@@ -116,7 +116,9 @@ class _Stage:
         results = joint.apply(lambda tensors: sig.local(call, tensors), key, inputs, grad=op.requires_grad, module=op.module)
         store = self.early if joint is self.prelude else self.nodes
         for value, node, shape in zip(op.outputs, results, call.shapes, strict=True):
-            assert tuple(node.meta["val"].shape) == shape, f"{op.key} makes {tuple(node.meta['val'].shape)} on rank {self.coordinates}, not {shape}"
+            assert tuple(node.meta["val"].shape) == shape, (
+                f"{op.key} makes {tuple(node.meta['val'].shape)} on rank {self.coordinates}, not {shape}"
+            )
             store[self._named(value, self.assignment.produced(value))] = node
 
     def _local_call(self, op: Op, sig: Signature) -> Call:
@@ -131,7 +133,9 @@ class _Stage:
             splits.setdefault(choice.factor, []).append(split)
             sizes[choice.factor] = held.length
         shapes = tuple(self._local_shape(value, self.assignment.produced(value)) for value in op.outputs)
-        return Call(op=op, shapes=shapes, sizes=sig.sizes, splits={name: tuple(found) for name, found in splits.items()}, device=self.tracer.device)
+        return Call(
+            op=op, shapes=shapes, sizes=sig.sizes, splits={name: tuple(found) for name, found in splits.items()}, device=self.tracer.device
+        )
 
     def _local_shape(self, value: Value, type_: Mapping[str, Placement]) -> tuple[int, ...]:
         return local_shape(value.shape, type_, self.assignment.mesh, self.coordinates)
@@ -210,7 +214,7 @@ class _Stage:
     def _resharded(self, joint: JointGraph, store: dict[Any, fx.Node], value: Value, made: Type, wanted: Type, module: str) -> fx.Node:
         """The value in its wanted type, innermost axis first."""
         now = dict(made)
-        for name in reversed(self.axes):
+        for name in reversed(list(self.axes)):
             source, target = now[name], wanted[name]
             if source == target or self.axes[name].ranks == 1:
                 continue
@@ -232,7 +236,7 @@ class _Stage:
                 choose=self.choose,
             )
             described = (source, target, self.axes[name], step.source_size, step.target_size)
-            (store[key],) = joint.apply(lambda t, step=step: reshard(t[0], step), described, [before], grad=value.requires_grad, module=module)
+            (store[key],) = joint.apply(_move(step), described, [before], grad=value.requires_grad, module=module)
         wanted_here = {name: wanted[name] if self.axes[name].ranks > 1 else made[name] for name in self.axes}
         return store[self._named(value, wanted_here)]
 
@@ -251,11 +255,13 @@ class _Stage:
         seeds: list[tuple[fx.Node, fx.Node]] = []
         for op in self.ops:
             for value in op.outputs:
-                targets = sorted({self.cut.stage_of[reader] for reader, _ in self.readers[value] if reader in self.cut.stage_of} - {self.stage})
+                targets = sorted(
+                    {self.cut.stage_of[reader] for reader, _ in self.readers[value] if reader in self.cut.stage_of} - {self.stage}
+                )
                 for target in targets:
                     self._send(value, target, outputs, seeds)
         for name, value in self.graph.updates.items():
-            if value.producer in self.cut.stage_of and self.cut.stage_of[value.producer] == self.stage:
+            if value.producer is not None and self.cut.stage_of.get(value.producer) == self.stage:
                 kept = self.assignment.produced(self.graph.buffers[name])
                 made = self.assignment.produced(value)
                 outputs.append((Binding("buffer", name), self._resharded(self.body, self.nodes, value, made, kept, value.producer.module)))
@@ -296,7 +302,10 @@ class _Stage:
         forward_inputs = [bindings[name] for name in halves.forward_inputs]
         values = {"parameter": self.graph.parameters, "buffer": self.graph.buffers}
         parts = {
-            kind: [parameter_part(self.assignment, group[name], self.coordinates, self._stages_of(group[name])) for name in self._held(kind, forward_inputs, early_bindings)]
+            kind: [
+                parameter_part(self.assignment, group[name], self.coordinates, self._stages_of(group[name]))
+                for name in self._held(kind, forward_inputs, early_bindings)
+            ]
             for kind, group in values.items()
         }
         return StageProgram(
@@ -321,6 +330,10 @@ class _Stage:
 
     def _stages_of(self, value: Value) -> tuple[int, ...]:
         return tuple(sorted({self.cut.stage_of[op] for op, _ in self.readers[value] if op in self.cut.stage_of}))
+
+
+def _move(step: Reshard) -> Callable[[Sequence[torch.Tensor]], torch.Tensor]:
+    return lambda tensors: reshard(tensors[0], step)
 
 
 def _identifier(name: str) -> str:

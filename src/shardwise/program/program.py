@@ -115,7 +115,11 @@ class Program:
 
     def __str__(self) -> str:
         """The stage's graphs as readable PyTorch, and the actions."""
-        parts = [f"# rank {self.rank}: stage {self.stage.stage}, {dict(self.coordinates)}", "# prelude, once a step", code(self.stage.prelude)]
+        parts = [
+            f"# rank {self.rank}: stage {self.stage.stage}, {dict(self.coordinates)}",
+            "# prelude, once a step",
+            code(self.stage.prelude),
+        ]
         parts += ["# forward, once a microbatch", code(self.stage.forward), "# backward, once a microbatch", code(self.stage.backward)]
         parts += ["# actions", *(f"#   {action}" for action in self.actions)]
         return "\n".join(parts)

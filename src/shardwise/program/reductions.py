@@ -1,6 +1,7 @@
 """Which gradients a rank sums over which groups at the end of a step, in which order.
 
-Gradients that are summed over the same groups travel together, in flat messages of about BUCKET_BYTES, those that the backward pass finishes
+Gradients that are summed over the same groups travel together, in flat messages of about BUCKET_BYTES, those that the backward pass
+finishes
 first in the first, so that it can be sent while the pass goes on. The order is that of the groups' names, which is the same on every rank
 that meets in them; data and tensor axes come before tied stages.
 """
@@ -68,7 +69,7 @@ def _completion(program: Program) -> dict[str, int]:
     stage = program.stage
     position = {node: index for index, node in enumerate(stage.backward.nodes)}
     gradients = stage.backward.output_node().args[0]
-    return {b.name: position[g] for b, g in zip(stage.backward_outputs, gradients, strict=True) if b.kind == "parameter" and g is not None}  # type: ignore[arg-type, union-attr, index]
+    return {b.name: position[g] for b, g in zip(stage.backward_outputs, gradients, strict=True) if b.kind == "parameter" and g is not None}
 
 
 def tie_ranks(program: Program, parameter: ParameterPart) -> tuple[int, ...]:

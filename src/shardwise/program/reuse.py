@@ -60,8 +60,10 @@ def _reuse(node: fx.Node, base: dict[fx.Node, fx.Node], last: dict[fx.Node, int]
         return
 
 
-def _overwritable(node: fx.Node, source: fx.Node, base: dict[fx.Node, fx.Node], last: dict[fx.Node, int], position: dict[fx.Node, int]) -> bool:
-    owner, meta, result = base[source], source.meta.get("val"), node.meta.get("val")
+def _overwritable(
+    node: fx.Node, source: fx.Node, base: dict[fx.Node, fx.Node], last: dict[fx.Node, int], position: dict[fx.Node, int]
+) -> bool:
+    owner, meta, result = base[source], source.meta.get("val"), node.meta["val"]
     if owner.op != "call_function" or last[owner] != position[node] or not isinstance(meta, torch.Tensor):
         return False
     others = [other for other in node.all_input_nodes if other is not source and base[other] is owner]

@@ -5,7 +5,8 @@
     1  .  F0 F1 F2 F3 . . B0 B1 B2 B3      1  .  F0 F1 .  B0 F2 B1 F3 B2 .  B3
     2  .  .  F0 F1 F2 F3 B0 B1 B2 B3       2  .  .  F0 B0 F1 B1 F2 B2 F3 B3
 
-gpipe: Huang et al. 2019 (a stage keeps all microbatches' saved values). 1f1b: Narayanan et al. 2019/2021 (stage s of p keeps at most p − s).
+gpipe: Huang et al. 2019 (a stage keeps all microbatches' saved values). 1f1b: Narayanan et al. 2019/2021 (stage s of p keeps at most p −
+s).
 """
 
 from __future__ import annotations

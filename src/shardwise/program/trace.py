@@ -63,8 +63,11 @@ class Tracer:
             self.shapes[short] = self._cotangents(function, tensors, grads)
         return self.joint(function, key, tensors, grads, self.shapes[short])
 
-    def joint(self, function: Function, key: Hashable, tensors: Sequence[Tensor], grads: Sequence[bool], cotangents: Sequence[Tensor | None]) -> Traced:
-        """The call and its gradients, given the incoming `cotangents` (None where a result has none). Its forward part is always the same."""
+    def joint(
+        self, function: Function, key: Hashable, tensors: Sequence[Tensor], grads: Sequence[bool], cotangents: Sequence[Tensor | None]
+    ) -> Traced:
+        """The call and its gradients, given the incoming `cotangents` (None where a result has none). Its forward part is always the
+        same."""
         full = (key, *map(describe, tensors), tuple(grads), tuple(c if c is None else describe(c) for c in cotangents))
         if full not in self.known:
             self.known[full] = self._trace(function, tensors, grads, cotangents)

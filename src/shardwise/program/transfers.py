@@ -1,8 +1,8 @@
 """Puts sends and receives into the ranks' action lists so that they cannot deadlock even where a send blocks until it is received.
 
 Every forward is preceded by the receives of what it reads and followed by the sends of what it makes; backward likewise. Played under the
-strictest reading (a send ends only when its receiver is at the matching receive), two ranks may then stand at sends to each other; there the
-receive of one is moved before its send. What comes out is played again by `shardwise.program.check`.
+strictest reading (a send ends only when its receiver is at the matching receive), two ranks may then stand at sends to each other; there
+the receive of one is moved before its send. What comes out is played again by `shardwise.program.check`.
 """
 
 from __future__ import annotations
@@ -44,9 +44,13 @@ def with_transfers(table: Table, stage: int, edges: Sequence[Link], peer: Callab
         before = inward if forward else [edge for edge in outward if edge.requires_grad]
         after = outward if forward else [edge for edge in inward if edge.requires_grad]
         get, put = (Kind.RECV, Kind.SEND) if forward else (Kind.RECV_GRAD, Kind.SEND_GRAD)
-        actions += [Action(kind=get, microbatch=microbatch, edge=edge.name, peer=peer(_far(edge, stage))) for edge in sorted(before, key=_order)]
+        actions += [
+            Action(kind=get, microbatch=microbatch, edge=edge.name, peer=peer(_far(edge, stage))) for edge in sorted(before, key=_order)
+        ]
         actions.append(Action(kind=kind, microbatch=microbatch))
-        actions += [Action(kind=put, microbatch=microbatch, edge=edge.name, peer=peer(_far(edge, stage))) for edge in sorted(after, key=_order)]
+        actions += [
+            Action(kind=put, microbatch=microbatch, edge=edge.name, peer=peer(_far(edge, stage))) for edge in sorted(after, key=_order)
+        ]
     return actions
 
 

@@ -69,7 +69,7 @@ def start_all_reduce(tensor: Tensor, group: Group, impl: str, tag: int) -> Calla
 
         return finish
     work = dist.all_reduce(tensor, group=group, async_op=True)
-    return work.wait  # type: ignore[union-attr, return-value]
+    return work.wait
 
 
 def all_gather(tensor: Tensor, dim: int, sizes: Sequence[int], group: Group = None, impl: str = "native") -> Tensor:

@@ -8,9 +8,8 @@ from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.distributed_c10d import _resolve_process_group
 
-from shardwise._torch import register_group
+from shardwise._torch import find_group, register_group
 from shardwise.runtime import collectives
 from shardwise.sharding.collectives import LIBRARY, group_name
 
@@ -18,21 +17,21 @@ __all__ = ["create_groups"]
 
 
 def _all_reduce(x: Tensor, group: str, op: str, impl: str) -> Tensor:
-    return collectives.all_reduce(x, _resolve_process_group(group), impl, reduction=op)  # type: ignore[arg-type]
+    return collectives.all_reduce(x, find_group(group), impl, reduction=op)  # type: ignore[arg-type]
 
 
 def _all_gather(x: Tensor, group: str, dim: int, sizes: Sequence[int], impl: str) -> Tensor:
-    return collectives.all_gather(x, dim, sizes, _resolve_process_group(group), impl)
+    return collectives.all_gather(x, dim, sizes, find_group(group), impl)
 
 
 def _reduce_scatter(x: Tensor, group: str, dim: int, sizes: Sequence[int], rank: int, impl: str) -> Tensor:
-    return collectives.reduce_scatter(x, dim, sizes, _resolve_process_group(group), impl)
+    return collectives.reduce_scatter(x, dim, sizes, find_group(group), impl)
 
 
 def _all_to_all(
     x: Tensor, group: str, split_dim: int, split_sizes: Sequence[int], cat_dim: int, cat_sizes: Sequence[int], rank: int, impl: str
 ) -> Tensor:
-    return collectives.all_to_all(x, split_dim, split_sizes, cat_dim, cat_sizes, _resolve_process_group(group), impl)
+    return collectives.all_to_all(x, split_dim, split_sizes, cat_dim, cat_sizes, find_group(group), impl)
 
 
 for _name, _function in (

@@ -48,7 +48,7 @@ class Executor:
         with torch.no_grad():
             self.prelude = Prelude(stage, buffers)
         self.forward = callable_of(stage.forward)
-        begin = {partial(gradients.start, number): names for number, names in gradients.early().items()}
+        begin: dict[Callable[[], None], set[str]] = {partial(gradients.start, number): names for number, names in gradients.early().items()}
         one = program.microbatches == 1
         self.backward = {
             (True, one): accumulating(stage, first=True, begin=begin if one else None),

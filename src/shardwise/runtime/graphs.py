@@ -22,7 +22,7 @@ def callable_of(graph: fx.Graph) -> Function:
     """The graph as a function of one list of inputs, which it empties."""
     graph.set_codegen(BoxedCodeGen())
     module = fx.GraphModule(torch.nn.Module(), graph)
-    return module.forward  # type: ignore[no-any-return]
+    return module.forward
 
 
 class Prelude:
@@ -64,7 +64,8 @@ def _fold(graph: fx.Graph, bindings: Sequence[Binding], buffers: Mapping[str, Te
             known[node] = node.target(*args, **kwargs)
         elif node.op == "call_function":
             copies[node] = folded.node_copy(node, copy_of)
-    folded.output([copy_of(node) for node in graph.output_node().args[0]])  # type: ignore[union-attr]
+    outputs: Any = graph.output_node().args[0]
+    folded.output([copy_of(node) for node in outputs])
     return folded, constants
 
 

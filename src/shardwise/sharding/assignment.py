@@ -20,8 +20,8 @@ AXES = ("dp", "mb", "tp")
 
 @dataclass(kw_only=True)
 class Assignment:
-    """mesh: axis → ranks (or microbatches), outermost first. variants: operator → axis → variant. sources: parameter, buffer or input → axis
-    → the type in which a rank keeps it. loss: the loss' type on each axis as it is reported.
+    """mesh: axis → ranks (or microbatches), outermost first. variants: operator → axis → variant. sources: parameter, buffer or input →
+    axis → the type in which a rank keeps it. loss: the loss' type on each axis as it is reported.
     """
 
     graph: Graph

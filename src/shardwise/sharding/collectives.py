@@ -13,13 +13,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["COLLECTIVES", "LIBRARY", "all_gather", "all_reduce", "all_reduce_sum", "all_to_all", "group_name", "group_ranks", "reduce_scatter"]
+__all__ = [
+    "COLLECTIVES",
+    "LIBRARY",
+    "all_gather",
+    "all_reduce",
+    "all_reduce_sum",
+    "all_to_all",
+    "group_name",
+    "group_ranks",
+    "reduce_scatter",
+]
 
 LIBRARY = torch.library.Library("shardwise", "DEF")
 LIBRARY.define("all_reduce(Tensor x, str group, str op, str impl) -> Tensor")
 LIBRARY.define("all_gather(Tensor x, str group, int dim, int[] sizes, str impl) -> Tensor")
 LIBRARY.define("reduce_scatter(Tensor x, str group, int dim, int[] sizes, int rank, str impl) -> Tensor")
-LIBRARY.define("all_to_all(Tensor x, str group, int split_dim, int[] split_sizes, int cat_dim, int[] cat_sizes, int rank, str impl) -> Tensor")
+LIBRARY.define(
+    "all_to_all(Tensor x, str group, int split_dim, int[] split_sizes, int cat_dim, int[] cat_sizes, int rank, str impl) -> Tensor"
+)
 
 _ops = torch.ops.shardwise
 COLLECTIVES = {
@@ -70,39 +82,46 @@ def group_ranks(name: str) -> list[int]:
 
 def all_reduce(x: Tensor, group: str, op: str = "sum", impl: str = "native") -> Tensor:
     """The sum (or "max") of all ranks' x, on every rank, bitwise equal."""
-    return _ops.all_reduce(x, group, op, impl)  # type: ignore[no-any-return]
+    return _ops.all_reduce(x, group, op, impl)
 
 
 def all_gather(x: Tensor, group: str, dim: int, sizes: Sequence[int], impl: str = "native") -> Tensor:
     """All ranks' parts joined along `dim`; `sizes`: their lengths there."""
-    return _ops.all_gather(x, group, dim, list(sizes), impl)  # type: ignore[no-any-return]
+    return _ops.all_gather(x, group, dim, list(sizes), impl)
 
 
 def reduce_scatter(x: Tensor, group: str, dim: int, sizes: Sequence[int], rank: int, impl: str = "native") -> Tensor:
     """This rank's part (of `sizes[rank]` along `dim`) of the sum of all ranks' x."""
-    return _ops.reduce_scatter(x, group, dim, list(sizes), rank, impl)  # type: ignore[no-any-return]
+    return _ops.reduce_scatter(x, group, dim, list(sizes), rank, impl)
 
 
 def all_to_all(
-    x: Tensor, group: str, split_dim: int, split_sizes: Sequence[int], cat_dim: int, cat_sizes: Sequence[int], rank: int, impl: str = "native"
+    x: Tensor,
+    group: str,
+    split_dim: int,
+    split_sizes: Sequence[int],
+    cat_dim: int,
+    cat_sizes: Sequence[int],
+    rank: int,
+    impl: str = "native",
 ) -> Tensor:
     """Sends to each rank its piece along `split_dim` and joins what comes from each along `cat_dim`."""
-    return _ops.all_to_all(x, group, split_dim, list(split_sizes), cat_dim, list(cat_sizes), rank, impl)  # type: ignore[no-any-return]
+    return _ops.all_to_all(x, group, split_dim, list(split_sizes), cat_dim, list(cat_sizes), rank, impl)
 
 
 class _AllReduceSum(torch.autograd.Function):
     """P → R: the sum, whose gradient is the sum of the ranks' gradients."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, group: str) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, x: Tensor, group: str) -> Tensor:
         ctx.group = group
         return all_reduce(x, group)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         return all_reduce(gradient, ctx.group), None
 
 
 def all_reduce_sum(x: Tensor, group: str) -> Tensor:
     """The sum over the group of summands, each rank's gradient being a summand, too."""
-    return _AllReduceSum.apply(x, group)  # type: ignore[no-any-return]
+    return _AllReduceSum.apply(x, group)

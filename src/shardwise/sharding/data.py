@@ -123,8 +123,14 @@ def microbatch_obstacle(graph: Graph, signatures: Mapping[Op, Signature], batch:
             made, wanted = trial.produced(value)["mb"], trial.wanted(op, index)["mb"]
             early = value.producer in prelude or value.kind == "input"
             free = early and made == R and isinstance(wanted, Shard)
-            if made != wanted and not free and op not in prelude and (value.requires_grad or collective_of(made, wanted) or isinstance(wanted, Shard)):
-                return f"{op.name} in {op.module or 'the model'} combines the samples of the whole batch ({value.name} is {made} over microbatches, it needs {wanted})"
+            if (
+                made != wanted
+                and not free
+                and op not in prelude
+                and (value.requires_grad or collective_of(made, wanted) or isinstance(wanted, Shard))
+            ):
+                where = f"{op.name} in {op.module or 'the model'}"
+                return f"{where} combines the samples of the whole batch ({value.name} is {made} over microbatches, it needs {wanted})"
     if (made := trial.produced(graph.loss)["mb"]) != P:
         return f"the loss is {made} over microbatches, not a sum over samples"
     return ""

@@ -134,26 +134,27 @@ def _resized_bytes(x: Tensor, dim: int, size: int) -> int:
 
 class _Function(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, step: Reshard) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, x: Tensor, step: Reshard) -> Tensor:
         ctx.step = step
         result = step.forward(x)
         return x.view_as(x) if result is x else result
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         return ctx.step.backward(gradient), None
 
 
 def reshard(x: Tensor, step: Reshard) -> Tensor:
     """`x` of the step's source type as its target type; differentiable."""
-    return _Function.apply(x, step)  # type: ignore[no-any-return]
+    return _Function.apply(x, step)
 
 
 def dual(placement: Placement) -> Placement:
     """The type of the gradient of a value of this type."""
     if isinstance(placement, Shard):
         return placement
-    return {P: I, R: P, I: I}[placement]
+    duals: dict[Placement, Placement] = {P: I, R: P, I: I}
+    return duals[placement]
 
 
 def collective_of(source: Placement, target: Placement) -> str:

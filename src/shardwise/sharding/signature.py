@@ -26,6 +26,8 @@ from shardwise.sharding.types import I, P, Part, Placement, R, Shard, canonical,
 
 __all__ = ["AxisSplit", "Call", "Choice", "Dim", "Signature", "Split", "Variant", "dims", "signature"]
 
+_CPU = torch.device("cpu")
+
 Dim = tuple[str, ...]
 Dims = tuple[Dim, ...]
 
@@ -35,8 +37,8 @@ class Split:
     """How one factor may be split.
 
     addends: inputs without the factor that are terms of the sum over it; they are P.
-    others: the type of outputs that do not hold the factor: "P" when it is summed away, "I" when the local code makes them whole on all ranks.
-    uneven: ranks may get unequal ranges; blocked: the range may be taken inside each of several blocks.
+    others: the type of outputs that do not hold the factor: "P" when it is summed away, "I" when the local code makes them whole on all
+    ranks. uneven: ranks may get unequal ranges; blocked: the range may be taken inside each of several blocks.
     microbatches: may be split over microbatches, one after the other (no: local code that communicates).
     """
 
@@ -74,7 +76,7 @@ class Call:
     shapes: tuple[tuple[int, ...], ...]
     sizes: Mapping[str, int]
     splits: Mapping[str, tuple[AxisSplit, ...]]
-    device: torch.device = torch.device("cpu")
+    device: torch.device = _CPU
 
     def run(self, tensors: Sequence[Any], replace: Mapping[int, Any] | None = None, **kwargs: Any) -> Any:
         """The operator itself on local tensors, with constants at the positions in `replace` (and keyword constants) exchanged."""

@@ -1,8 +1,9 @@
 """Performs all ranks' actions on virtual clocks.
 
-Computing takes a core: where more ranks compute than there are cores, each is slowed accordingly, and a rank that waits leaves its core to the
-others. A send costs its rank nothing and arrives after the message's time; a receive ends when its message is there; a reduction begins when
-the last rank of its group is there.
+Computing takes a core: where more ranks compute than there are cores, each is slowed accordingly, and a rank that waits leaves its core
+to the
+others. A send costs its rank nothing and arrives after the message's time; a receive ends when its message is there; a reduction begins
+when the last rank of its group is there.
 """
 
 from __future__ import annotations
@@ -72,7 +73,8 @@ class Simulation:
 def trace_of(timeline: list[Span], name: str = "") -> dict[str, object]:
     """Chrome's trace event format ("Trace Event Format", Google): complete events, microseconds."""
     events: list[dict[str, object]] = [
-        {"name": "process_name", "ph": "M", "pid": rank, "args": {"name": f"rank {rank} {name}".strip()}} for rank in sorted({span.rank for span in timeline})
+        {"name": "process_name", "ph": "M", "pid": rank, "args": {"name": f"rank {rank} {name}".strip()}}
+        for rank in sorted({span.rank for span in timeline})
     ]
     events += [
         {
@@ -104,7 +106,9 @@ def simulate_profile(profile: Profile, mesh: Mesh) -> Simulation:
     crowd = max(1.0, len(ranks) / profile.cores) if profile.cores else 1.0
     waiting = 1 - min(1.0, sum(sum(each) for each in busy.values()) * crowd / (total * len(ranks)))
     memory = [profile.stages[ranks[rank].stage].memory for rank in sorted(ranks)]
-    return Simulation(step_time_s=total, timeline=timeline, memory=memory, bubble=waiting, communication_s=max(talk for _, talk in busy.values()))
+    return Simulation(
+        step_time_s=total, timeline=timeline, memory=memory, bubble=waiting, communication_s=max(talk for _, talk in busy.values())
+    )
 
 
 def _actions(profile: Profile, mesh: Mesh) -> dict[int, list[Action]]:
@@ -156,8 +160,9 @@ class _Clock:
 
     def play(self) -> list[Span]:
         while not all(state.done for state in self.ranks.values()):
-            while any([self._advance(rank, state) for rank, state in self.ranks.items()]):
-                pass
+            moved = True
+            while moved:
+                moved = sum(self._advance(rank, state) for rank, state in self.ranks.items()) > 0
             self._tick()
         return self.timeline
 
@@ -175,7 +180,9 @@ class _Clock:
             state.until_s = max(self.now_s + self._seconds(state, action)[1], self.arrivals.get((state.stage, state.place, action), 0.0))
         if state.until_s > self.now_s + _TINY_S:
             return False
-        self.timeline.append(Span(rank=rank, stage=state.stage, action=self._between_ranks(state, action), start_s=state.start_s, end_s=self.now_s))
+        self.timeline.append(
+            Span(rank=rank, stage=state.stage, action=self._between_ranks(state, action), start_s=state.start_s, end_s=self.now_s)
+        )
         state.at, state.begun, state.until_s = state.at + 1, False, None
         return True
 

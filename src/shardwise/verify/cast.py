@@ -33,7 +33,13 @@ def cast_graph(graph: Graph, dtype: torch.dtype) -> Graph:
     for op in graph.ops:
         inputs, outputs = tuple(map(value_of, op.inputs)), tuple(map(value_of, op.outputs))
         ops[op] = Op(
-            target=op.target, args=_cast(op.args, dtype), kwargs=_cast(op.kwargs, dtype), inputs=inputs, outputs=outputs, module=op.module, key=op.key
+            target=op.target,
+            args=_cast(op.args, dtype),
+            kwargs=_cast(op.kwargs, dtype),
+            inputs=inputs,
+            outputs=outputs,
+            module=op.module,
+            key=op.key,
         )
         for value in outputs:
             value.producer = ops[op]

@@ -41,10 +41,16 @@ def relative_error(found: Tensor, reference: Tensor, scale: float) -> float:
     return float((found.double() - reference.double()).norm()) / size
 
 
-def compare_gradients(found: Mapping[str, Tensor], reference: Mapping[str, Tensor], bound: float | Mapping[str, float], prefix: str) -> list[Difference]:
+def compare_gradients(
+    found: Mapping[str, Tensor], reference: Mapping[str, Tensor], bound: float | Mapping[str, float], prefix: str
+) -> list[Difference]:
     """Every reference gradient against what was found, in order."""
     floor = _FLOOR * gradient_norm(reference)
     return [
-        Difference(name=f"{prefix}{name}", error=relative_error(found[name], expected, floor), bound=bound if isinstance(bound, float) else bound[name])
+        Difference(
+            name=f"{prefix}{name}",
+            error=relative_error(found[name], expected, floor),
+            bound=bound if isinstance(bound, float) else bound[name],
+        )
         for name, expected in reference.items()
     ]

@@ -72,14 +72,16 @@ class Report:
         verdict = "yes" if self.ok else "NO"
         kind = str(self.dtype).removeprefix("torch.")
         lines = [
-            f"{self.plan.model}, {self.layout}, {kind}: same numbers as one device: {verdict}, "
+            f"{self.plan.model}, {self.layout}, {kind}: same numbers as one device: {verdict}",
             f"largest relative error {self.max_relative_error:.1e} over {len(self.differences)} quantities",
             f"loss {self.loss:.10g}, one device {self.reference_loss:.10g}",
         ]
         if self.captured:
             worst_captured = max(each.error for each in self.captured)
             lines.append(f"captured graph against the model itself: largest relative error {worst_captured:.1e}")
-        worst = sorted((*self.captured, *self.differences), key=lambda each: -each.error / max(each.bound, 1e-300))[:5] if not self.ok else []
+        worst = (
+            sorted((*self.captured, *self.differences), key=lambda each: -each.error / max(each.bound, 1e-300))[:5] if not self.ok else []
+        )
         lines += [f"  {each.name}: {each.error:.2e}, allowed {each.bound:.0e}" for each in worst]
         return "\n".join(lines)
 
@@ -123,9 +125,13 @@ def verify(
     checks = _check_capture(model, batch, loss, graph, state, tensors, seed)
     exact = _one_device(cast_graph(graph, torch.float64), state, tensors, torch.float64, seed)
     reference = exact if dtype is torch.float64 else _one_device(cast_graph(graph, dtype), state, tensors, dtype, seed)
-    split = launch(_rank, (cast_graph(graph, dtype), plan, state, tensors, dtype, seed, reference.gradients), ranks=plan.ranks, timeout_s=_WAIT_S)
+    split = launch(
+        _rank, (cast_graph(graph, dtype), plan, state, tensors, dtype, seed, reference.gradients), ranks=plan.ranks, timeout_s=_WAIT_S
+    )
     differences = _compare(split, exact, reference, dtype)
-    return Report(layout=plan.layout, dtype=dtype, loss=split[0].loss, reference_loss=exact.loss, differences=differences, captured=checks, plan=plan)
+    return Report(
+        layout=plan.layout, dtype=dtype, loss=split[0].loss, reference_loss=exact.loss, differences=differences, captured=checks, plan=plan
+    )
 
 
 def _state(model: nn.Module) -> dict[str, Tensor]:
@@ -134,7 +140,13 @@ def _state(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _check_capture(
-    model: nn.Module, batch: Mapping[str, Any], loss: Any, graph: Graph, state: Mapping[str, Tensor], tensors: Mapping[str, Tensor], seed: int
+    model: nn.Module,
+    batch: Mapping[str, Any],
+    loss: Any,
+    graph: Graph,
+    state: Mapping[str, Tensor],
+    tensors: Mapping[str, Tensor],
+    seed: int,
 ) -> list[Difference]:
     """The graph against the model itself, where the model draws no random numbers."""
     if RANDOM_STATE in graph.inputs:
@@ -142,7 +154,7 @@ def _check_capture(
     kept = {name: tensor.clone() for name, tensor in model.named_buffers()}
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad and name in graph.parameters}
     output = model(**batch)
-    value = loss(output) if loss else getattr(output, "loss", output)
+    value: Any = loss(output) if loss else getattr(output, "loss", output)
     value = value.get("loss") if isinstance(value, dict) else value
     gradients = torch.autograd.grad(value.reshape(()), list(parameters.values()), allow_unused=True)
     for name, buffer in model.named_buffers():
@@ -155,7 +167,10 @@ def _check_capture(
 
 def _one_device(graph: Graph, state: Mapping[str, Tensor], batch: Mapping[str, Tensor], dtype: torch.dtype | None, seed: int) -> _Step:
     cast = (lambda tensor: tensor) if dtype is None else (lambda tensor: cast_tensor(tensor, dtype))
-    local = {name: cast(tensor).clone().requires_grad_(name in graph.parameters and graph.parameters[name].requires_grad) for name, tensor in state.items()}
+    local = {
+        name: cast(tensor).clone().requires_grad_(name in graph.parameters and graph.parameters[name].requires_grad)
+        for name, tensor in state.items()
+    }
     inputs = {name: cast(tensor) for name, tensor in batch.items()} | {RANDOM_STATE: torch.tensor([step_key(seed, 1), 0])}
     results = graph.run(local, inputs)
     names = [name for name, value in graph.parameters.items() if value.requires_grad]
@@ -179,7 +194,13 @@ class _Part:
 
 
 def _rank(
-    graph: Graph, plan: Plan, state: Mapping[str, Tensor], batch: Mapping[str, Tensor], dtype: torch.dtype, seed: int, reference: Mapping[str, Tensor]
+    graph: Graph,
+    plan: Plan,
+    state: Mapping[str, Tensor],
+    batch: Mapping[str, Tensor],
+    dtype: torch.dtype,
+    seed: int,
+    reference: Mapping[str, Tensor],
 ) -> _Part:
     """A rank's step; then an optimizer step on the reference's gradients, compared with one device's."""
     cast = {name: cast_tensor(tensor, dtype) for name, tensor in state.items()}
@@ -227,10 +248,14 @@ def _compare(split: list[_Part], exact: _Step, reference: _Step, dtype: torch.dt
     found = [Difference(name="loss", error=abs(split[0].loss - exact.loss) / max(abs(exact.loss), 1e-300), bound=bound(own_loss))]
     found += [Difference(name=f"loss on rank {rank}", error=abs(part.loss - split[0].loss), bound=0.0) for rank, part in enumerate(split)]
     whole = {name: _whole(name, split) for name in exact.gradients}
-    found += compare_gradients({n: g for n, (g, _) in whole.items()}, exact.gradients, {n: bound(e) for n, e in own.items()}, "gradient of ")
+    found += compare_gradients(
+        {n: g for n, (g, _) in whole.items()}, exact.gradients, {n: bound(e) for n, e in own.items()}, "gradient of "
+    )
     found += [Difference(name=f"copies of the gradient of {name}", error=spread, bound=0.0) for name, (_, spread) in whole.items()]
     norm, expected = gradient_norm({n: g for n, (g, _) in whole.items()}), gradient_norm(exact.gradients)
-    found.append(Difference(name="gradient norm", error=abs(norm - expected) / max(expected, 1e-300), bound=bound(max(own.values(), default=0.0))))
+    found.append(
+        Difference(name="gradient norm", error=abs(norm - expected) / max(expected, 1e-300), bound=bound(max(own.values(), default=0.0)))
+    )
     for name, buffer in exact.buffers.items():
         for part in split:
             if name in part.buffers:

@@ -1,0 +1,88 @@
+"""Layouts: what is understood, how pinned ones are completed, and what is said of those that cannot be."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from shardwise.errors import BatchError, LayoutError
+from shardwise.planner.layout import Layout, completions
+
+
+def test_text_and_mappings_say_the_same() -> None:
+    text = Layout.parse(" tp=2, pp=2,dp=1,microbatches=4 ,schedule=1f1b")
+    assert text == Layout(dp=1, tp=2, pp=2, microbatches=4, schedule="1f1b")
+    assert Layout.parse({"tp": "2", "pp": 2, "dp": 1, "microbatches": 4, "schedule": "1f1b"}) == text
+    assert Layout.parse(text) is text
+    assert Layout.parse(None) == Layout.parse("") == Layout()
+    assert Layout.parse(str(text)) == text
+    assert str(text) == "dp=1,tp=2,pp=2,microbatches=4,schedule=1f1b" and text.ranks == 4
+
+
+@pytest.mark.parametrize(
+    ("given_", "message"),
+    [
+        ("tp", "'tp' in layout 'tp' is no NAME=VALUE pair; write for example tp=2,pp=2"),
+        ("zp=2", "'zp' in the layout is unknown; there are dp, tp, pp, microbatches, schedule"),
+        ("tp=two", "tp=two in the layout is not a whole number of 1 or more"),
+        ("tp=0", "tp=0 in the layout is not a whole number of 1 or more"),
+        ("pp=-2", "pp=-2 in the layout is not a whole number of 1 or more"),
+        ({"dp": None}, "dp=None in the layout is not a whole number of 1 or more"),
+        ({"dp": 2.5}, "dp=2.5 in the layout is not a whole number of 1 or more"),
+        ("schedule=zigzag", "schedule=zigzag in the layout is unknown; there are gpipe, 1f1b"),
+        ("tp=2,tp=4", "tp is named twice in layout 'tp=2,tp=4'"),
+    ],
+)
+def test_what_is_not_understood(given_: Any, message: str) -> None:
+    with pytest.raises(LayoutError, match=f"^{re.escape(message)}$"):
+        Layout.parse(given_)
+
+
+@given(st.sampled_from([1, 2, 3, 4, 6, 8, 12]), st.sampled_from([4, 8, 12, 16]))
+def test_completions_are_all_meshes_that_the_batch_allows(ranks: int, samples: int) -> None:
+    found = completions(Layout(), ranks, samples, "")
+    meshes = {layout.mesh for layout in found}
+    sizes = range(1, ranks + 1)
+    assert meshes == {(dp, tp, pp) for dp in sizes for tp in sizes for pp in sizes if dp * tp * pp == ranks and samples % dp == 0}
+    for layout in found:
+        assert layout.ranks == ranks and layout.microbatches and layout.schedule
+        assert samples % (layout.mesh[0] * layout.microbatches) == 0
+    assert len(set(map(str, found))) == len(found)
+
+
+def test_what_is_pinned_stays() -> None:
+    found = completions(Layout.parse("tp=2,microbatches=2,schedule=gpipe"), 4, 8, "")
+    assert {(layout.tp, layout.microbatches, layout.schedule) for layout in found} == {(2, 2, "gpipe")}
+    assert {(layout.dp, layout.pp) for layout in found} == {(1, 2), (2, 1)}
+
+
+def test_one_microbatch_where_more_would_change_the_numbers() -> None:
+    assert {layout.microbatches for layout in completions(Layout(), 4, 8, "BatchNorm")} == {1}
+
+
+@pytest.mark.parametrize(
+    ("layout", "ranks", "samples", "obstacle", "error", "message"),
+    [
+        ("tp=4", 2, 8, "", LayoutError, "layout tp=4 takes 4 ranks, the cluster has 2; lower one of the sizes or name a larger cluster"),
+        ("dp=1,tp=4,pp=2", 4, 8, "", LayoutError, "layout dp=1,tp=4,pp=2 takes 8 ranks, the cluster has 4; lower"),
+        ("tp=3", 4, 8, "", LayoutError, "layout tp=3 takes 3 ranks, which do not divide the cluster's 4; pin sizes whose product does"),
+        ("microbatches=2", 2, 8, "BatchNorm", LayoutError, "microbatches=2 would change the numbers: BatchNorm; use microbatches=1"),
+        ("pp=2,dp=1,microbatches=3", 2, 8, "", BatchError, "a batch of 8 cannot be cut into microbatches=3 on dp=1: 8 is no multiple of 3"),
+        (
+            "dp=2,tp=1,microbatches=8",
+            2,
+            8,
+            "",
+            BatchError,
+            "a batch of 8 cannot be cut into microbatches=8 on dp=2: 8 is no multiple of 16",
+        ),
+        ("dp=4", 4, 6, "", BatchError, "a batch of 6 cannot be split over dp=4; change the global batch or dp"),
+    ],
+)
+def test_what_contradicts_itself(layout: str, ranks: int, samples: int, obstacle: str, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=re.escape(message)):
+        completions(Layout.parse(layout), ranks, samples, obstacle)

@@ -1,0 +1,165 @@
+"""Schedule tables, and transfers that cannot deadlock."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from shardwise.errors import LayoutError
+from shardwise.program import schedules
+from shardwise.program.actions import Action, Kind
+from shardwise.program.schedules import SCHEDULES, Table, in_flight, schedule
+from shardwise.program.transfers import matching, order_transfers, with_transfers
+
+stages_and_microbatches = st.tuples(st.integers(1, 6), st.integers(1, 12))
+
+
+@given(stages_and_microbatches, st.sampled_from(sorted(SCHEDULES)))
+def test_every_stage_does_every_microbatch_once_each_way(sizes: tuple[int, int], name: str) -> None:
+    stages, microbatches = sizes
+    for stage in range(stages):
+        table = schedule(name, stage, stages, microbatches)
+        assert sorted(table) == sorted((kind, m) for kind in (Kind.FORWARD, Kind.BACKWARD) for m in range(microbatches))
+        for kind in (Kind.FORWARD, Kind.BACKWARD):
+            assert [m for k, m in table if k is kind] == list(range(microbatches)), "in order, so that messages are in order"
+        for m in range(microbatches):
+            assert table.index((Kind.FORWARD, m)) < table.index((Kind.BACKWARD, m))
+
+
+@given(stages_and_microbatches)
+def test_how_many_microbatches_are_in_flight(sizes: tuple[int, int]) -> None:
+    stages, microbatches = sizes
+    for stage in range(stages):
+        assert in_flight(schedule("gpipe", stage, stages, microbatches)) == microbatches
+        assert in_flight(schedule("1f1b", stage, stages, microbatches)) == min(stages - stage, microbatches)
+
+
+def drawn(name: str) -> list[str]:
+    """The rows of a schedule's picture in the module's docstring."""
+    lines = (schedules.__doc__ or "").splitlines()
+    start = next(number for number, line in enumerate(lines) if "gpipe, 3 stages" in line)
+    column = lines[start].index("1f1b") if name == "1f1b" else lines[start].index("gpipe")
+    end = None if name == "1f1b" else lines[start].index("1f1b")
+    return [line[column:end].rstrip() for line in lines[start + 1 : start + 4]]
+
+
+@pytest.mark.parametrize("name", sorted(SCHEDULES))
+def test_the_tables_are_those_of_the_picture(name: str) -> None:
+    """Played in unit time, an idle slot is a dot."""
+    stages, microbatches = 3, 4
+    rows = played({stage: schedule(name, stage, stages, microbatches) for stage in range(stages)})
+    for stage, row in rows.items():
+        picture = drawn(name)[stage].split()[1:]
+        assert row == picture[: len(row)], f"{name}, stage {stage}"
+
+
+def played(tables: dict[int, Table]) -> dict[int, list[str]]:
+    """What each stage does in each unit of time, when a forward waits for the stage before and a backward for the stage after."""
+    at = dict.fromkeys(tables, 0)
+    done: set[tuple[int, Kind, int]] = set()
+    rows: dict[int, list[str]] = {stage: [] for stage in tables}
+    while any(at[stage] < len(table) for stage, table in tables.items()):
+        now = []
+        for stage, table in tables.items():
+            if at[stage] == len(table):
+                continue
+            kind, m = table[at[stage]]
+            needs = (stage - 1, kind, m) if kind is Kind.FORWARD else (stage + 1, kind, m)
+            if needs in done or needs[0] not in tables:
+                rows[stage].append(f"{'F' if kind is Kind.FORWARD else 'B'}{m}")
+                now.append((stage, kind, m))
+                at[stage] += 1
+            else:
+                rows[stage].append(".")
+        assert now, "the schedule is stuck"
+        done.update(now)
+    return rows
+
+
+def test_an_unknown_schedule() -> None:
+    with pytest.raises(LayoutError, match=re.escape("schedule 'zigzag' is unknown; there are gpipe, 1f1b")):
+        schedule("zigzag", 0, 2, 4)
+
+
+# -- transfers -----------------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Link:
+    name: str
+    source: int
+    target: int
+    requires_grad: bool
+
+
+@st.composite
+def pipelines(draw: st.DrawFn) -> tuple[int, int, str, list[Link]]:
+    """Stages, microbatches, schedule and edges: at least one between neighbours, and any that skip stages."""
+    stages, microbatches = draw(st.integers(2, 6)), draw(st.integers(1, 8))
+    pairs = [(source, target) for source in range(stages) for target in range(source + 1, stages)]
+    chosen = [(s, s + 1) for s in range(stages - 1)] + draw(st.lists(st.sampled_from(pairs), max_size=8))
+    links = [Link(f"v{number}", source, target, draw(st.booleans())) for number, (source, target) in enumerate(chosen)]
+    return stages, microbatches, draw(st.sampled_from(sorted(SCHEDULES))), links
+
+
+@settings(max_examples=200, deadline=None)
+@given(pipelines())
+def test_no_rank_waits_for_ever_where_sends_block(pipeline: tuple[int, int, str, list[Link]]) -> None:
+    stages, microbatches, name, links = pipeline
+    tables = {stage: schedule(name, stage, stages, microbatches) for stage in range(stages)}
+    lists = {stage: with_transfers(tables[stage], stage, links, lambda other: other) for stage in range(stages)}
+    ordered = order_transfers(lists)
+    for stage, actions in ordered.items():
+        assert sorted(map(str, actions)) == sorted(map(str, lists[stage])), "nothing is lost or invented"
+        assert [(a.kind, a.microbatch) for a in actions if a.kind in (Kind.FORWARD, Kind.BACKWARD)] == tables[stage]
+        received_before_use(stage, actions, links)
+    blocking(ordered)
+
+
+def received_before_use(stage: int, actions: list[Action], links: list[Link]) -> None:
+    for number, action in enumerate(actions):
+        if action.kind in (Kind.FORWARD, Kind.BACKWARD):
+            before = {(a.kind, a.edge) for a in actions[:number] if a.microbatch == action.microbatch}
+            if action.kind is Kind.FORWARD:
+                assert all((Kind.RECV, link.name) in before for link in links if link.target == stage)
+            else:
+                assert all((Kind.RECV_GRAD, link.name) in before for link in links if link.source == stage and link.requires_grad)
+        if action.sends:
+            made = Kind.FORWARD if action.kind is Kind.SEND else Kind.BACKWARD
+            assert Action(kind=made, microbatch=action.microbatch) in actions[:number]
+
+
+def blocking(lists: dict[int, list[Action]]) -> None:
+    """Plays the lists; a send ends only together with its receive."""
+    at = dict.fromkeys(lists, 0)
+
+    def now(rank: int) -> Action | None:
+        return lists[rank][at[rank]] if at[rank] < len(lists[rank]) else None
+
+    moved = True
+    while moved:
+        moved = False
+        for rank in lists:
+            action = now(rank)
+            if action is None:
+                continue
+            if action.peer < 0:
+                at[rank] += 1
+                moved = True
+            elif now(action.peer) == matching(action, rank):
+                at[rank] += 1
+                at[action.peer] += 1
+                moved = True
+    assert all(at[rank] == len(actions) for rank, actions in lists.items()), {rank: str(now(rank)) for rank in lists}
+
+
+def test_a_transfer_and_its_other_side() -> None:
+    send = Action(kind=Kind.SEND, microbatch=2, edge="h→1", peer=3)
+    assert str(send) == "send 2 h→1 to rank 3"
+    assert matching(send, 1) == Action(kind=Kind.RECV, microbatch=2, edge="h→1", peer=1)
+    assert str(matching(send, 1)) == "recv 2 h→1 from rank 1"
+    assert matching(matching(send, 1), 3) == send
