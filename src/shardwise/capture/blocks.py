@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 __all__ = ["block_pattern", "find_blocks"]
 
-_NUMBER = re.compile(r"\.(\d+)(?=\.|$)")
+_NUMBER = re.compile(r"\.(\d+)(?=[.:]|$)")
 
 
 def find_blocks(ops: list[Op]) -> list[list[list[Op]]]:

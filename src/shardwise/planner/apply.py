@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
-from shardwise.capture.graph import Graph, Op
+from shardwise.capture.blocks import block_pattern
+from shardwise.capture.graph import Graph, Op, Value
 from shardwise.errors import PlanError
 from shardwise.planner.plan import Plan, looked_up, op_with_key, read_choice, read_placement
 from shardwise.program.lower import Cut
@@ -12,7 +14,7 @@ from shardwise.sharding.assignment import Assignment, set_choice, split_sizes
 from shardwise.sharding.data import batch_choices, prelude_of, split_batch
 from shardwise.sharding.rules import signature_of
 from shardwise.sharding.signature import Choice, Signature
-from shardwise.sharding.types import I
+from shardwise.sharding.types import I, Placement, Shard
 
 __all__ = ["Applied", "analyse", "apply_plan", "assign"]
 
@@ -60,6 +62,8 @@ def apply_plan(plan: Plan, graph: Graph, *, same_fingerprint: bool = True) -> Ap
             f"{plan.global_batch}; this model and batch have "
             f"{graph.fingerprint()} (batch {graph.global_batch}); plan again for this model and batch"
         )
+    _check_names("operator", plan.operators, (op.key for op in graph.ops))
+    _check_names("parameter", plan.parameters, graph.parameters)
     analysis = analyse(graph)
     assignment = assign(analysis, plan.dp, plan.microbatches, plan.tp)
     for op in graph.ops:
@@ -68,9 +72,28 @@ def apply_plan(plan: Plan, graph: Graph, *, same_fingerprint: bool = True) -> Ap
         _check_choice(assignment, op, choice)
         set_choice(assignment, op, "tp", choice)
     for name, value in graph.parameters.items():
-        kept = looked_up(plan.parameters, name)
-        assignment.sources.setdefault(value, {})["tp"] = I if kept is None else read_placement(kept, name)
+        text = looked_up(plan.parameters, name)
+        kept = I if text is None else read_placement(text, name)
+        _check_placement(value, kept, plan.tp)
+        assignment.sources.setdefault(value, {})["tp"] = kept
     return Applied(assignment=assignment, cut=_cut(plan, graph, analysis.prelude))
+
+
+def _check_names(kind: str, entries: Iterable[str], known: Iterable[str]) -> None:
+    """An entry that names nothing would have no effect."""
+    names = set(known)
+    names |= {block_pattern(name) for name in names}
+    if unknown := [entry for entry in entries if entry not in names]:
+        raise PlanError(f"the plan names {kind} {unknown[0]}, which the model does not have; correct or remove the entry")
+
+
+def _check_placement(value: Value, kept: Placement, ranks: int) -> None:
+    if not isinstance(kept, Shard):
+        return
+    size = value.shape[kept.dim] if kept.dim < len(value.shape) else 0
+    pieces, rest = divmod(size, kept.blocks * kept.unit)
+    if rest or pieces < ranks:
+        raise PlanError(f"{value.name} {list(value.shape)} cannot be kept as {kept!r} on tp={ranks}: that dim has no {ranks} such pieces")
 
 
 def _check_choice(assignment: Assignment, op: Op, choice: Choice) -> None:

@@ -29,7 +29,7 @@ def explain(plan: Plan, applied: Applied, graph: Graph, cluster: Cluster, obstac
         *_stages(plan, applied, graph),
         *_tensor(plan, applied, graph),
         "Predicted",
-        f"  step {_time(plan.predicted.step_time_s)}, {_time(plan.predicted.communication_s)} communicating, {plan.predicted.bubble:.0%} waiting",
+        _step(plan),
         *_memory(plan, cluster),
         *_others(plan),
     ]
@@ -42,6 +42,11 @@ def explain(plan: Plan, applied: Applied, graph: Graph, cluster: Cluster, obstac
 def _wrapped(line: str) -> list[str]:
     indent = " " * (len(line) - len(line.lstrip()) + 2)
     return textwrap.wrap(line, _COLUMNS, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False) or [""]
+
+
+def _step(plan: Plan) -> str:
+    predicted = plan.predicted
+    return f"  step {_time(predicted.step_time_s)}, {_time(predicted.communication_s)} communicating, {predicted.bubble:.0%} waiting"
 
 
 def _mesh(plan: Plan) -> str:

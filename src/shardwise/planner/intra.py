@@ -129,7 +129,8 @@ class _Intra:
             counts[self.parameter_of[value]] += 1
         for value, count in counts.items():
             wanted = {v.inputs[index] for op, index in self._body_readers(value) for v in self.variants[op]}
-            options: set[Placement] = {R, I} | {placement for placement in wanted if isinstance(placement, Shard)}
+            kept: set[Placement] = {R, I}
+            options = kept | {placement for placement in wanted if isinstance(placement, Shard)}
             self.keep[value] = {
                 t: self.problem.variable(count * self._parameter_cost(value, t), integer=True) for t in sorted(options, key=repr)
             }

@@ -9,7 +9,7 @@ import gc
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -29,6 +29,7 @@ from shardwise.program.trace import Tracer
 from shardwise.sharding.assignment import Assignment
 from shardwise.sharding.data import microbatch_obstacle
 from shardwise.sharding.types import Shard
+from shardwise.simulate.costs import OPTIMIZER_STATES
 from shardwise.simulate.profile import Profile, profile_programs
 from shardwise.simulate.simulator import Mesh, Simulation, simulate_profile
 
@@ -37,6 +38,8 @@ __all__ = ["Choose", "chooser", "make_plan", "search"]
 Choose = Callable[[str, int, int], str]
 _MESHES, _NEIGHBOURS = 3, 1  # layouts that are lowered and simulated: of unlike meshes, and beside the best
 _HOPELESS = 1.25  # times the best: an estimate is not further off than that
+_THIN = 4  # layouts that are tried to say how much memory would do
+_PREFER_SPLIT = 100.0  # times what it takes: a matrix product or parameter that stays whole, where all is to be split that can be
 _FULL_MEMORY = 0.92  # of a rank's memory that a plan may take; the rest is for the libraries and what is not foreseen
 
 
@@ -92,7 +95,7 @@ class OpCosts:
 
 @dataclass(kw_only=True)
 class _Trial:
-    """A complete layout on the way to a plan."""
+    """A complete layout on the way to a plan. lean: whether everything is split that can be, since memory binds."""
 
     layout: Layout
     applied: Applied | None = None
@@ -101,6 +104,7 @@ class _Trial:
     profile: Profile | None = None
     simulation: Simulation | None = None
     note: str = ""
+    lean: bool = False
 
     @property
     def mesh(self) -> Mesh:
@@ -148,13 +152,12 @@ class _Search:
         layout = trial.layout
         assert layout.dp and layout.tp and layout.pp and layout.microbatches
         assignment = assign(self.analysis, layout.dp, layout.microbatches, layout.tp)
-        tensor = split_tensors(assignment, self.analysis.batch, self.analysis.prelude, self._intra_costs(assignment, layout))
-        if tensor is None:
-            trial.note = f"parameters, gradients and optimizer state do not fit {_gb(self._limit())} a rank"
-            return
-        stage_of = self._stages(assignment, layout)
-        if stage_of is None:
-            trial.note = f"no cut into {layout.pp} stages fits {_gb(self._limit())} a rank"
+        tensor = split_tensors(assignment, self.analysis.batch, self.analysis.prelude, self._intra_costs(trial))
+        stage_of = None if tensor is None else self._stages(assignment, layout)
+        if tensor is None or stage_of is None:
+            state = sum(map(self._state_bytes, self.graph.parameters.values()))
+            held = f"{_gb(state)} of parameters, gradients and optimizer state"
+            trial.note = f"{held} cannot be spread so that {_gb(self._limit())} a rank hold them"
             return
         trial.gap = tensor.gap
         trial.applied = Applied(assignment=assignment, cut=Cut(stage_of=stage_of, prelude=frozenset(self.analysis.prelude)))
@@ -170,13 +173,13 @@ class _Search:
         return self.costs.of(self.first[op])[0]
 
     def _state_bytes(self, value: Value) -> float:
-        return value.nbytes * (4.0 if value.requires_grad else 1.0)
+        return value.nbytes * (2.0 + OPTIMIZER_STATES.get(self.optimizer, 2) if value.requires_grad else 1.0)
 
     def _update_s(self, nbytes: float) -> float:
         return optimizer_seconds(int(nbytes) // 4, torch.float32, self.optimizer, self.cluster)
 
-    def _intra_costs(self, assignment: Assignment, layout: Layout) -> Costs:
-        share = self._share(layout)
+    def _intra_costs(self, trial: _Trial) -> Costs:
+        layout, share = trial.layout, self._share(trial.layout)
         return Costs(
             operator=lambda op: self._whole_s(op) * share,
             heavy=lambda op: self.costs.of(op)[1],
@@ -184,7 +187,7 @@ class _Search:
             update=self._update_s,
             state_bytes=self._state_bytes,
             limit_bytes=self._limit() * (layout.pp or 1),
-            prefer_split=100.0 if self.pinned.tp else 0.0,
+            prefer_split=_PREFER_SPLIT if self.pinned.tp or trial.lean else 0.0,
         )
 
     def _stages(self, assignment: Assignment, layout: Layout) -> dict[Op, int] | None:
@@ -228,7 +231,14 @@ class _Search:
         return reshard_seconds(assignment, "tp", self._share(layout), self.cluster)
 
     def simulate(self, trial: _Trial) -> None:
-        """Lowers a layout and simulates it."""
+        """Lowers a layout and simulates it; where it does not fit, once more with everything split that can be."""
+        self._simulate(trial)
+        if trial.note and trial.layout.tp != 1 and not (trial.lean or self.pinned.tp):
+            trial.lean, trial.note = True, ""
+            self.estimate(trial)
+            self._simulate(trial)
+
+    def _simulate(self, trial: _Trial) -> None:
         assert trial.applied is not None
         mesh, applied = trial.mesh, trial.applied
         ranks = [rank_of(stage, 0, 0, mesh.dp, mesh.tp) for stage in range(mesh.pp)]  # of each stage the rank with the largest parts
@@ -320,14 +330,21 @@ def _first_of_each(ranked: list[_Trial]) -> list[_Trial]:
 
 def _infeasible(run: _Search, trials: list[_Trial]) -> Infeasible:
     reasons = [f"{trial.layout}: {trial.note}" for trial in trials if trial.note]
-    state = sum(run._state_bytes(value) for value in run.graph.parameters.values())
-    seen = [max(trial.simulation.memory_bytes) for trial in trials if trial.simulation]
-    least = min(seen) / _FULL_MEMORY if seen else state / run.cluster.ranks / _FULL_MEMORY
-    have = run.cluster.memory_bytes
-    ranks = -(-int(state / (_FULL_MEMORY * have)) // 1) + 1
-    more = max(ranks, run.cluster.ranks + 1)
-    remedy = f"ranks with {_gb(least)} of memory instead of {_gb(have)}, or about {more} ranks, or a smaller global batch"
+    have, need = run.cluster.memory_bytes, _least_bytes(run, trials) / _FULL_MEMORY
+    more = max(run.cluster.ranks + 1, -(-int(run.cluster.ranks * need) // have))
+    remedy = f"ranks with {_gb(need)} of memory instead of {_gb(have)}, or about {more} ranks, or a smaller global batch"
     return Infeasible(reasons=reasons[:8], remedy=remedy)
+
+
+def _least_bytes(run: _Search, trials: list[_Trial]) -> float:
+    """What a rank needs in the layouts that spread the model most thinly, found with memory enough."""
+    roomy = replace(run, cluster=replace(run.cluster, memory_bytes=1 << 62))
+    thin = sorted(trials, key=lambda trial: (trial.mesh.dp, -trial.mesh.microbatches))
+    again = [_Trial(layout=trial.layout, lean=True) for trial in _first_of_each(thin)[:_THIN]]
+    for trial in again:
+        roomy.estimate(trial)
+        roomy.simulate(trial)
+    return min(max(trial.simulation.memory_bytes) for trial in again if trial.simulation)
 
 
 def make_plan(run: _Search, best: _Trial, trials: list[_Trial], seconds: float, model: str) -> Plan:

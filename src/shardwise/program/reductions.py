@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import prod
+from typing import Any
 
 import torch
 
@@ -68,7 +69,7 @@ def _completion(program: Program) -> dict[str, int]:
     """Where in the backward graph each parameter's gradient is finished."""
     stage = program.stage
     position = {node: index for index, node in enumerate(stage.backward.nodes)}
-    gradients = stage.backward.output_node().args[0]
+    gradients: Any = stage.backward.output_node().args[0]
     return {b.name: position[g] for b, g in zip(stage.backward_outputs, gradients, strict=True) if b.kind == "parameter" and g is not None}
 
 

@@ -18,9 +18,9 @@ from shardwise.program.reductions import reductions
 from shardwise.program.schedules import in_flight
 from shardwise.sharding.collectives import COLLECTIVES, group_ranks
 
-__all__ = ["MemoryUse", "StageTimes", "graph_seconds", "memory_use", "stage_times"]
+__all__ = ["OPTIMIZER_STATES", "MemoryUse", "StageTimes", "graph_seconds", "memory_use", "stage_times"]
 
-_OPTIMIZER_STATES = {"adamw": 2, "adam": 2, "sgd": 0, "sgd_momentum": 1}
+OPTIMIZER_STATES = {"adamw": 2, "adam": 2, "sgd": 0, "sgd_momentum": 1}
 
 
 # Memory that freed tensors leave with the allocator, the transport's buffers and the program's own objects: measured peaks less the
@@ -138,7 +138,7 @@ def memory_use(program: Program, optimizer: str) -> MemoryUse:
     return MemoryUse(
         parameters=held,
         gradients=gradients,
-        optimizer=_OPTIMIZER_STATES.get(optimizer, 2) * gradients,
+        optimizer=OPTIMIZER_STATES.get(optimizer, 2) * gradients,
         buffers=sum(_bytes(p) for p in stage.buffers) + _crossing_bytes(program),
         saved=flying * saved,
         transient=max(0, transient),
