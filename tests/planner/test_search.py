@@ -69,11 +69,12 @@ def test_a_memory_limit_makes_splits_appear() -> None:
     """As copies the states take 4 × 4 bytes for each parameter on every rank; with less than that, something is split."""
     example = mlp(hidden=256)
     states = 16 * sum(parameter.numel() for parameter in example[0].parameters())
-    roomy = planned(example, 4, "microbatches=1,pp=1")
-    tight = planned(example, 4, "microbatches=1,pp=1", memory_gb=0.75 * states / 1e9)
-    assert max(tight.predicted.memory_bytes) < 0.75 * states
-    assert tight.tp > 1
-    assert roomy.predicted.step_time_s <= tight.predicted.step_time_s
+    copies = planned(example, 4, "dp=4,microbatches=1")
+    limit = max(copies.predicted.memory_bytes) - states // 4
+    tight = planned(example, 4, "microbatches=1,pp=1", memory_gb=limit / 1e9)
+    assert tight.tp > 1 and max(tight.predicted.memory_bytes) < limit
+    found = sw.plan(*example, made_up(4, memory_gb=limit / 1e9), "dp=4,microbatches=1")
+    assert isinstance(found, sw.Infeasible)
 
 
 def test_nothing_fits() -> None:

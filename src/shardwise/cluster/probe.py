@@ -34,7 +34,7 @@ from shardwise.environment import cache_directory
 
 __all__ = ["Budget", "cache_file", "local_rates", "measure"]
 
-_PROBE_VERSION = 4  # raise it when what is measured changes: figures kept by an older probe are then measured anew
+_PROBE_VERSION = 5  # raise it when what is measured changes: figures kept by an older probe are then measured anew
 _FRESH_FROM_BYTES = float(32 << 20)  # glibc's largest mmap threshold, DEFAULT_MMAP_THRESHOLD_MAX of mallopt(3)
 _WAIT_S = 60.0
 

@@ -15,8 +15,8 @@ _FLOAT32_BYTES: Final = 4
 
 
 def optimizer_seconds(numel: int, dtype: torch.dtype, kind: str, cluster: Cluster) -> float:
-    """Time, s, of one step of torch.optim's ``kind`` (adamw, adam, sgd, sgd_momentum; constructed by default, so that on a CPU it
-    loops over parameters) over a parameter of ``numel`` elements. Raises ShardwiseError for a kind without figures."""
+    """Time, s, of one step of torch.optim's ``kind`` (adamw, adam, sgd, sgd_momentum; fused, as the runtime
+    uses it) over a parameter of ``numel`` elements. Raises ShardwiseError for a kind without figures."""
     rates = cluster.rates.optimizers
     if kind not in rates:
         raise ShardwiseError(f"no figures of the optimizer {kind!r} on {cluster.name}; there are {', '.join(rates)}")

@@ -72,8 +72,8 @@ def apply_plan(plan: Plan, graph: Graph, *, same_fingerprint: bool = True) -> Ap
         _check_choice(assignment, op, choice)
         set_choice(assignment, op, "tp", choice)
     for name, value in graph.parameters.items():
-        text = looked_up(plan.parameters, name)
-        kept = I if text is None else read_placement(text, name)
+        given = looked_up(plan.parameters, name)
+        kept = I if given is None else read_placement(given, name)
         _check_placement(value, kept, plan.tp)
         assignment.sources.setdefault(value, {})["tp"] = kept
     return Applied(assignment=assignment, cut=_cut(plan, graph, analysis.prelude))

@@ -18,7 +18,7 @@ from shardwise.program.program import ParameterPart, Program
 from shardwise.runtime.communicate import create_groups
 from shardwise.runtime.executor import Event, Executor
 from shardwise.runtime.gradients import Gradients
-from shardwise.runtime.optimizer import refuse_unless_elementwise
+from shardwise.runtime.optimizer import prefer_fused, refuse_unless_elementwise
 from shardwise.sharding.types import Shard, take
 
 __all__ = ["Job", "OptimizerFactory", "local_part", "step_key"]
@@ -74,7 +74,7 @@ class Job:
         if any(isinstance(each, Shard) for part in self.program.stage.parameters for each in part.type.values()):
             refuse_unless_elementwise(factory)
         trained = [(name, parameter) for name, parameter in self.parameters.items() if parameter.requires_grad]
-        return factory(trained) if trained else None
+        return prefer_fused(factory(trained)) if trained else None
 
     @property
     def batch_slice(self) -> slice:

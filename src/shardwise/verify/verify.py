@@ -27,6 +27,7 @@ from shardwise.planner.search import search
 from shardwise.program.program import ParameterPart
 from shardwise.runtime.job import Job, local_part, step_key
 from shardwise.runtime.launch import launch
+from shardwise.runtime.optimizer import prefer_fused
 from shardwise.sharding.types import Shard, join
 from shardwise.verify.cast import cast_graph, cast_tensor
 from shardwise.verify.compare import Difference, compare_gradients, gradient_norm, relative_error
@@ -224,16 +225,18 @@ def _update_error(job: Job, state: Mapping[str, Tensor], reference: Mapping[str,
     worst = 0.0
     for part in job.program.stage.parameters:
         if part.requires_grad:
-            whole = _adamw(state[part.name], reference[part.name])
-            mine = _adamw(local_part(state[part.name], part, job.program), local_part(reference[part.name], part, job.program))
+            whole = _adamw(state[part.name], reference[part.name], lambda optimizer: optimizer)
+            mine = _adamw(
+                local_part(state[part.name], part, job.program), local_part(reference[part.name], part, job.program), prefer_fused
+            )
             worst = max(worst, relative_error(mine, local_part(whole, part, job.program), 1e-30))
     return worst
 
 
-def _adamw(start: Tensor, gradient: Tensor) -> Tensor:
-    parameter = nn.Parameter(start.clone())
-    parameter.grad = gradient.clone()
-    torch.optim.AdamW([parameter], lr=1e-3).step()
+def _adamw(start: Tensor, gradient: Tensor, prepare: Callable[[torch.optim.Optimizer], torch.optim.Optimizer]) -> Tensor:
+    parameter = nn.Parameter(start.clone(memory_format=torch.contiguous_format))
+    parameter.grad = gradient.clone(memory_format=torch.contiguous_format)
+    prepare(torch.optim.AdamW([parameter], lr=1e-3)).step()
     return parameter.detach()
 
 

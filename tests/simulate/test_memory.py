@@ -1,0 +1,154 @@
+"""Predicted bytes against what really lives while a program's graphs run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+from tests.clusters import made_up
+from tests.models import Example, gpt2, llama, mlp, unet
+from torch import Tensor, fx
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from shardwise.capture.export import capture
+from shardwise.cost.memory import liveness, tensor_bytes
+from shardwise.planner.apply import apply_plan
+from shardwise.planner.layout import Layout
+from shardwise.planner.search import search
+from shardwise.program.build import build_programs
+from shardwise.program.program import StageProgram
+from shardwise.runtime.graphs import callable_of
+from shardwise.simulate.costs import _saved, memory_use
+
+WITHIN = 0.02
+
+
+class Living(TorchDispatchMode):
+    """Bytes of the storages that live, looked at after every operator; what lived before counts as it is given."""
+
+    def __init__(self, before: Sequence[Tensor] = ()) -> None:
+        super().__init__()
+        self.known: dict[int, tuple[StorageWeakRef, int]] = {}
+        self.ignored: set[int] = set()
+        for tensor in before:
+            self._add(tensor)
+        self.start_bytes = self.peak_bytes = self._now()
+
+    def ignore(self, tensors: Sequence[Tensor]) -> None:
+        """What somebody else keeps."""
+        self.ignored |= {tensor.untyped_storage()._cdata for tensor in tensors}
+
+    def _add(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in self.ignored:
+            self.known[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
+
+    def _now(self) -> int:
+        self.known = {key: (ref, size) for key, (ref, size) in self.known.items() if not ref.expired()}
+        return sum(size for _, size in self.known.values())
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor):
+                self._add(tensor)
+        self.peak_bytes = max(self.peak_bytes, self._now())
+        return result
+
+
+def stage_of(example: Example) -> StageProgram:
+    """The only rank's stage."""
+    model, batch = example
+    graph = capture(model, batch)
+    plan = search(graph, made_up(1), Layout.parse("microbatches=1"), "adamw", "model")
+    applied = apply_plan(plan, graph)  # type: ignore[arg-type]
+    programs = build_programs(applied.assignment, applied.cut, "1f1b", lambda *_: "native", device=torch.device("cpu"))
+    return programs[0].stage
+
+
+def filled(node: fx.Node) -> Tensor:
+    meta = node.meta["val"]
+    if meta.is_floating_point():
+        return torch.rand(meta.shape, dtype=meta.dtype)
+    return torch.ones(meta.shape, dtype=meta.dtype) if meta.dtype is torch.bool else torch.zeros(meta.shape, dtype=meta.dtype)
+
+
+def placeholders(graph: fx.Graph) -> list[fx.Node]:
+    return [node for node in graph.nodes if node.op == "placeholder"]
+
+
+EXAMPLES: dict[str, Callable[[], Example]] = {
+    "mlp": lambda: mlp(samples=256),
+    "gpt2": lambda: gpt2(layers=2, sequence=64),
+    "llama": lambda: llama(layers=2, sequence=64),
+    "unet": unet,
+}
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_bytes_are_those_that_live(name: str) -> None:
+    stage = stage_of(EXAMPLES[name]())
+    inputs = [filled(node) for node in placeholders(stage.forward)]
+    with torch.no_grad():
+        forward = Living()
+        forward.ignore(inputs)
+        with forward:
+            results = callable_of(stage.forward)(list(inputs))
+        assert forward.peak_bytes == pytest.approx(liveness(stage.forward).peak_bytes, rel=WITHIN)
+
+        saved = results[len(stage.forward_outputs) :]
+        del results
+        lasting = {tensor.untyped_storage()._cdata for tensor in inputs}
+        own = [tensor for tensor in saved if tensor.untyped_storage()._cdata not in lasting]
+        held = sum({tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in own}.values())
+        assert held == pytest.approx(program_saved(stage), rel=WITHIN)
+
+        backward = Living(own)
+        assert backward.start_bytes == held
+        seeds = [filled(node) for node in placeholders(stage.backward)[stage.saved :]]
+        backward.ignore([*inputs, *seeds])
+        given = [*saved, *seeds]
+        del saved, own
+        with backward:
+            callable_of(stage.backward)(given)
+    _, aliases, sizes = saved_of(stage)
+    predicted = liveness(stage.backward, lambda node: sizes.get(node, 0), aliases).peak_bytes
+    assert backward.peak_bytes - held == pytest.approx(predicted, rel=WITHIN, abs=WITHIN * held)
+
+
+def saved_of(stage: StageProgram) -> tuple[int, dict[fx.Node, fx.Node], dict[fx.Node, int]]:
+    class Holder:
+        pass
+
+    holder = Holder()
+    holder.stage = stage  # type: ignore[attr-defined]
+    return _saved(holder)  # type: ignore[arg-type]
+
+
+def program_saved(stage: StageProgram) -> int:
+    return saved_of(stage)[0]
+
+
+def test_kinds_add_up() -> None:
+    model, batch = gpt2(layers=1)
+    graph = capture(model, batch)
+    plan = search(graph, made_up(2), Layout.parse("tp=2"), "adamw", "model")
+    applied = apply_plan(plan, graph)  # type: ignore[arg-type]
+    programs = build_programs(applied.assignment, applied.cut, "1f1b", lambda *_: "native", device=torch.device("cpu"))
+    for program in programs.values():
+        use = memory_use(program, "adamw")
+        assert sum(use.by_kind().values()) == use.total
+        assert use.gradients == use.parameters and use.optimizer == 2 * use.parameters
+        assert memory_use(program, "sgd").total == use.total - use.optimizer
+    whole = sum(value.nbytes for value in graph.parameters.values())
+    kept = memory_use(programs[0], "adamw").parameters
+    assert whole / 2 <= kept < 0.6 * whole
+
+
+def test_bytes_of_tensors() -> None:
+    a, b = torch.zeros(3, 4), torch.zeros(5, dtype=torch.int64)
+    assert tensor_bytes(a) == 48 and tensor_bytes((a, [b])) == 88 and tensor_bytes(None) == 0
