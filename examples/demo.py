@@ -84,7 +84,13 @@ def run(arguments: argparse.Namespace) -> None:
 
     steps = arguments.steps or affordable_steps(plan.predicted.step_time_s)
     headline(f"3. Training on {text.name} for {steps} steps")
-    result = train(build, plan=plan, ranks=RANKS, text=text, settings=Settings(steps=steps, batch_size=GLOBAL_BATCH, seed=SEED))
+    result = train(
+        build,
+        plan=plan,
+        ranks=RANKS,
+        text=text,
+        settings=Settings(steps=steps, batch_size=GLOBAL_BATCH, seed=SEED, most_s=None if arguments.steps else TRAINING_S),
+    )
 
     headline("4. What happened")
     for line in summary(plan, verified, result):

@@ -71,12 +71,8 @@ def bases(graph: fx.Graph, known: Mapping[fx.Node, fx.Node]) -> dict[fx.Node, fx
     for node in graph.nodes:
         first = node.all_input_nodes[0] if node.all_input_nodes else None
         is_item = node.op == "call_function" and getattr(node.target, "__name__", "") == "getitem"
-        aliases = (
-            first is not None
-            and node.op == "call_function"
-            and (is_item or (isinstance(node.target, torch._ops.OpOverload) and is_view(node.target)))
-        )
-        base[node] = base[first] if aliases and first is not None else known.get(node, node)
+        shared = node.op == "call_function" and (is_item or _shares_memory(node.target))
+        base[node] = base[first] if shared and first is not None else known.get(node, node)
     return base
 
 

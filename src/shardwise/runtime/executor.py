@@ -83,7 +83,7 @@ class Executor:
         """The forward pass alone, with the buffers left as they are."""
         kept = {name: self.state[name].clone() for name in self._updated()}
         actions = [action for action in self.program.actions if action.kind in _FORWARD_ONLY]
-        loss = self._run(actions, batch, step_key)
+        loss = self._run(actions, batch, step_key, backward=False)
         for name, value in kept.items():
             self.state[name].copy_(value)
         return loss
@@ -92,8 +92,8 @@ class Executor:
         return [binding.name for binding in self.program.stage.forward_outputs if binding.kind == "buffer"]
 
     @torch.no_grad()
-    def _run(self, actions: list[Action], batch: Mapping[str, Tensor], step_key: int) -> float:
-        self.batch, self.step_key = batch, step_key
+    def _run(self, actions: list[Action], batch: Mapping[str, Tensor], step_key: int, *, backward: bool = True) -> float:
+        self.batch, self.step_key, self.saving = batch, step_key, backward
         self.crossings: dict[str, Tensor] = {}
         self.values: dict[tuple[str, int, bool], Tensor] = {}  # (edge, microbatch, is a gradient) → tensor
         self.saved: dict[int, list[Any]] = {}
@@ -128,7 +128,8 @@ class Executor:
     def _forward(self, action: Action) -> None:
         stage, microbatch = self.program.stage, action.microbatch
         results = self.forward([self._input(binding, microbatch) for binding in stage.forward_inputs])
-        self.saved[microbatch] = results[len(stage.forward_outputs) :]
+        if self.saving:
+            self.saved[microbatch] = results[len(stage.forward_outputs) :]
         for binding, value in zip(stage.forward_outputs, results, strict=False):
             if binding.kind == "edge":
                 self.values[binding.name, microbatch, False] = value

@@ -35,6 +35,12 @@ class TrainingDisplay:
         if self._live is not None:
             self._live.stop()
 
+    def expect(self, steps: int) -> None:
+        """Another number of steps in all than was expected."""
+        self._steps = steps
+        if self._live is not None:
+            self._live.update(self._live.task_ids[0], total=steps)
+
     def update(self, step: int, loss: float, step_time_s: float) -> None:
         """After step number `step` (the first is 1)."""
         rate = "" if self._tokens is None else f"{self._tokens / step_time_s:,.0f} tokens/s"

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 __all__ = ["WAIT_S", "RankResult", "RecordedAction", "Settings", "TrainingRun", "train", "train_rank"]
 
+_TRIAL_STEPS = 6  # after these it is known how many more can be afforded
 _WARM_UP_STEPS = 2  # their times are not typical: memory is taken and connections are made
 WAIT_S = 300.0  # a collective, send or receive may take so long
 
@@ -46,11 +47,14 @@ class Job(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """steps: optimizer steps; batch_size: sequences in the global batch; shown: whether rank 0 displays progress."""
+    """steps: optimizer steps, fewer where they would take more than most_s seconds; batch_size: sequences in the global batch;
+    shown: whether rank 0 displays progress.
+    """
 
     steps: int
     batch_size: int
     learning_rate: float = 1e-3
+    most_s: float | None = None
     seed: int = 0
     shown: bool = True
 
@@ -148,10 +152,25 @@ def _loop(job: Job, text: ByteText, settings: Settings, *, shown: bool) -> tuple
     losses: list[float] = []
     times: list[float] = []
     with TrainingDisplay(steps=settings.steps, tokens_per_step=settings.batch_size * text.sequence, shown=shown) as display:
+        steps = settings.steps
         for step in range(settings.steps):
+            if step == _TRIAL_STEPS and settings.most_s is not None:
+                steps = _affordable_steps(settings, sum(times))
+                display.expect(steps)
+            if step >= steps:
+                break
             batch = text.batch(step, size=settings.batch_size, seed=settings.seed)
             started = time.perf_counter()
             losses.append(job.step(batch))
             times.append(time.perf_counter() - started)
             display.update(step + 1, losses[-1], times[-1])
     return losses, times
+
+
+def _affordable_steps(settings: Settings, taken_s: float) -> int:
+    """How many steps fit the time, by rank 0's clock."""
+    assert settings.most_s is not None
+    count = int(settings.most_s / taken_s * _TRIAL_STEPS)
+    agreed = torch.tensor([min(settings.steps, max(_TRIAL_STEPS, count))])
+    torch.distributed.broadcast(agreed, 0)
+    return int(agreed)
