@@ -1,4 +1,10 @@
-"""Any model, any data, split over the ranks that torchrun starts:  torchrun --nproc-per-node 2 examples/train_loop.py"""
+"""Any model, any data, split over the ranks that torchrun starts. Plan once, then train:
+
+shardwise plan --model examples/train_loop.py:model_and_batch --cluster local:2 --out plan.json
+torchrun --nproc-per-node 2 examples/train_loop.py plan.json
+"""
+
+import sys
 
 import torch
 import torch.distributed as dist
@@ -22,14 +28,17 @@ def batch(step: int) -> dict[str, torch.Tensor]:
     return {"x": x, "y": x[:, :10].argmax(dim=1)}
 
 
+def model_and_batch() -> tuple[torch.nn.Module, dict[str, torch.Tensor]]:
+    torch.manual_seed(0)
+    return Classifier(), batch(0)
+
+
 def main() -> None:
     dist.init_process_group("gloo")
-    torch.manual_seed(0)
-    model = Classifier()
-    plan = sw.plan(model, batch(0), cluster=f"local:{dist.get_world_size()}", layout="dp=2")
-    if isinstance(plan, sw.Infeasible):
-        raise SystemExit(str(plan))
-    job = sw.parallelize(model, batch(0), plan=plan, optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=1e-3))
+    model, example = model_and_batch()
+    job = sw.parallelize(
+        model, example, plan=sw.Plan.load(sys.argv[1]), optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=1e-3)
+    )
     for step in range(50):
         loss = job.step(batch(step))
         if dist.get_rank() == 0 and step % 10 == 0:

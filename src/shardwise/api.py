@@ -41,7 +41,8 @@ def plan(
     samples).
     layout: what is pinned ("tp=2,pp=2"); the rest is searched. global_batch: samples in a step, the example batch's by default.
     optimizer: "adamw", "adam", "sgd" or "sgd_momentum", for its memory and time. loss: makes the scalar from the module's output.
-    Raises CaptureError, RuleError, LayoutError, BatchError, ClusterError.
+    Raises CaptureError, RuleError, LayoutError, BatchError, ClusterError; ShardwiseError for an optimizer without figures; RankFailed when
+    measuring this machine fails.
     """
     pinned = Layout.parse(layout)
     machine = Cluster.parse(cluster)
@@ -64,7 +65,8 @@ def parallelize(
 
     optimizer: a function of (name, parameter) pairs that returns a torch optimizer; it gets this rank's parts of the parameters.
     The job takes the weights over: parameters that it keeps whole go on living in the model, those that it splits are emptied there.
-    Raises PlanError when the plan is for another model, batch or number of ranks.
+    Raises PlanError when the plan is for another model, batch or number of ranks; CaptureError for weights on the meta device; LayoutError
+    for an optimizer that cannot run on shards; ClusterError outside a job; CheckError when the programs would not fit together.
     """
     from shardwise.runtime.group import join_group
     from shardwise.runtime.job import Job

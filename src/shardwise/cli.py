@@ -110,7 +110,9 @@ def train(
     sequence: SequenceOption = None,
     plan_file: PlanOption = None,
     port: Annotated[int, typer.Option("--port", min=0, max=65535, help="For the ranks to meet at; 0 takes a free one.")] = 0,
-    out: Annotated[Path, typer.Option("--out", help="A directory for plan.json and training.json.")] = Path("out/train"),
+    out: Annotated[Path, typer.Option("--out", help="A directory for plan.json, training.json, report.html and trace.json.")] = Path(
+        "out/train"
+    ),
     as_json: JsonOption = False,
 ) -> None:
     """Train a language model on the bytes of a text, split over local ranks, which this command starts itself.

@@ -18,7 +18,9 @@ from shardwise.cluster.machine import available_memory_bytes
 from shardwise.environment import rank_environment
 from shardwise.errors import DataError, ModelError
 from shardwise.models import Batch, load_model
+from shardwise.planner.plan import simulate
 from shardwise.planner.preflight import preflight
+from shardwise.report import Measured, save_traces, write_report
 from shardwise.runtime.data import VOCABULARY, ByteText
 from shardwise.runtime.group import process_group
 from shardwise.runtime.train import WAIT_S, Settings, TrainingRun, train, train_rank
@@ -150,7 +152,11 @@ def _check_vocabulary(model: nn.Module, spec: str) -> None:
 def _written(request: TrainRequest, plan: Plan, run: TrainingRun) -> dict[str, Any]:
     request.out.mkdir(parents=True, exist_ok=True)
     plan_path, run_path = request.out / "plan.json", request.out / "training.json"
+    report_path, trace_path = request.out / "report.html", request.out / "trace.json"
     plan.save(plan_path)
+    simulation, measured = simulate(plan), Measured.of(run, plan)
+    write_report(report_path, plan, simulation, measured)
+    save_traces(trace_path, simulation, measured)
     run_path.write_text(json.dumps({"losses": run.losses, "step_times_s": run.step_times_s, "memory_bytes": run.memory_bytes}, indent=1))
     return {
         "steps": len(run.losses),
@@ -162,4 +168,6 @@ def _written(request: TrainRequest, plan: Plan, run: TrainingRun) -> dict[str, A
         "memory_bytes": run.memory_bytes,
         "plan": str(plan_path),
         "training": str(run_path),
+        "report": str(report_path),
+        "trace": str(trace_path),
     }

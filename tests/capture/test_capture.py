@@ -48,7 +48,7 @@ def in_double(model: nn.Module, batch: Batch) -> tuple[nn.Module, Batch]:
 
 
 def assert_close(found: Tensor, wanted: Tensor, scale: float, name: str) -> None:
-    """By the measure of DESIGN §8; `scale` is the norm of all gradients."""
+    """By the measure of docs/concepts/numbers.md; `scale` is the norm of all gradients."""
     error = (found - wanted).norm() / max(wanted.norm().item(), 1e-3 * scale)
     assert error <= TOLERANCE, f"{name} is off by {error:.3g}"
 

@@ -81,7 +81,8 @@ class _LossOnly(nn.Module):
 
 def _export(model: nn.Module, batch: Mapping[str, Any], loss: Loss | None) -> torch.export.ExportedProgram:
     # A tensor passed under two names would be captured as one input: give each name its own.
-    example = {name: torch.empty_like(value) if isinstance(value, torch.Tensor) else value for name, value in batch.items()}
+    device = torch.device("meta") if any(parameter.is_meta for parameter in model.parameters()) else None
+    example = {name: torch.empty_like(value, device=device) if isinstance(value, torch.Tensor) else value for name, value in batch.items()}
     try:
         with _refuse_custom_functions():
             return torch.export.export(_LossOnly(model, loss), (), kwargs=example, strict=False)

@@ -115,8 +115,6 @@ def _attention(args: tuple[Any, ...], kwargs: dict[str, Any], meta: torch.Tensor
     """softmax(q kᵀ · scale + mask), keyed dropout, · v: attention whose random mask does not depend on the kernel."""
     add = builder.add
     query, key, value, mask, probability = (*args[:3], _get(args, 3, None), args[4])
-    if _get(args, 5, False):
-        raise NotImplementedError("attention dropout with is_causal=True")
     scale = kwargs.get("scale") or 1 / math.sqrt(query.shape[-1])
     like = meta.new_empty
     keys = key.shape[:-2] + (key.shape[-1], key.shape[-2])
@@ -124,6 +122,8 @@ def _attention(args: tuple[Any, ...], kwargs: dict[str, Any], meta: torch.Tensor
     (turned,) = add(aten.transpose.int, (key, -2, -1), {}, [like(keys)])
     (scores,) = add(aten.matmul.default, (query, turned), {}, [scores_meta])
     (scores,) = add(aten.mul.Tensor, (scores, scale), {}, [scores_meta])
+    if _get(args, 5, False):
+        mask = _causal_mask(query.shape[-2], key.shape[-2], meta, builder)
     if mask is not None and mask.dtype == torch.bool:
         (outside,) = add(aten.logical_not.default, (mask,), {}, [meta.new_empty(mask.shape, dtype=torch.bool)])
         (scores,) = add(aten.masked_fill.Scalar, (scores, outside, float("-inf")), {}, [scores_meta])
@@ -133,3 +133,14 @@ def _attention(args: tuple[Any, ...], kwargs: dict[str, Any], meta: torch.Tensor
     (kept,) = _dropout((weights, probability), [scores_meta], builder)
     (result,) = add(aten.matmul.default, (kept, value), {}, [meta])
     return result
+
+
+def _causal_mask(queries: int, keys: int, meta: torch.Tensor, builder: Builder) -> Value:
+    """bool [queries, keys]: query i sees the keys up to i."""
+
+    def counted(count: int) -> Value:
+        return builder.add(aten.arange.default, (count,), {}, [meta.new_empty((count,), dtype=torch.int64)])[0]
+
+    (rows,) = builder.add(aten.unsqueeze.default, (counted(queries), 1), {}, [meta.new_empty((queries, 1), dtype=torch.int64)])
+    (mask,) = builder.add(aten.le.Tensor, (counted(keys), rows), {}, [meta.new_empty((queries, keys), dtype=torch.bool)])
+    return mask

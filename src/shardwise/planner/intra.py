@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from shardwise.capture.graph import Graph, Op, Value
 from shardwise.planner.candidates import candidates
 from shardwise.planner.ilp import Problem, Solution
-from shardwise.sharding.assignment import Assignment, split_sizes
+from shardwise.sharding.assignment import Assignment
 from shardwise.sharding.reshard import collective_of, dual
 from shardwise.sharding.signature import Choice, Variant
 from shardwise.sharding.types import I, P, Placement, R, Shard
@@ -35,6 +35,7 @@ _MEMORY_S = 1e-3 / 1e9  # seconds that a byte kept on a rank counts for where no
 class Costs:
     """What the choice costs.
 
+    heavy(op): whether it multiplies matrices.
     operator(op): seconds, forward and backward, of the whole call in one microbatch on a rank's share of the batch.
     collective(kind, message bytes, ranks): seconds. update(bytes): seconds of the optimizer on parameters of so many bytes.
     state_bytes(value): of a whole parameter with gradient and optimizer state. limit_bytes: for all states, None without limit.
@@ -252,6 +253,3 @@ def parameter_representatives(graph: Graph, first: Mapping[Op, Op]) -> dict[Valu
             if value.kind == "parameter":
                 found.setdefault(value, first[op].inputs[index])
     return found
-
-
-_ = split_sizes

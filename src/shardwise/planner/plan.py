@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from shardwise.capture.blocks import block_pattern
 from shardwise.capture.graph import Graph, Op
@@ -33,7 +33,8 @@ class _Strict(BaseModel):
 class Prediction(_Strict):
     """What the simulator says of a plan. Seconds and bytes; memory_bytes and by_kind for each rank.
 
-    by_kind: for each rank parameters, gradients, optimizer, saved, transient and buffers at the peak. limit_bytes: what a rank has.
+    by_kind: for each rank parameters, gradients, optimizer, saved, transient, buffers and runtime at the peak.
+    limit_bytes: what a rank has.
     """
 
     step_time_s: float
@@ -85,6 +86,14 @@ class Plan(_Strict):
     gap: float = 0.0
     considered: list[Candidate] = []
     explanation: list[str] = []
+
+    @model_validator(mode="after")
+    def _sizes_agree(self) -> Plan:
+        if self.dp * self.tp * self.pp != self.ranks:
+            raise ValueError(f"dp={self.dp} × tp={self.tp} × pp={self.pp} are {self.dp * self.tp * self.pp} ranks, not ranks={self.ranks}")
+        if self.global_batch % (self.dp * self.microbatches):
+            raise ValueError(f"dp={self.dp} × microbatches={self.microbatches} do not divide global_batch={self.global_batch}")
+        return self
 
     @property
     def layout(self) -> str:

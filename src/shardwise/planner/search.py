@@ -159,6 +159,9 @@ class _Search:
             held = f"{_gb(state)} of parameters, gradients and optimizer state"
             trial.note = f"{held} cannot be spread so that {_gb(self._limit())} a rank hold them"
             return
+        if layout.tp > 1 and not self.pinned.tp and not any(v["tp"].choice.mode == "split" for v in assignment.variants.values()):
+            trial.note = "no operator is worth splitting over tp: every rank would do all of the work"
+            return
         trial.gap = tensor.gap
         trial.applied = Applied(assignment=assignment, cut=Cut(stage_of=stage_of, prelude=frozenset(self.analysis.prelude)))
         trial.estimate_s = self._estimate(assignment, layout, stage_of)

@@ -1,4 +1,4 @@
-"""Which gradients a rank sums over which groups at the end of a step, in which order.
+"""Which gradients a rank sums over which groups once a step, in which order.
 
 Gradients that are summed over the same groups travel together, in flat messages of about BUCKET_BYTES, those that the backward pass
 finishes

@@ -101,9 +101,18 @@ class Tracer:
         with self.mode, warnings.catch_warnings(), torch.enable_grad() if any(grads) else torch.no_grad():
             warnings.simplefilter("ignore")
             fresh = [_like(t, self.device) for t in tensors]
-            module = make_fx(joint)(fresh, [_like(c, self.device) for c in cotangents if c is not None])
+            tangents = [_like(c, self.device) for c in cotangents if c is not None]
+            module = make_fx(joint)(fresh, tangents)
+            if _changes_in_place(module.graph):
+                forward.clear()
+                module = make_fx(torch.func.functionalize(joint, remove="mutations"))(fresh, tangents)
         outputs: list[Any] = list(_clean(module.graph).output_node().args[0])  # type: ignore[arg-type]
         return Traced(graph=module.graph, results=outputs[:count], gradients=outputs[count:], forward=frozenset(forward))
+
+
+def _changes_in_place(graph: fx.Graph) -> bool:
+    """Whether a traced operator writes over its input; graphs are cut and merged as if none did."""
+    return any(isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable for node in graph.nodes)
 
 
 def _like(tensor: Tensor, device: torch.device) -> Tensor:
@@ -126,4 +135,5 @@ def _clean(graph: fx.Graph) -> fx.Graph:
             node.replace_all_uses_with(node.args[0])
             graph.erase_node(node)
         assert node.op != "get_attr", f"a traced call holds a tensor constant: {node.target}"
+    assert not _changes_in_place(graph), f"a traced call writes over its inputs:\n{graph}"
     return graph

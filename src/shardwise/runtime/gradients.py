@@ -1,4 +1,4 @@
-"""Where a rank's gradients lie, and their reduction at the end of a step.
+"""Where a rank's gradients lie, and their reduction during and after the backward pass.
 
 Gradients that are summed over the same groups lie next to each other in one buffer for each message.
 """

@@ -19,6 +19,7 @@ import pickle
 import signal
 import socket
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -39,6 +40,8 @@ __all__ = ["launch"]
 
 _HOST = "127.0.0.1"
 _LOOK_EVERY_S = 0.1
+_STARTED, _BEGUN = "started-", "begun-"  # files by which ranks say how far they are
+_START_S, _POLL_S = 20.0, 0.005
 _SHUTDOWN_S = 3  # after a failure, before the ranks that are left are killed outright
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)  # those that the agent handles
 
@@ -130,10 +133,14 @@ def _start_method(job: _Job) -> str:
     return "fork" if safe and hasattr(os, "fork") else "spawn"
 
 
-def _run(configuration: LaunchConfig, job: _Job, ranks: int) -> dict[int, bytes]:
+def _run(configuration: LaunchConfig, job: _Job, ranks: int, *, again: bool = True) -> dict[int, bytes]:
     try:
         return elastic_launch(configuration, _rank_main)(job)
     except ChildFailedError as error:
+        if again and not list(job.reports.glob(f"{_BEGUN}*")):  # a forked rank hung before its first line; nothing was done yet
+            for stale in [*job.reports.glob("*.json"), *job.reports.glob(f"{_STARTED}*")]:
+                stale.unlink()
+            return _run(configuration, job, ranks, again=False)
         rank, failure = error.get_first_failure()
         raise first_cause(read_reports(job.reports), Death(rank=rank, exit_code=failure.exitcode), ranks=ranks) from None
     except Exception as error:
@@ -156,12 +163,27 @@ def _rank_main(job: _Job) -> bytes:
     for one in _SIGNALS:  # the parent's handlers are inherited, and would wait for a collective to return
         signal.signal(one, signal.SIG_DFL)
     try:
-        with process_group(timeout_s=job.timeout_s, threads=job.threads, backend=job.backend):
+        _wait_for_all(job)
+        with process_group(timeout_s=job.timeout_s, threads=job.threads, backend=job.backend) as place:
+            (job.reports / f"{_BEGUN}{place.rank}").touch()
             return pickle.dumps(job.function(*job.args))
     except BaseException as error:
         place = rank_environment()
         report_failure(error, rank=place.rank if place else -1, directory=job.reports)
         raise
+
+
+def _wait_for_all(job: _Job) -> None:
+    """Until every rank runs. A process forked from one with other threads may, rarely, hang at once on a lock that one of them held."""
+    place = rank_environment()
+    assert place is not None
+    (job.reports / f"{_STARTED}{place.rank}").touch()
+    deadline = time.monotonic() + min(_START_S, job.timeout_s)
+    while len(started := list(job.reports.glob(f"{_STARTED}*"))) < place.ranks:
+        if time.monotonic() > deadline:
+            missing = sorted(set(range(place.ranks)) - {int(path.name.removeprefix(_STARTED)) for path in started})
+            raise ClusterError(f"of {place.ranks} ranks {missing} did not start within {_START_S:g} s; this machine may be overloaded")
+        time.sleep(_POLL_S)
 
 
 @contextmanager

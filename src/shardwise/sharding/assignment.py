@@ -21,7 +21,7 @@ AXES = ("dp", "mb", "tp")
 @dataclass(kw_only=True)
 class Assignment:
     """mesh: axis → ranks (or microbatches), outermost first. variants: operator → axis → variant. sources: parameter, buffer or input →
-    axis → the type in which a rank keeps it. loss: the loss' type on each axis as it is reported.
+    axis → the type in which a rank keeps it.
     """
 
     graph: Graph

@@ -103,7 +103,7 @@ class Signature:
     inputs, outputs: for each tensor and each dim its factors, outermost first; () for a dim of size 1 that is broadcast or added.
     sizes: of every factor. splits: the factors that may be split, and how; a factor that is absent may not.
     linear: sets of inputs in which the call is jointly linear: these P and the others R make every output P.
-    local: what a rank runs; reason: why factors are missing from `splits` (factor → reason).
+    local: what a rank runs; reasons: why factors are missing from `splits` (factor → reason).
     """
 
     inputs: tuple[Dims, ...]

@@ -34,7 +34,7 @@ from shardwise.verify.compare import Difference, compare_gradients, gradient_nor
 
 __all__ = ["Report", "verify"]
 
-_FLOAT64_BOUND, _FLOAT32_BOUND, _TIMES_REFERENCE = 1e-10, 1e-5, 4.0  # DESIGN §8
+_FLOAT64_BOUND, _FLOAT32_BOUND, _TIMES_REFERENCE = 1e-10, 1e-5, 4.0  # docs/concepts/numbers.md
 _WAIT_S = 120.0
 
 
