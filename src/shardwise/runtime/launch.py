@@ -164,8 +164,8 @@ def _rank_main(job: _Job) -> bytes:
         signal.signal(one, signal.SIG_DFL)
     try:
         _wait_for_all(job)
-        with process_group(timeout_s=job.timeout_s, threads=job.threads, backend=job.backend) as place:
-            (job.reports / f"{_BEGUN}{place.rank}").touch()
+        with process_group(timeout_s=job.timeout_s, threads=job.threads, backend=job.backend) as joined:
+            (job.reports / f"{_BEGUN}{joined.rank}").touch()
             return pickle.dumps(job.function(*job.args))
     except BaseException as error:
         place = rank_environment()
