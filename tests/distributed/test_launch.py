@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 
 from shardwise.errors import ClusterError, LayoutError, RankFailed
+from shardwise.runtime import launch as launch_module
 from shardwise.runtime.launch import launch
 
 pytestmark = pytest.mark.distributed
@@ -234,3 +235,20 @@ def test_outside_a_job_there_is_no_group_to_join() -> None:
 
     with pytest.raises(ClusterError, match="started by no launcher"), process_group(timeout_s=1):
         pass
+
+
+def test_a_rank_that_hangs_before_its_first_line_is_started_once_more(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    wait_for_all, hung = launch_module._wait_for_all, tmp_path / "hung"
+
+    def hang_once(job: launch_module._Job) -> None:
+        if os.environ["RANK"] == "1" and not hung.exists():
+            hung.touch()
+            time.sleep(60)
+        wait_for_all(job)
+
+    monkeypatch.setattr(launch_module, "_START_S", 1.0)
+    monkeypatch.setattr(launch_module, "_wait_for_all", hang_once)
+    started = time.monotonic()
+    assert launch(lambda: os.environ["RANK"], ranks=2, threads=1) == ["0", "1"]
+    assert hung.exists()
+    assert time.monotonic() - started < 20
