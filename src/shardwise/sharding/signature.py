@@ -13,7 +13,7 @@ Without a split every input is I and so is every output, or every one R; and a s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
 from typing import Any, Literal
@@ -235,14 +235,3 @@ def choice_for(sig: Signature, tensor: Dims, shard: Shard, sizes: Mapping[str, i
 def factor_part(choice: Choice, size: int, ranks: int, rank: int) -> Part:
     """The range of a factor of `size` that `rank` has under the choice."""
     return part(size, Shard(0, choice.blocks, choice.unit), ranks, rank)
-
-
-def tensor_dims(sig: Signature) -> Iterator[Dims]:
-    """All tensors' factors, inputs first."""
-    yield from sig.inputs
-    yield from sig.outputs
-
-
-def ordered(names: Iterable[str]) -> list[str]:
-    """Without repetition, in order."""
-    return list(dict.fromkeys(names))

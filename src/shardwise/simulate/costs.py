@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from math import prod
 
 import torch
 from torch import fx
@@ -90,7 +91,7 @@ def stage_times(program: Program, cluster: Cluster, optimizer: str) -> StageTime
     """What the actions of a rank take."""
     stage = program.stage
     reduce_s = _reduction_seconds(program, cluster)
-    update_s = sum(optimizer_seconds(_count(p.local), p.dtype, optimizer, cluster) for p in stage.parameters if p.requires_grad)
+    update_s = sum(optimizer_seconds(prod(p.local), p.dtype, optimizer, cluster) for p in stage.parameters if p.requires_grad)
     transfers = {edge.name: collective_cost("send_recv", edge.nbytes, 2, cluster).seconds for edge in program.edges}
     backward = graph_seconds(stage.backward, cluster)
     sinks = _sink_seconds(stage.parameters, cluster)
@@ -172,11 +173,4 @@ def _crossing_bytes(program: Program) -> int:
 
 
 def _bytes(part: ParameterPart) -> int:
-    return _count(part.local) * part.dtype.itemsize
-
-
-def _count(shape: tuple[int, ...]) -> int:
-    count = 1
-    for size in shape:
-        count *= size
-    return count
+    return prod(part.local) * part.dtype.itemsize
