@@ -14,9 +14,12 @@ from shardwise.errors import (
     RankFailed,
     RuleError,
     ShardwiseError,
+    ShardwiseWarning,
     TransferError,
+    VerifyError,
 )
 from shardwise.planner.plan import Infeasible, Plan, simulate
+from shardwise.sharding.declare import declare_rule
 from shardwise.verify.verify import verify
 
 __all__ = [
@@ -34,7 +37,10 @@ __all__ = [
     "RankFailed",
     "RuleError",
     "ShardwiseError",
+    "ShardwiseWarning",
     "TransferError",
+    "VerifyError",
+    "declare_rule",
     "parallelize",
     "plan",
     "simulate",

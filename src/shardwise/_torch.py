@@ -6,11 +6,13 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch._library.custom_ops import OPDEFS
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx
 from torch.fx.graph import CodeGen
+from torch.utils._python_dispatch import _disable_current_modes as without_modes
 
-__all__ = ["BoxedCodeGen", "FakeTensorMode", "find_group", "make_fx", "register_group", "traced_names"]
+__all__ = ["BoxedCodeGen", "FakeTensorMode", "find_group", "functions_behind", "make_fx", "register_group", "traced_names", "without_modes"]
 
 
 def traced_names() -> set[str]:
@@ -28,6 +30,13 @@ def register_group(name: str, group: torch.distributed.ProcessGroup) -> None:
 def find_group(name: str) -> torch.distributed.ProcessGroup:
     """The process group registered under this name."""
     return torch.distributed.distributed_c10d._resolve_process_group(name)  # type: ignore[arg-type]
+
+
+def functions_behind(target: torch._ops.OpOverload) -> list[Callable[..., Any]]:
+    """The Python functions of an operator made with torch.library.custom_op, forward and backward; none for others."""
+    made = OPDEFS.get(target._schema.name)
+    found = [getattr(made, name, None) for name in ("_init_fn", "_setup_context_fn", "_backward_fn")]
+    return [function for function in found if callable(function)]
 
 
 class BoxedCodeGen(CodeGen):

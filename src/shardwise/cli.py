@@ -186,6 +186,50 @@ def verify(
 
 @app.command()
 @_reported
+def coverage(
+    model: ModelOption = None,
+    all_layouts: Annotated[bool, typer.Option("--all-layouts", help="Also 3 ranks, 4 on each axis alone, and more mixes.")] = False,
+    layout: Annotated[list[str] | None, typer.Option("--layout", help="Only this layout, such as tp=2,pp=2; may be repeated.")] = None,
+    global_batch: GlobalBatchOption = None,
+    sequence: SequenceOption = None,
+    dtype: Annotated[Precision, typer.Option("--dtype", help="float64 is the proof, float32 the practice.")] = Precision.FLOAT64,
+    processes: Annotated[bool, typer.Option("--processes", help="Ranks are processes that talk over gloo, not threads: slower.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Verify a model in many layouts and show which work, what no rank shares, and why others do not. Exits with 1 if one differs.
+
+    parameters, flops: the largest share of the repeated blocks that one rank holds and computes, where only tp splits the model.
+
+    [bold]Examples[/bold]
+
+    shardwise coverage --model train.py:model_and_batch
+
+    shardwise coverage --model hf:config.json --all-layouts --json
+    """
+    import torch
+
+    from shardwise.models import load_model
+    from shardwise.verify.coverage import ALL_LAYOUTS, LAYOUTS
+    from shardwise.verify.coverage import coverage as cover
+
+    module, batch = load_model(_required(model), batch_size=global_batch, sequence=sequence)
+    layouts = layout or (ALL_LAYOUTS if all_layouts else LAYOUTS)
+    with Console(stderr=True).status("") as status:
+        found = cover(
+            module,
+            batch,
+            layouts=layouts,
+            dtype=getattr(torch, dtype.value),
+            processes=processes,
+            progress=lambda text: status.update(f"{text} …"),
+        )
+    typer.echo(json.dumps(found.as_dict(), indent=2) if as_json else found)
+    if not found.ok:
+        raise typer.Exit(DIFFERS)
+
+
+@app.command()
+@_reported
 def simulate(
     model: ModelOption = None,
     plan_file: PlanOption = None,

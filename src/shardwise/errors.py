@@ -9,9 +9,12 @@
     ├── ClusterError    a cluster description is wrong, or this machine cannot serve as one
     ├── RuleError       an operator has no sharding rule, or a rule is wrong
     ├── CheckError      the ranks' programs do not fit together: found before any of them starts
+    ├── VerifyError     a model cannot be compared with itself
     ├── DataError       training data is missing, empty or too short
     ├── TransferError   a rank waited in vain for another one's message
     └── RankFailed      a rank died; carries that rank's own last error
+
+    ShardwiseWarning    something was left out or done more slowly; what is computed is right all the same
 
 A message says what, where, both numbers, and the way out. Our own bugs are `AssertionError`s, never one of these.
 """
@@ -30,12 +33,18 @@ __all__ = [
     "RankFailed",
     "RuleError",
     "ShardwiseError",
+    "ShardwiseWarning",
     "TransferError",
+    "VerifyError",
 ]
 
 
 class ShardwiseError(Exception):
     """Base of every error that a user can cause or cure."""
+
+
+class ShardwiseWarning(UserWarning):
+    """Something was left out or done more slowly than asked for; what is computed is right all the same."""
 
 
 class CaptureError(ShardwiseError):
@@ -96,3 +105,7 @@ class RankFailed(ShardwiseError):
 
 def _rank_failed(rank: int, ranks: int, kind: str, reason: str, trace: str) -> RankFailed:
     return RankFailed(rank=rank, ranks=ranks, kind=kind, reason=reason, trace=trace)
+
+
+class VerifyError(ShardwiseError):
+    """A model cannot be compared with itself: its numbers are others each time."""

@@ -228,69 +228,6 @@ def test_inputs_must_agree_on_the_number_of_samples() -> None:
     assert capture(model, batch, batch_dims={"y": None}).batch_dims == {"x": 0}
 
 
-# -- what cannot be captured -------------------------------------------------------------------------------------------------------------
-
-
-class Doubled(torch.autograd.Function):
-    """Forward doubles; the backward is another one than export would derive."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return 2 * x
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        return 10 * gradient
-
-
-class WithFunction(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.linear = nn.Linear(4, 4)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return Doubled.apply(self.linear(x)).sum()
-
-
-def test_a_custom_backward_is_refused_by_name() -> None:
-    with pytest.raises(CaptureError, match=r"test_capture\.Doubled has a backward of its own, which capturing would lose"):
-        capture(WithFunction(), {"x": torch.randn(3, 4)})
-
-
-class Branching(nn.Module):
-    def forward(self, x: Tensor) -> Tensor:
-        if x.sum() > 0:
-            return x
-        return -x
-
-
-class Outer(nn.Module):
-    def __init__(self, inner: nn.Module) -> None:
-        super().__init__()
-        self.linear = nn.Linear(4, 4)
-        self.choices = nn.ModuleList([inner])
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.choices[0](self.linear(x)).sum()
-
-
-def test_control_flow_on_values_names_module_and_line() -> None:
-    lines, start = inspect.getsourcelines(Branching)
-    line = start + next(number for number, text in enumerate(lines) if "if x.sum()" in text)
-    with pytest.raises(CaptureError, match=rf"Outer cannot be captured in choices\.0 \(.*test_capture\.py:{line}\).*torch\.where"):
-        capture(Outer(Branching()), {"x": torch.randn(3, 4)})
-
-
-class Selecting(nn.Module):
-    def forward(self, x: Tensor) -> Tensor:
-        return x[x > 0]
-
-
-def test_a_size_that_depends_on_data_is_refused() -> None:
-    with pytest.raises(CaptureError, match=r"choices\.0.*size depends on the data"):
-        capture(Outer(Selecting()), {"x": torch.randn(3, 4)})
-
-
 class Masked(nn.Module):
     """A soft-capped product, its mask made of a buffer that is a constant of the graph."""
 

@@ -10,39 +10,29 @@ from math import prod
 
 import torch
 from tests.sharding.brute_force import Sample, sample
+from tests.sharding.make import bools, ints, positive, seed, x
+from tests.sharding.samples_create import create_samples
+from tests.sharding.samples_fourier import fourier_samples
+from tests.sharding.samples_indexing import indexing_samples
+from tests.sharding.samples_layers import layer_samples
+from tests.sharding.samples_pointwise import pointwise_samples
+from tests.sharding.samples_reduction import reduction_samples
+from tests.sharding.samples_shape import shape_samples
 from torch import Tensor
 
 from shardwise.capture import operators
-from shardwise.capture.graph import Op, Value
 
 aten = torch.ops.aten
-_generator = torch.Generator()
 
 
 def samples() -> list[Sample]:
     """All of them, the same in every run."""
-    _generator.manual_seed(0)
+    seed()
     return [
-        *(*matmuls(), *pointwise(), *shapes(), *pieces(), *ends(), *created(), *reductions(), *norms()),
-        *(*attentions(), *convolutions(), *pools(), *lookups(), *losses(), *random()),
+        *(*matmuls(), *pointwise_samples(), *shape_samples(), *create_samples(), *fourier_samples(), *reduction_samples(), *norms()),
+        *(*attentions(), *convolutions(), *pools(), *lookups(), *indexing_samples(), *losses(), *random()),
+        *layer_samples(),
     ]
-
-
-def x(*shape: int) -> Tensor:
-    """Normal numbers in float64."""
-    return torch.randn(shape, dtype=torch.float64, generator=_generator)
-
-
-def positive(*shape: int) -> Tensor:
-    return x(*shape).abs() + 0.5
-
-
-def ints(high: int, *shape: int) -> Tensor:
-    return torch.randint(0, high, shape, generator=_generator)
-
-
-def bools(*shape: int) -> Tensor:
-    return torch.rand(shape, generator=_generator) > 0.4
 
 
 def matmuls() -> Iterator[Sample]:
@@ -64,193 +54,6 @@ def matmuls() -> Iterator[Sample]:
     yield sample(aten.matmul.default, x(4, 5, 6), x(6))
     yield sample(aten.matmul.default, x(6), x(6))
     yield sample(aten.matmul.default, x(1, 5, 6), x(4, 6, 7))
-
-
-_UNARY = (
-    *("abs", "bitwise_not", "ceil", "cos", "elu", "erf", "exp", "floor", "gelu", "leaky_relu", "log", "log_sigmoid", "logical_not", "neg"),
-    *("reciprocal", "relu", "rsqrt", "sigmoid", "sign", "silu", "sin", "softplus", "sqrt", "square", "tanh"),
-)
-_COMPARISONS = ("eq", "ne", "ge", "gt", "le", "lt")
-
-
-def pointwise() -> Iterator[Sample]:
-    for name in _UNARY:
-        argument = ints(9, 4, 5) if name == "bitwise_not" else positive(4, 5) if name in ("log", "sqrt", "rsqrt") else x(4, 5)
-        yield sample(getattr(aten, name).default, argument)
-    for name in ("add", "sub", "rsub", "mul", "div"):
-        yield sample(getattr(aten, name).Scalar, x(4, 5), 3)
-    for name in _COMPARISONS:
-        yield sample(getattr(aten, name).Scalar, ints(3, 4, 5), 1)
-        yield sample(getattr(aten, name).Tensor, ints(3, 4, 5), ints(3, 5))
-    for name in ("bitwise_and", "bitwise_or", "__and__", "__or__"):
-        yield sample(getattr(aten, name).Tensor, bools(4, 1, 5), bools(3, 5))
-    for name in ("logical_and", "logical_or"):
-        yield sample(getattr(aten, name).default, bools(4, 5), bools(4, 1))
-    yield sample(aten.clamp.default, x(4, 5), -0.5, 0.5)
-    yield sample(aten.clamp_min.default, x(4, 5), -0.5)
-    yield sample(aten.clamp_max.default, x(4, 5), 0.5)
-    yield sample(aten.floor_divide.default, ints(30, 4, 5), ints(4, 5) + 1)
-    yield sample(aten.maximum.default, x(4, 5), x(5))
-    yield sample(aten.minimum.default, x(4, 5), x(4, 1))
-    yield sample(aten.pow.Scalar, 2.0, x(4, 5))
-    yield sample(aten.pow.Tensor_Scalar, positive(4, 5), 3)
-    yield sample(aten.pow.Tensor_Tensor, positive(4, 5), x(4, 1))
-    for name in ("Scalar", "ScalarOther", "ScalarSelf"):
-        branches = [1.0 if name != "ScalarOther" else x(4, 5), 0.0 if name != "ScalarSelf" else x(4, 5)]
-        yield sample(getattr(aten.where, name), bools(4, 5), *branches)
-    for name in ("zeros_like", "ones_like"):
-        yield sample(getattr(aten, name).default, x(4, 5))
-    yield sample(aten.full_like.default, x(4, 5), 2.0)
-    yield sample(aten.to.dtype, x(4, 5), torch.float32)
-    yield sample(aten.to.dtype, ints(9, 4, 5), torch.float64)
-    yield sample(aten.to.dtype, x(4, 5), torch.int64)
-    yield sample(aten.to.dtype_layout, x(4, 5), dtype=torch.float32)
-    yield sample(aten.to.device, x(4, 5), torch.device("cpu"), torch.float32)
-    yield sample(aten._to_copy.default, x(4, 5), dtype=torch.float32)
-    yield sample(aten.type_as.default, x(4, 5).float(), x(7))
-    yield sample(aten.masked_fill.Scalar, x(4, 3, 5), bools(3, 1), 0.0)
-    yield sample(aten.masked_fill.Scalar, x(4, 3, 5), bools(4, 3, 5), -7.0)
-    for name in ("add", "sub"):
-        yield sample(getattr(aten, name).Tensor, x(4, 5), x(4, 5), alpha=2)
-        yield sample(getattr(aten, name).Tensor, x(4, 1, 5), x(3, 1))
-        yield sample(getattr(aten, name).Tensor, x(4, 5), 3)
-    yield sample(aten.add.Tensor, x(6), x())
-    for name in ("mul", "div"):
-        yield sample(getattr(aten, name).Tensor, x(4, 5), positive(4, 5))
-        yield sample(getattr(aten, name).Tensor, x(4, 1, 5), positive(3, 1))
-        yield sample(getattr(aten, name).Tensor, x(4, 5), 3)
-    yield sample(aten.where.self, bools(4, 1), x(4, 5), x(5))
-    yield sample(aten.where.self, bools(4, 5), x(4, 5), x())
-
-
-def shapes() -> Iterator[Sample]:
-    """Dims moved, joined, opened and broadcast."""
-    yield sample(aten.transpose.int, x(4, 3, 5), 0, -1)
-    yield sample(aten.t.default, x(4, 5))
-    yield sample(aten.t.default, x(5))
-    yield sample(aten.numpy_T.default, x(4, 3, 5))
-    yield sample(aten.permute.default, x(4, 3, 5), [1, -1, 0])
-    for target in (aten.alias, aten.contiguous, aten.clone, aten.detach, aten.lift_fresh_copy):
-        yield sample(target.default, x(4, 5))
-    yield sample(aten.unsqueeze.default, x(4, 5), -1)
-    yield sample(aten.unsqueeze.default, x(4, 5), 1)
-    yield sample(aten.squeeze.dim, x(4, 1, 5), 1)
-    yield sample(aten.squeeze.dim, x(4, 1, 5), 0)
-    yield sample(aten.squeeze.dims, x(4, 1, 5, 1), [-1, 1])
-    yield sample(aten.squeeze.default, x(1, 4, 1, 5))
-    yield sample(aten.expand.default, x(4, 1, 5), [4, 3, 5], rewrites=[{1: [-1, 3, -1]}])
-    yield sample(aten.expand.default, x(4, 5), [6, -1, 5], rewrites=[{1: [6, -1, -1]}])
-    yield sample(aten.expand.default, x(1, 5), [4, 1, 5], rewrites=[{1: [4, -1, -1]}])
-    yield sample(aten.broadcast_to.default, x(4, 1), [4, 5], rewrites=[{1: [-1, 5]}])
-    yield sample(aten.expand_as.default, x(4, 1), x(3, 4, 5))
-    yield from (_reshape(*each) for each in _RESHAPES)
-    yield sample(aten.view_as.default, x(4, 6), x(4, 2, 3))
-    yield sample(aten.flatten.using_ints, x(4, 3, 5), 1, 2)
-    yield sample(aten.flatten.using_ints, x(4, 3, 5))
-    yield sample(aten.unflatten.int, x(4, 6), 1, [2, 3], rewrites=[{2: [2, -1]}, {2: [-1, 3]}])
-
-
-_RESHAPES: tuple[tuple[list[int], list[int]], ...] = (
-    ([4, 6], [24]),
-    ([24], [4, 6]),
-    ([4, 6, 5], [24, 5]),
-    ([4, 6, 5], [4, 30]),
-    ([4, 5, 12], [4, 5, 3, 4]),
-    ([4, 5, 3, 4], [20, 12]),
-    ([6, 4], [4, 6]),
-    ([4, 6, 5], [4, 10, 3]),
-    ([1, 4, 5], [4, 1, 5]),
-    ([4, 5], [4, 5]),
-    ([2, 4, 3], [8, 3]),
-    ([6], [2, 3, 1]),
-    ([5, 7], [35]),
-    ([8, 9], [6, 12]),
-)
-
-
-def _reshape(source: list[int], out: list[int]) -> Sample:
-    one_open = [{1: [-1 if place == dim else size for place, size in enumerate(out)]} for dim in range(len(out))]
-    return sample(aten.reshape.default, x(*source), out, rewrites=one_open)
-
-
-def pieces() -> Iterator[Sample]:
-    """One tensor into several, several into one."""
-    yield sample(aten.split.Tensor, x(4, 12), 4, 1, rewrites=[{1: 2}])
-    yield sample(aten.split.Tensor, x(7, 5), 3)
-    yield sample(aten.split_with_sizes.default, x(4, 12, 5), [4, 4, 4], -2, rewrites=[{1: [2, 2, 2]}])
-    yield sample(aten.split_with_sizes.default, x(4, 9), [2, 3, 4], 1)
-    yield sample(aten.chunk.default, x(4, 8), 2, -1)
-    yield sample(aten.chunk.default, x(8, 5), 2)
-    yield sample(aten.unbind.int, x(4, 3, 5), 1)
-    yield sample(aten.unbind.int, x(3, 5))
-    yield sample(aten.cat.default, [x(4, 3), x(4, 3)], -1)
-    yield sample(aten.cat.default, [x(4, 3), x(4, 5)], 1)
-    yield sample(aten.cat.default, [x(4, 5), x(4, 5), x(4, 5)])
-    yield sample(aten.stack.default, [x(4, 5), x(4, 5)])
-    yield sample(aten.stack.default, [x(4, 5), x(4, 5), x(4, 5)], -1)
-
-
-def ends() -> Iterator[Sample]:
-    """Parts of a dim, padding, repetition, and runs along a dim."""
-    yield sample(aten.slice.Tensor, x(4, 5, 6), 1, 1, 4)
-    yield sample(aten.slice.Tensor, x(8, 5), 0, 0, 9223372036854775807, 2)
-    yield sample(aten.slice.Tensor, x(8, 5), -1, -2)
-    yield sample(aten.slice.Tensor, x(8, 5))
-    yield sample(aten.select.int, x(4, 5, 6), 1, -1)
-    yield sample(aten.pad.default, x(4, 3, 5), [1, 2])
-    yield sample(aten.pad.default, x(4, 3, 5), [0, 0, 1, 0], "constant", 2.0)
-    yield sample(aten.pad.default, x(4, 3, 5), [2, 1], "reflect")
-    yield sample(aten.constant_pad_nd.default, x(4, 5), [0, 0, 1, 1], -1.0)
-    yield sample(aten.constant_pad_nd.default, x(4, 5), [0, -1])
-    yield sample(aten.repeat.default, x(4, 5), [3, 1, 2])
-    yield sample(aten.repeat.default, x(4, 5), [2, 1])
-    yield sample(aten.repeat_interleave.self_int, x(4, 5), 3, 0)
-    yield sample(aten.repeat_interleave.self_int, x(4, 5), 2, -1, output_size=10)
-    yield sample(aten.repeat_interleave.self_int, x(4, 5), 2)
-    yield sample(aten.roll.default, x(4, 5, 6), [1], [-2])
-    yield sample(aten.roll.default, x(4, 5), [2])
-    yield sample(aten.diff.default, x(4, 6))
-    yield sample(aten.diff.default, x(4, 6), 1, 0, x(1, 6), x(2, 6))
-    yield sample(aten.diff.default, x(4, 6), 1, -1, x(4, 2))
-    yield sample(aten.cumsum.default, x(4, 5), 1)
-    yield sample(aten.cumsum.default, ints(5, 4, 5), -2)
-
-
-def created() -> Iterator[Sample]:
-    yield sample(aten.arange.default, 6)
-    yield sample(aten.arange.start, 1, 6)
-    yield sample(aten.arange.start_step, 1, 9, 2)
-    yield sample(aten.zeros.default, [4, 5])
-    yield sample(aten.ones.default, [4, 5])
-    yield sample(aten.full.default, [4, 5], 2.0)
-    yield sample(aten.eye.default, 4)
-    yield sample(aten.scalar_tensor.default, 2.0)
-    yield sample(aten.new_ones.default, x(4, 5), [3])
-    yield sample(aten.new_zeros.default, x(4, 5), [3])
-    yield sample(aten.new_full.default, x(4, 5), [3], 2.0)
-
-
-def reductions() -> Iterator[Sample]:
-    yield sample(aten.sum.default, x(4, 5))
-    yield sample(aten.sum.default, bools(4, 5))
-    yield sample(aten.sum.dim_IntList, x(4, 3, 5), [-1], True)
-    yield sample(aten.sum.dim_IntList, x(4, 3, 5), [0, 2])
-    yield sample(aten.sum.dim_IntList, x(4, 5), None)
-    yield sample(aten.mean.default, x(4, 5))
-    yield sample(aten.mean.dim, x(4, 3, 5), [-1], True)
-    yield sample(aten.mean.dim, x(4, 3, 5), [0, 1])
-    yield sample(aten.mean.dim, x(4, 5), None)
-    yield sample(aten.amax.default, x(4, 5), [-1], True)
-    yield sample(aten.amax.default, x(4, 5))
-    yield sample(aten.max.dim, x(4, 5), 1)
-    yield sample(aten.argmax.default, x(4, 5), -1)
-    yield sample(aten.argmax.default, x(4, 5), 0, True)
-    yield sample(aten.argmin.default, x(4, 5))
-    yield sample(aten.var.correction, x(4, 3, 5), [1], correction=1, keepdim=True)
-    yield sample(aten.var.correction, x(4, 5), None, correction=0)
-    for name in ("softmax", "log_softmax"):
-        yield sample(getattr(aten, name).int, x(4, 3, 5), -1)
-        yield sample(getattr(aten, f"_{name}").default, x(4, 5), 0, False)
 
 
 def norms() -> Iterator[Sample]:
@@ -318,31 +121,6 @@ def lookups() -> Iterator[Sample]:
     yield sample(aten.embedding.default, x(7, 6), ints(7, 4, 5))
     yield sample(aten.embedding.default, x(8, 6), ints(8, 9), 3)
     yield sample(aten.embedding.default, x(8, 6), ints(3, 9), -1, True)
-    yield sample(aten.gather.default, x(4, 5, 6), 1, ints(5, 4, 3, 6))
-    yield sample(aten.gather.default, x(5, 6), -1, ints(6, 4, 3))
-    yield sample(aten.index.Tensor, x(6, 5), [ints(6, 4, 3)])
-    yield sample(aten.index.Tensor, x(6, 5, 2), [ints(6, 4, 1), ints(5, 3)])
-    yield sample(aten.index.Tensor, x(4, 6, 5), [None, ints(6, 3)])
-    yield sample(aten.index.Tensor, x(4, 6, 5), [ints(4, 3), None, ints(5, 3)])
-    counting = torch.arange(4)
-    yield sample(aten.index.Tensor, x(4, 6), [counting, ints(6, 4)], producers={1: _counter(4)})
-    yield sample(aten.index.Tensor, x(4, 6, 3), [counting[:, None], ints(6, 4, 5)], producers={1: _unsqueezed(_counter(4))})
-
-
-def _counter(size: int) -> Op:
-    value = Value(name="counter", shape=(size,), dtype=torch.int64)
-    return _producing(value, Op(target=aten.arange.default, args=(size,), kwargs={}, inputs=(), outputs=(value,), module="sample"))
-
-
-def _unsqueezed(counter: Op) -> Op:
-    value = Value(name="column", shape=(*counter.outputs[0].shape, 1), dtype=torch.int64)
-    op = Op(target=aten.unsqueeze.default, args=(None, -1), kwargs={}, inputs=counter.outputs, outputs=(value,), module="sample")
-    return _producing(value, op)
-
-
-def _producing(value: Value, op: Op) -> Op:
-    value.producer = op
-    return op
 
 
 def losses() -> Iterator[Sample]:

@@ -6,12 +6,13 @@ from itertools import permutations
 
 import pytest
 import torch
-from tests.sharding.emulate import assert_same, combine, distribute, run_ranks
+from tests.sharding.emulate import run_ranks
 from torch import Tensor
 
-from shardwise.runtime import communicate
+from shardwise.runtime.group import create_groups
 from shardwise.runtime.launch import launch
 from shardwise.sharding.collectives import group_name
+from shardwise.sharding.dealing import combine, distribute, require_same
 from shardwise.sharding.reshard import Axis, Reshard, collective_of, dual, reshard
 from shardwise.sharding.types import I, P, Placement, R, Shard
 
@@ -57,9 +58,9 @@ def check(source: Placement, target: Placement, results: list[tuple[Tensor, Tens
     ranks = len(results)
     whole, seed, _, _ = dealt(source, target, ranks)
     label = f"{source} → {target} on {ranks} ranks"
-    assert_same(combine([result for result, _ in results], {"tp": target}, {"tp": ranks}, SHAPE), whole, label)
+    require_same(combine([result for result, _ in results], {"tp": target}, {"tp": ranks}, SHAPE), whole, label)
     gradient = combine([gradient for _, gradient in results], {"tp": dual(source)}, {"tp": ranks}, SHAPE)
-    assert_same(gradient, seed, f"gradient of {label}")
+    require_same(gradient, seed, f"gradient of {label}")
 
 
 @pytest.mark.parametrize("ranks", [2, 3])
@@ -94,7 +95,7 @@ def test_a_gradient_has_a_type() -> None:
 
 
 def _on_a_real_rank(ranks: int) -> list[tuple[Tensor, Tensor]]:
-    communicate.create_groups([("tp", tuple(range(ranks)))])
+    create_groups([("tp", tuple(range(ranks)))])
     rank = torch.distributed.get_rank()
     results = []
     for source, target in PAIRS:

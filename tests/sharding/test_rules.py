@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from tests.sharding.brute_force import Sample, check_rule, missing_splits, sample
+from tests.sharding.brute_force import Mismatch, Sample, check_rule, missing_splits, sample
 from tests.sharding.samples import samples
 
 from shardwise.capture import operators
@@ -34,6 +34,7 @@ LEFT_OUT: dict[str, dict[str, str]] = {
     "aten.type_as.default": dict.fromkeys(("P, P", "S(0), P", "S(1), P"), _SHAPE_ONLY),
     "aten.expand_as.default": {"P, P": _SHAPE_ONLY},
     "aten.view_as.default": {"P, P": _SHAPE_ONLY},
+    "aten.reshape_as.default": {"P, P": _SHAPE_ONLY},
     "aten.layer_norm.default": dict.fromkeys(("R, P, P", "R, P"), _NORM_WEIGHTS),
     "aten.rms_norm.default": {"R, P": _NORM_WEIGHTS},
     "aten.group_norm.default": {"R, P, P": _NORM_WEIGHTS},
@@ -65,7 +66,12 @@ def test_rule_is_right(case: Sample) -> None:
     check_rule(case, signature_of(case.op))
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+# Operators that read beyond their inputs when the inputs' sizes disagree: what does not work must not be tried.
+UNCHECKED = {getattr(getattr(aten, name), form) for name in ("lstm", "gru", "rnn_tanh", "rnn_relu") for form in ("input", "data")}
+UNCHECKED |= {aten._unsafe_index.Tensor, aten._unsafe_index_put.default}
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case.op.target not in UNCHECKED], ids=str)
 def test_rule_is_complete(case: Sample) -> None:
     found = missing_splits(case, signature_of(case.op))
     unexplained = {inputs: outputs for inputs, outputs in found.items() if inputs not in LEFT_OUT.get(case.op.name, {})}
@@ -80,8 +86,8 @@ def test_what_is_left_out_still_works() -> None:
 
 
 def test_an_operator_without_rule_is_named() -> None:
-    with pytest.raises(RuleError, match=r"aten\.sort\.default in sample has no sharding rule"):
-        signature_of(sample(aten.sort.default, torch.randn(4)).op)
+    with pytest.raises(RuleError, match=r"aten\.as_strided\.default in sample has no sharding rule"):
+        signature_of(sample(aten.as_strided.default, torch.randn(4), [2], [2]).op)
 
 
 # -- spoilt rules ------------------------------------------------------------------------------------------------------------------------
@@ -101,7 +107,8 @@ SPOILT: dict[str, tuple[Sample, Callable[[Signature], Signature]]] = {
     "a sum is taken for whole": (first(aten.sum.default), lambda sig: with_split(sig, "d0", Split(others="I"))),
     "a sum passes through gelu": (first(aten.gelu.default), lambda sig: replace(sig, linear=(frozenset({0}),))),
     "a sum passes through one term alone": (first(aten.add.Tensor), lambda sig: replace(sig, linear=(frozenset({0}),))),
-    "what is normalised is split": (first(aten.softmax.int), lambda sig: with_split(sig, "d2", Split())),
+    "what is normalised is split": (first(aten.layer_norm.default), lambda sig: with_split(sig, "d2", Split())),
+    "a softmax that communicates is a softmax of each part": (first(aten.softmax.int), lambda sig: replace(sig, local=run_as_is)),
     "the causal mask is forgotten": (
         first(aten.scaled_dot_product_attention.default, lambda case: len(case.op.args) > 5),
         lambda sig: with_split(sig, "q", Split()),
@@ -117,7 +124,7 @@ SPOILT: dict[str, tuple[Sample, Callable[[Signature], Signature]]] = {
         lambda sig: with_split(sig, "v", Split(others="I", blocked=False)),
     ),
     "dims are mixed up": (first(aten.transpose.int), lambda sig: replace(sig, outputs=sig.inputs)),
-    "a factor is neither split nor explained": (first(aten.softmax.int), lambda sig: replace(sig, reasons={})),
+    "a factor is neither split nor explained": (first(aten.layer_norm.default), lambda sig: replace(sig, reasons={})),
 }
 
 
@@ -126,7 +133,7 @@ def test_a_wrong_rule_is_caught(name: str) -> None:
     case, spoil = SPOILT[name]
     sig = signature_of(case.op)
     check_rule(case, sig)
-    with pytest.raises(AssertionError):
+    with pytest.raises((AssertionError, Mismatch)):
         check_rule(case, spoil(sig))
 
 

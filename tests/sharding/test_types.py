@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.sharding.emulate import coordinates, distribute
 
+from shardwise.sharding.dealing import coordinates, distribute
 from shardwise.sharding.types import I, P, R, Shard, canonical, join, lengths, local_shape, part, take
 
 small = st.integers(1, 4)

@@ -1,28 +1,35 @@
 """model, example batch ──torch.export──▶ ExportedProgram ──▶ Graph
 
 The model is exported on descriptions of tensors (fake or meta), forward only and in the mode it is in; then each node becomes an `Op`,
-inlining regions that switch gradients off, dropping what has no effect, and rewriting the calls listed in `normalize`.
+inlining regions that switch gradients off, dropping what has no effect, and rewriting the calls listed in `normalize`. What cannot be
+followed is kept as one operator (`keep`): when exporting fails, the innermost submodule where it failed, and exporting begins again.
 """
 
 from __future__ import annotations
 
+import io
+import logging
 import operator
 import traceback
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stderr
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
 
 from shardwise.capture.blocks import find_blocks
-from shardwise.capture.graph import Graph, Op, Slot, Value, operator_name
-from shardwise.capture.normalize import NOISE, RANDOM_STATE, normalize, passes_through
-from shardwise.capture.operators import keyed_dropout
+from shardwise.capture.functional import functional
+from shardwise.capture.graph import Check, Graph, Op, Slot, Value, fill, operator_name
+from shardwise.capture.keep import Treatment, keeping
+from shardwise.capture.normalize import NOISE, RANDOM_STATE, is_random, normalize, passes_through
+from shardwise.capture.opaque import EXPECT, OPERATOR, Opaque, Result, opaque_of
+from shardwise.capture.record import Recording, record
 from shardwise.errors import BatchError, CaptureError
 
-__all__ = ["capture"]
+__all__ = ["capture", "loss_of"]
 
 Loss = Callable[[Any], torch.Tensor]
 
@@ -39,8 +46,56 @@ def capture(
     """
     tensors = {name: value for name, value in batch.items() if isinstance(value, torch.Tensor)}
     dims = _batch_dims(tensors, batch_dims or {})
-    exported = _functional(_export(model, batch, loss))
-    return _Converter(exported, model, dims).graph()
+    names = {module: name or type(model).__name__ for name, module in reversed(list(model.named_modules()))}
+    treatment = Treatment()
+    while True:
+        recording = _record(model, batch, loss, treatment) if treatment.needs_recording else Recording()
+        try:
+            with keeping(treatment, recording, names) as held:
+                exported = _export(model, batch, loss)
+                with _quiet():
+                    exported = functional(exported)
+                graph = _Converter(exported, model, dims).graph()
+        except _NotFollowed as error:
+            _treat_more(treatment, recording, error, model, names)
+            continue
+        del held  # from here on the graph's operators hold the code
+        graph.kept = {names[module]: why for module, why in treatment.whole.items()}
+        graph.kept |= {f"{names[module]} (its end)": why for module, why in treatment.tails.items()}
+        return graph
+
+
+def _treat_more(treatment: Treatment, recording: Recording, error: _NotFollowed, model: nn.Module, names: Mapping[nn.Module, str]) -> None:
+    """What to do about code that could not be followed: answer its questions, keep the end of the innermost submodule, or all of it.
+
+    Raises CaptureError when nothing is left to do.
+    """
+    if error.is_question and not treatment.answering:
+        treatment.answering = True
+        return
+    for stuck in error.inside:
+        alike = [module for module in names if type(module) is type(stuck) and (module is stuck or module is not model)]
+        if stuck not in treatment.tails and stuck not in treatment.whole and next(stuck.children(), None) is not None:
+            treatment.tails |= dict.fromkeys(alike, str(error))
+            return
+        if stuck not in treatment.whole and stuck is not model:
+            treatment.whole |= dict.fromkeys(alike, str(error))
+            for module in alike:
+                treatment.tails.pop(module, None)
+            return
+    raise CaptureError(error.explain(model, names)) from error.__cause__
+
+
+def _record(model: nn.Module, batch: Mapping[str, Any], loss: Loss | None, treatment: Treatment) -> Recording:
+    """What must be known of a run on the example batch."""
+    tensors = [*model.parameters(), *model.buffers(), *(value for value in batch.values() if isinstance(value, torch.Tensor))]
+    if any(tensor.is_meta for tensor in tensors):
+        why = next(iter((*treatment.whole.values(), *treatment.tails.values())), "its control flow depends on values")
+        raise CaptureError(
+            f"{type(model).__name__} cannot be captured from shapes alone: {why}. Build the model and the batch on cpu instead of meta: a run on "
+            "real tensors tells what is missing"
+        )
+    return record(model, lambda: _LossOnly(model, loss)(**batch), list(treatment.whole), list(treatment.tails))
 
 
 def _batch_dims(tensors: Mapping[str, torch.Tensor], given: Mapping[str, int | None]) -> dict[str, int]:
@@ -66,79 +121,88 @@ class _LossOnly(nn.Module):
         self.loss = loss
 
     def forward(self, **batch: Any) -> torch.Tensor:
-        output = self.model(**batch)
-        value = self.loss(output) if self.loss is not None else getattr(output, "loss", output)
-        if isinstance(value, dict):
-            value = value.get("loss")
-        if not isinstance(value, torch.Tensor) or value.numel() != 1:
-            found = f"a tensor of shape {list(value.shape)}" if isinstance(value, torch.Tensor) else type(output).__name__
-            raise CaptureError(
-                f"{type(self.model).__name__} returns {found}, not a scalar loss; put labels into the batch or pass loss=callable "
-                "that makes the scalar from the module's output"
-            )
-        return value.reshape(())
+        return loss_of(self.model(**batch), self.loss, self.model)
+
+
+def loss_of(output: Any, loss: Loss | None, model: nn.Module) -> torch.Tensor:
+    """The scalar loss in a module's output. Raises CaptureError, which says how to give one, when there is none."""
+    value = loss(output) if loss is not None else getattr(output, "loss", output)
+    if isinstance(value, dict):
+        value = value.get("loss")
+    if not isinstance(value, torch.Tensor) or value.numel() != 1:
+        found = f"a tensor of shape {list(value.shape)}" if isinstance(value, torch.Tensor) else type(output).__name__
+        raise CaptureError(
+            f"{type(model).__name__} returns {found}, not a scalar loss; put labels into the batch or pass loss=callable "
+            "that makes the scalar from the module's output"
+        )
+    return value.reshape(())
 
 
 def _export(model: nn.Module, batch: Mapping[str, Any], loss: Loss | None) -> torch.export.ExportedProgram:
     # A tensor passed under two names would be captured as one input: give each name its own.
     device = torch.device("meta") if any(parameter.is_meta for parameter in model.parameters()) else None
-    example = {name: torch.empty_like(value, device=device) if isinstance(value, torch.Tensor) else value for name, value in batch.items()}
+    example = {name: _described(value, device) if isinstance(value, torch.Tensor) else value for name, value in batch.items()}
     try:
-        with _refuse_custom_functions():
+        with _quiet():
             return torch.export.export(_LossOnly(model, loss), (), kwargs=example, strict=False)
     except CaptureError:
         raise
     except Exception as error:
-        raise CaptureError(_explain(model, error)) from error
+        raise _NotFollowed.from_traceback(model, error) from error
 
 
 @contextmanager
-def _refuse_custom_functions() -> Iterator[None]:
-    """Stops at a user's torch.autograd.Function: export would trace through it and silently lose its hand-written backward."""
-    original = torch.autograd.Function.__dict__["apply"]
-
-    def apply(cls: type, *args: Any, **kwargs: Any) -> Any:
-        if not cls.__module__.startswith("torch."):
-            raise CaptureError(
-                f"torch.autograd.Function {cls.__module__}.{cls.__qualname__} has a backward of its own, which capturing would lose; "
-                "write it with differentiable operators"
-            )
-        return original.__get__(None, cls)(*args, **kwargs)
-
-    torch.autograd.Function.apply = classmethod(apply)  # type: ignore[method-assign, assignment]
+def _quiet() -> Iterator[None]:
+    """Without torch's own account of a failed export, which it prints: the reason is in the exception."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
     try:
-        yield
+        with redirect_stderr(io.StringIO()), warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            yield
     finally:
-        torch.autograd.Function.apply = original  # type: ignore[method-assign]
+        logging.disable(before)
 
 
-def _explain(model: nn.Module, error: Exception) -> str:
-    """Which module and line stopped the capture, and what to change."""
-    names = {type(module): name or type(model).__name__ for name, module in reversed(list(model.named_modules()))}
-    where = ""
-    tb = error.__traceback__
-    for frame, line in traceback.walk_tb(tb):
-        owner = frame.f_locals.get("self")
-        if type(owner) in names and not frame.f_code.co_filename.startswith(torch.__path__[0]):
-            where = f" in {names[type(owner)]} ({frame.f_code.co_filename}:{line})"
-    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    return (
-        f"{type(model).__name__} cannot be captured{where}: {type(error).__name__}: {reason}. "
-        "Control flow that depends on tensor values must be written with tensor operators (torch.where, masks)"
-    )
+def _described(tensor: torch.Tensor, device: torch.device | None) -> torch.Tensor:
+    """A tensor of the same shape and strides."""
+    return torch.empty_like(tensor, device=device)
 
 
-def _functional(exported: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
-    """Without in-place operators: changed buffers become results. High-level operators are kept."""
-    mutating = any(
-        node.op == "call_function"
-        and isinstance(node.target, torch._ops.OpOverload)
-        and (node.target._schema.is_mutable or node.target is torch.ops.aten.batch_norm.default)
-        for module in exported.graph_module.modules()
-        if isinstance(module, torch.fx.GraphModule)
-        for node in module.graph.nodes
-    )
-    return exported.run_decompositions({}) if mutating else exported
+class _NotFollowed(Exception):
+    """Exporting could not follow the code.
+
+    inside: the submodules whose code that was, innermost first; place: file and line; is_question: the code asked for a tensor's value.
+    """
+
+    def __init__(self, reason: str, inside: list[nn.Module], place: str = "", *, is_question: bool = False) -> None:
+        super().__init__(reason)
+        self.inside, self.place, self.is_question = inside, place, is_question
+
+    @staticmethod
+    def from_traceback(model: nn.Module, error: Exception) -> _NotFollowed:
+        members = set(model.modules())
+        inside: list[nn.Module] = []
+        place = ""
+        for frame, line in traceback.walk_tb(error.__traceback__):
+            owner = frame.f_locals.get("self")
+            if isinstance(owner, nn.Module) and owner in members:
+                if frame.f_code.co_name == "_call_impl":
+                    inside.append(owner)
+                if not frame.f_code.co_filename.startswith(torch.__path__[0]):
+                    place = f"{frame.f_code.co_filename}:{line}"
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        kind = type(error).__name__
+        return _NotFollowed(f"{kind}: {reason}", list(dict.fromkeys(inside[::-1])), place, is_question="DataDependent" in kind)
+
+    def explain(self, model: nn.Module, names: Mapping[nn.Module, str]) -> str:
+        """Which module and line stopped the capture, and what to change."""
+        where = f" in {names[self.inside[0]]}" if self.inside else ""
+        return (
+            f"{type(model).__name__} cannot be captured{where}{f' ({self.place})' if self.place else ''}: {self}. "
+            "Move that code into a submodule, which is then kept whole as one operator, or write control flow that depends on tensor values "
+            "with tensor operators (torch.where, masks)"
+        )
 
 
 def _value(name: str, meta: torch.Tensor, kind: Any = "result", requires_grad: bool = False) -> Value:
@@ -156,8 +220,12 @@ class _Builder:
     def add(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], metas: list[torch.Tensor]) -> tuple[Value, ...]:
         inputs: list[Value] = []
         slotted_args, slotted_kwargs = _slots((args, kwargs), inputs)  # devices become "cpu": where it runs is the program's matter
+        if is_random(target):  # no keyed form of it is known: every rank draws all of it, from one seed
+            target = _drawn(target, slotted_args, slotted_kwargs, metas, self.random_key())
+            inputs.append(self.random_state())
+            slotted_args, slotted_kwargs = tuple(Slot(index) for index in range(len(inputs))), {}
         tracked = self.grad and any(value.requires_grad for value in inputs)
-        name = f"{self.module or 'model'}.{operator_name(target).split('.')[1]}"
+        name = f"{self.module or 'model'}.{operator_name(target).split('.')[1].split('[')[0]}"
         outputs = tuple(
             _value(self.converter.unique(name), meta, requires_grad=tracked and _differentiable(target, meta)) for meta in metas
         )
@@ -170,8 +238,23 @@ class _Builder:
     def random_state(self) -> Value:
         return self.converter.inputs.setdefault(RANDOM_STATE, Value(name=RANDOM_STATE, shape=(2,), dtype=torch.int64, kind="input"))
 
+    def update(self, buffer: Value, new: Value) -> None:
+        self.converter.changed[buffer.name] = new
+
     def random_key(self) -> int:
-        return sum(op.target is keyed_dropout for op in self.converter.ops)
+        return sum(any(value.name == RANDOM_STATE for value in op.inputs) for op in self.converter.ops)
+
+
+def _drawn(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], metas: list[torch.Tensor], number: int) -> Opaque:
+    """A random operator as code that is seeded before it runs."""
+    results = tuple(Result(shape=tuple(meta.shape), dtype=meta.dtype) for meta in metas)
+
+    def code(tensors: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+        filled_args, filled_kwargs = fill((args, kwargs), list(tensors))
+        made = target(*filled_args, **filled_kwargs)
+        return made if isinstance(made, (tuple, list)) else (made,)
+
+    return Opaque(name=str(target), version=torch.__version__, code=code, results=results, random=True, number=number)
 
 
 class _Converter:
@@ -179,11 +262,14 @@ class _Converter:
 
     def __init__(self, exported: torch.export.ExportedProgram, model: nn.Module, batch_dims: dict[str, int]) -> None:
         self.exported = exported
+        self.model = model
         self.batch_dims = batch_dims
         self.ops: list[Op] = []
         self.names: dict[str, int] = {}
         self.parameters, self.buffers, self.inputs = {}, {}, {}  # type: dict[str, Value], dict[str, Value], dict[str, Value]
         self.constants: dict[str, torch.Tensor] = {}
+        self.checks: list[Check] = []
+        self.changed: dict[str, Value] = {}
         self.first_names, self.aliases = _ties(model)
         self.frozen = {name for name, parameter in model.named_parameters(remove_duplicate=False) if not parameter.requires_grad}
 
@@ -194,9 +280,10 @@ class _Converter:
             env[node] = self._source(node, spec)
         results = self._walk(self.exported.graph_module, env, grad=True)
         loss, updates = self._outputs(results)
+        updates = {**self.changed, **updates}
         if not loss.requires_grad:
             raise CaptureError("the loss depends on no parameter that requires a gradient; there is nothing to train")
-        self._drop_unused({loss, *updates.values()})
+        self._drop_unused({loss, *updates.values(), *(check.value for check in self.checks)})
         graph = Graph(
             parameters=self.parameters,
             buffers=self.buffers,
@@ -207,7 +294,9 @@ class _Converter:
             updates=updates,
             batch_dims={name: dim for name, dim in self.batch_dims.items() if name in self.inputs},
             constants=self.constants,
+            checks=self.checks,
         )
+        self._refuse_early_answers(graph)
         _assign_keys(graph.ops)
         graph.blocks = find_blocks(graph.ops)
         return graph
@@ -263,9 +352,18 @@ class _Converter:
             body = args[1]
             inner = dict(zip([n for n in body.graph.nodes if n.op == "placeholder"], args[2:], strict=True))
             return self._walk(body, inner, grad and args[0])
+        if getattr(target, "__name__", "") == "wrap_with_autocast" and not args[2]:
+            body = args[4]
+            inner = dict(zip([n for n in body.graph.nodes if n.op == "placeholder"], args[5:], strict=True))
+            return self._walk(body, inner, grad)
+        if target is EXPECT:
+            self.checks.append(Check(value=args[0], expected=args[1], module=_module_path(node)))
+            return None
         if operator_name_or_none(target) in NOISE:
             return None
-        _check_sizes(node)
+        self._check(node)
+        if target is OPERATOR:
+            return self._opaque(node, args, grad)
         if (same := passes_through(target, args, node.meta["val"])) is not None and (grad or not same.requires_grad):
             return same
         return self._emit(node, target, args, kwargs, grad)
@@ -277,6 +375,53 @@ class _Converter:
         builder = _Builder(converter=self, module=_module_path(node), grad=grad)
         outputs = normalize(target, args, kwargs, metas, builder)
         return outputs if isinstance(value, (tuple, list)) else outputs[0]
+
+    def _refuse_early_answers(self, graph: Graph) -> None:
+        """Answers that depend on parameters may change from step to step: the code that asks must be kept."""
+        known = {value for value in graph.inputs.values() if value.name != RANDOM_STATE}
+        known |= {value for name, value in graph.buffers.items() if name not in graph.updates}
+        for op in graph.ops:
+            if not op.requires_grad and all(value in known for value in op.inputs):
+                known.update(op.outputs)
+        for check in graph.checks:
+            if check.value not in known:
+                where = check.module or "the model"
+                raise _NotFollowed(f"{where}: its control flow depends on values that training changes", self._around(check.module))
+
+    def _opaque(self, node: torch.fx.Node, args: tuple[Any, ...], grad: bool) -> tuple[Value, ...]:
+        """Code kept whole: an operator of its tensors, and of the random state if it draws random numbers."""
+        builder = _Builder(converter=self, module=_module_path(node), grad=grad)
+        kept: Opaque = opaque_of(args[1])
+        inputs = tuple(args[0])
+        if kept.random:
+            inputs, kept = (*inputs, builder.random_state()), replace(kept, number=builder.random_key())
+        return builder.add(kept, inputs, {}, list(node.meta["val"]))
+
+    def _check(self, node: torch.fx.Node) -> None:
+        """Every result is a tensor whose size is known, of an operator that can be called again."""
+        where = _module_path(node)
+        value = node.meta.get("val")
+        reason = ""
+        if not isinstance(node.target, torch._ops.OpOverload):
+            reason = f"{getattr(node.target, '__name__', node.target)} is no operator on tensors"
+        for item in value if isinstance(value, (tuple, list)) else [value]:
+            if not isinstance(item, torch.Tensor) or any(not isinstance(size, int) for size in item.shape):
+                reason = (
+                    f"{node.target} makes {item!r}, whose size or value depends on the data (masks instead of boolean indexing would not)"
+                )
+        if reason:
+            question = node.target in (torch.ops.aten.item.default, torch.ops.aten._local_scalar_dense.default)
+            raise _NotFollowed(f"{where or 'the model'}: {reason}", self._around(where), is_question=question)
+
+    def _around(self, path: str) -> list[nn.Module]:
+        """The submodule of a path and those that it is in, innermost first."""
+        parts = path.split("@")[0].split(".") if path else []
+        found = [self.model]
+        for part in parts:
+            if not isinstance(inner := getattr(found[-1], part, None), nn.Module):
+                break
+            found.append(inner)
+        return found[::-1]
 
     def unique(self, name: str) -> str:
         """`name`, numbered when it is taken."""
@@ -314,16 +459,6 @@ def operator_name_or_none(target: Any) -> str:
 
 def _differentiable(target: Any, meta: torch.Tensor) -> bool:
     return (meta.dtype.is_floating_point or meta.dtype.is_complex) and operator_name(target) != "aten.detach.default"
-
-
-def _check_sizes(node: torch.fx.Node) -> None:
-    value = node.meta.get("val")
-    for item in value if isinstance(value, (tuple, list)) else [value]:
-        if not isinstance(item, torch.Tensor) or any(not isinstance(size, int) for size in item.shape):
-            raise CaptureError(
-                f"{node.target} in {_module_path(node) or 'the model'} makes {item!r}, whose size depends on the data; "
-                "use an operator whose result has a fixed shape (masks instead of boolean indexing)"
-            )
 
 
 def _slots(tree: Any, inputs: list[Value]) -> Any:

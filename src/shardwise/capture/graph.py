@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 import torch
 
-__all__ = ["Graph", "Op", "Slot", "Value", "call", "operator_name"]
+__all__ = ["Check", "Graph", "Op", "Slot", "Value", "call", "operator_name"]
 
 Kind = Literal["parameter", "buffer", "input", "result"]
 
@@ -95,6 +95,18 @@ class Op:
         return f"{', '.join(map(repr, self.outputs))} = {self.name}({', '.join(arguments)}) of {list(self.inputs)} in {self.module}"
 
 
+@dataclass(frozen=True, kw_only=True)
+class Check:
+    """What a value of the graph, which depends on the batch alone, was on the example batch: the graph is right for batches like that.
+
+    module: whose control flow depends on it.
+    """
+
+    value: Value
+    expected: float
+    module: str
+
+
 @dataclass(kw_only=True)
 class Graph:
     """A model's forward pass.
@@ -104,6 +116,7 @@ class Graph:
     updates: buffers that the forward pass changes → the value that replaces them.
     blocks: runs of repeated operators, for each the list of equal operator sequences.
     global_batch: samples in the batch (size of each input's batch dim); batch_dims: input → its batch dim.
+    kept: submodules that are one operator each → why they could not be captured. checks: what a batch must be like.
     """
 
     parameters: dict[str, Value]
@@ -116,6 +129,8 @@ class Graph:
     blocks: list[list[list[Op]]] = field(default_factory=list)
     batch_dims: dict[str, int] = field(default_factory=dict)
     constants: dict[str, Any] = field(default_factory=dict)
+    kept: dict[str, str] = field(default_factory=dict)
+    checks: list[Check] = field(default_factory=list)
 
     @property
     def global_batch(self) -> int:
@@ -160,6 +175,22 @@ class Graph:
                 if last_use[value] is op and value not in keep and value.kind == "result":
                     tensors.pop(value, None)
         return {value: tensors[value] for value in keep}
+
+    def wrong_checks(self, state: Mapping[str, torch.Tensor], batch: Mapping[str, torch.Tensor]) -> list[tuple[Check, float]]:
+        """The checks that a (whole) batch does not pass, with what was found."""
+        needed, wanted = set[Op](), [check.value for check in self.checks]
+        while wanted:
+            value = wanted.pop()
+            if value.producer is not None and value.producer not in needed:
+                needed.add(value.producer)
+                wanted.extend(value.producer.inputs)
+        tensors = {value: batch[name] for name, value in self.inputs.items() if name in batch}
+        tensors |= {value: state[name] for name, value in self.buffers.items() if name in state}
+        for op in self.ops:
+            if op in needed:
+                tensors.update(zip(op.outputs, call(op, [tensors[value] for value in op.inputs]), strict=True))
+        found = [(check, float(tensors[check.value])) for check in self.checks]
+        return [(check, value) for check, value in found if value != check.expected]
 
 
 def call(op: Op, tensors: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:

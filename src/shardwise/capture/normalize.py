@@ -2,21 +2,28 @@
 
 - no effect: assertions, casts to the same type, aliases, dropout of nothing
 - mean cross-entropy = sum / count, since the two are split differently (the count depends on inputs alone)
-- dropout and attention dropout use keyed random numbers
+- every random number is keyed (`keyed`): a function of the step and of where it stands in the whole tensor
+- dropout between the layers of a recurrent network is a call of its own, and so is each of them
+- bags of embeddings of one length are rows
 - batch normalisation returns its new statistics
+- mixtures of experts are products in which each row names its matrix (`experts`)
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any, Protocol
+from collections.abc import Callable
+from typing import Any
 
 import torch
 
-from shardwise.capture import operators
+from shardwise.capture import experts, keyed, operators
+from shardwise.capture.builder import Builder, Request
 from shardwise.capture.graph import Value
+from shardwise.capture.keyed import is_random
+from shardwise.errors import CaptureError
 
-__all__ = ["NOISE", "RANDOM_STATE", "normalize", "passes_through"]
+__all__ = ["NOISE", "RANDOM_STATE", "is_random", "normalize", "passes_through"]
 
 aten = torch.ops.aten
 
@@ -39,108 +46,220 @@ _ALIASES = {
     aten.slice.Tensor,
     aten.expand.default,
 }
-_DROPOUT = {aten.dropout.default, aten.native_dropout.default}
-
-
-class Builder(Protocol):
-    """Appends to the graph under construction."""
-
-    def add(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], metas: list[torch.Tensor]) -> tuple[Value, ...]:
-        """Appends one operator call; returns its results, described by `metas`."""
-
-    def random_state(self) -> Value:
-        """The input from which random numbers are made, int64 [2]: a number for the step, the microbatch."""
-
-    def random_key(self) -> int:
-        """A number for a random operator that no other one of the graph has."""
 
 
 def passes_through(target: Any, args: tuple[Any, ...], meta: Any) -> Value | None:
     """The input that the call returns unchanged, if it is such a call."""
     if target in _ALIASES and isinstance(meta, torch.Tensor) and isinstance(args[0], Value):
         return args[0] if args[0].shape == tuple(meta.shape) and args[0].dtype == meta.dtype else None
-    if target in _DROPOUT and not isinstance(meta, (tuple, list)) and (args[1] == 0 or not args[2]):
+    if target in keyed.DROPOUTS and not isinstance(meta, (tuple, list)) and (args[1] == 0 or not args[2]):
         return args[0]
     return None
 
 
 def normalize(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], metas: list[torch.Tensor], builder: Builder) -> tuple[Value, ...]:
     """The results of the call, rewritten where it must be, whose parts are appended to `builder`."""
-    add = builder.add
-    if target in (aten.view.default, aten._unsafe_view.default):
-        return add(aten.reshape.default, args, kwargs, metas)
-    if target is aten.broadcast_tensors.default:
-        return tuple(
-            each if each.shape == tuple(meta.shape) else add(aten.expand.default, (each, list(meta.shape)), {}, [meta])[0]
-            for each, meta in zip(args[0], metas, strict=True)
+    call = Request(target=target, args=args, kwargs=kwargs, metas=metas, builder=builder)
+    for rewrite in (_REWRITES.get(target), keyed.rewrite, experts.rewrite):
+        if rewrite is not None and (found := rewrite(call)) is not None:
+            return found if isinstance(found, tuple) else (found,) * len(metas)
+    return builder.add(target, args, kwargs, metas)
+
+
+def _view(call: Request) -> tuple[Value, ...]:
+    return call.builder.add(aten.reshape.default, call.args, call.kwargs, call.metas)
+
+
+def _broadcast(call: Request) -> tuple[Value, ...]:
+    return tuple(_expanded(call, each, meta) for each, meta in zip(call.args[0], call.metas, strict=True))
+
+
+def _expanded(call: Request, x: Value, meta: torch.Tensor) -> Value:
+    return x if x.shape == tuple(meta.shape) else call.add(aten.expand.default, x, list(meta.shape), meta=meta)
+
+
+def _copy(call: Request) -> Value:
+    """What an assignment to a slice becomes: the values that it overwrites do not matter, but their dtype and shape."""
+    source, meta = call.args[1], call.meta
+    if source.dtype != meta.dtype:
+        source = call.add(aten.to.dtype, source, meta.dtype, meta=meta.new_empty(source.shape))
+    return _expanded(call, source, meta)
+
+
+def _cross_entropy(call: Request) -> Value:
+    """Sum or each element; a mean of labels divides by the count of valid ones, a mean of probabilities by that of the positions."""
+    logits, target, weight = call.args[0], call.args[1], call.get("weight")
+    arguments = (logits, target, weight, call.get("ignore_index"), call.get("label_smoothing"))
+    if call.get("reduction") == 0:
+        return call.add(operators.cross_entropy_each, *arguments)
+    total = call.add(operators.cross_entropy_sum, *arguments)
+    if call.get("reduction") == 1 and operators.is_soft(target.dtype):
+        return call.add(aten.div.Tensor, total, logits.numel // logits.shape[min(len(logits.shape) - 1, 1)])
+    return _over_valid(call, total) if call.get("reduction") == 1 else total
+
+
+def _negative_log_likelihood(call: Request) -> Value:
+    arguments = (*call.args[:2], call.get("weight"), call.get("ignore_index"))
+    if call.get("reduction") == 0:
+        return call.add(operators.nll_each, *arguments)
+    total = call.add(operators.nll_sum, *arguments)
+    return _over_valid(call, total) if call.get("reduction") == 1 else total
+
+
+def _over_valid(call: Request, total: Value) -> Value:
+    count = call.add(operators.valid_count, call.args[1], call.get("weight"), call.get("ignore_index"), call.meta.dtype)
+    return call.add(aten.div.Tensor, total, count)
+
+
+def _embedding(call: Request) -> Value | None:
+    """Sparse gradients become dense ones."""
+    if not call.get("sparse"):
+        return None
+    return call.add(aten.embedding.default, *call.args[:2], call.get("padding_idx"), call.get("scale_grad_by_freq"))
+
+
+def _embedding_bag(call: Request) -> Value:
+    """Bags of one length, written as offsets that count in steps of it, are rows of a table."""
+    weight, index, starts = call.args[:3]
+    scale, mode = call.get("per_sample_weights"), ("sum", "mean", "max")[call.get("mode")]
+    padding = None if call.target is aten.embedding_bag.default else call.get("padding_idx")
+    if padding is not None and padding < 0:  # counted from the end; but in the inner operator it means none
+        padding = None if call.target is aten._embedding_bag.default else padding + weight.shape[0]
+    rest = (mode, padding, bool(call.get("scale_grad_by_freq")))
+    length = _step(starts, index.numel)
+    if length is None or call.get("include_last_offset"):
+        return call.add(operators.bag_of_runs, weight, index, starts, scale, *rest, bool(call.get("include_last_offset")))
+    sizes = [index.numel // length, length]
+    index = call.add(aten.reshape.default, index, sizes, meta=call.meta.new_empty(sizes, dtype=index.dtype))
+    if scale is not None:
+        scale = call.add(aten.reshape.default, scale, sizes, meta=call.meta.new_empty(sizes, dtype=scale.dtype))
+    return call.add(operators.bag_of_rows, weight, index, scale, *rest)
+
+
+def _step(starts: Value, end: int) -> int | None:
+    """n, if `starts` is 0, n, 2n, … up to the end."""
+    made = starts.producer
+    if made is None or made.target is not aten.arange.start_step or made.args[:2] != (0, end) or end % made.args[2]:
+        return None
+    return int(made.args[2])
+
+
+def _recurrent(call: Request) -> tuple[Value, ...] | None:
+    """A recurrent layer with dropout between its layers: one call for each of them, and the dropout."""
+    x, states, weights, biases, layers, probability, training, both_ways, batch_first = call.args
+    if not probability:
+        return None
+    if not training or layers == 1:
+        return call.builder.add(call.target, (*call.args[:5], 0.0, *call.args[6:]), {}, call.metas)
+    ways, each = 1 + both_ways, len(weights) // layers
+    like = [call.meta, *(meta.new_empty((ways, *meta.shape[1:])) for meta in call.metas[1:])]
+    kept: list[list[Value]] = []
+    for layer in range(layers):
+        own = [_layer_of(call, state, layer * ways, ways) for state in (states if isinstance(states, (tuple, list)) else [states])]
+        given = own if isinstance(states, (tuple, list)) else own[0]
+        arguments = (x, given, weights[layer * each : (layer + 1) * each], biases, 1, 0.0, training, both_ways, batch_first)
+        x, *last = call.builder.add(call.target, arguments, {}, like)
+        kept.append(last)
+        if layer < layers - 1:
+            x = keyed.dropped(call, x, probability, call.meta)
+    joined = zip(zip(*kept, strict=True), call.metas[1:], strict=True)
+    return (x, *(call.add(aten.cat.default, list(found), 0, meta=meta) for found, meta in joined))
+
+
+def _layer_of(call: Request, state: Value, start: int, ways: int) -> Value:
+    return call.add(aten.slice.Tensor, state, 0, start, start + ways, meta=call.meta.new_empty((ways, *state.shape[1:])))
+
+
+def _weight_norm(call: Request) -> Value:
+    return call.add(operators.weight_norm, *call.args[:2], call.get("dim"))
+
+
+def _own_statistics(call: Request) -> Value:
+    return call.add(operators.batch_norm_alone, *call.args[:3], call.get("eps"))
+
+
+def _batch_norm(call: Request) -> Value | tuple[Value, ...]:
+    """With statistics that are given, or the batch's own, which then become part of the running ones."""
+    x, weight, bias, mean, var = call.args[:5]
+    if call.target is aten._native_batch_norm_legit_no_training.default or not call.get("training"):
+        return call.add(operators.batch_norm_fixed, x, weight, bias, mean, var, call.get("eps"))
+    out, *statistics = _with_running(call, operators.batch_norm)
+    return (out, out, out, *statistics)
+
+
+def _with_running(call: Request, operator: Any) -> tuple[Value, ...]:
+    """The result and the new running statistics."""
+    metas = [call.meta, *(call.meta.new_empty(value.shape) for value in call.args[3:5])]
+    return call.builder.add(operator, (*call.args[:5], call.get("momentum"), call.get("eps")), {}, metas)
+
+
+def _instance_norm(call: Request) -> Value | None:
+    """Exporting does not see that running statistics change."""
+    mean, var = call.args[3:5]
+    if not call.get("use_input_stats"):
+        return call.add(operators.batch_norm_fixed, *call.args[:5], call.get("eps"))
+    if mean is None:
+        return None
+    if (update := getattr(call.builder, "update", None)) is None:
+        raise CaptureError("instance normalisation changes its running statistics; build it with track_running_stats=False")
+    out, new_mean, new_var = _with_running(call, operators.instance_norm)
+    update(mean, new_mean)
+    update(var, new_var)
+    return out
+
+
+def _attention(call: Request) -> Value | None:
+    """With dropout: softmax(q kᵀ · scale + mask), keyed dropout, · v, whose random mask does not depend on the kernel."""
+    query, key, value, mask = (*call.args[:3], call.get("attn_mask"))
+    if not call.get("dropout_p"):
+        return None
+    like, heads = call.meta.new_empty, query.shape[-3] if len(query.shape) > 2 else 1
+    if call.get("enable_gqa"):  # each key head serves several query heads
+        key, value = (
+            call.add(aten.repeat_interleave.self_int, each, heads // each.shape[-3], -3, meta=like(_with_heads(each, heads)))
+            for each in (key, value)
         )
-    if target is aten.cross_entropy_loss.default:
-        return _cross_entropy(args, metas, builder)
-    if target in _DROPOUT:
-        return _dropout(args, metas, builder)
-    if target is aten.scaled_dot_product_attention.default and _get(args, 4, 0.0):
-        return (_attention(args, kwargs, metas[0], builder),)
-    if target is aten._native_batch_norm_legit_functional.default and args[5]:
-        x, weight, bias, mean, var, _, momentum, eps = args
-        out, new_mean, new_var = add(operators.batch_norm, (x, weight, bias, mean, var, momentum, eps), {}, [metas[0], metas[3], metas[4]])
-        return out, out, out, new_mean, new_var
-    return add(target, args, kwargs, metas)
-
-
-def _get(args: tuple[Any, ...], index: int, default: Any) -> Any:
-    return args[index] if len(args) > index else default
-
-
-def _cross_entropy(args: tuple[Any, ...], metas: list[torch.Tensor], builder: Builder) -> tuple[Value, ...]:
-    add = builder.add
-    logits, target, weight, reduction = args[0], args[1], _get(args, 2, None), _get(args, 3, 1)
-    ignore_index, smoothing = _get(args, 4, -100), _get(args, 5, 0.0)
-    if reduction == 0 or target.dtype.is_floating_point or (smoothing and weight is not None):
-        return add(aten.cross_entropy_loss.default, args, {}, metas)
-    scalar = metas[0]
-    (total,) = add(operators.cross_entropy_sum, (logits, target, weight, ignore_index, smoothing), {}, [scalar])
-    if reduction == 2:
-        return (total,)
-    (count,) = add(operators.valid_count, (target, weight, ignore_index, logits.dtype), {}, [scalar])
-    return add(aten.div.Tensor, (total, count), {}, [scalar])
-
-
-def _dropout(args: tuple[Any, ...], metas: list[torch.Tensor], builder: Builder) -> tuple[Value, ...]:
-    arguments = (args[0], builder.random_state(), float(args[1]))
-    (out,) = builder.add(operators.keyed_dropout, arguments, {"key": builder.random_key()}, [metas[0]])
-    return (out,) * len(metas)
-
-
-def _attention(args: tuple[Any, ...], kwargs: dict[str, Any], meta: torch.Tensor, builder: Builder) -> Value:
-    """softmax(q kᵀ · scale + mask), keyed dropout, · v: attention whose random mask does not depend on the kernel."""
-    add = builder.add
-    query, key, value, mask, probability = (*args[:3], _get(args, 3, None), args[4])
-    scale = kwargs.get("scale") or 1 / math.sqrt(query.shape[-1])
-    like = meta.new_empty
-    keys = key.shape[:-2] + (key.shape[-1], key.shape[-2])
-    scores_meta = like((*query.shape[:-1], key.shape[-2]))
-    (turned,) = add(aten.transpose.int, (key, -2, -1), {}, [like(keys)])
-    (scores,) = add(aten.matmul.default, (query, turned), {}, [scores_meta])
-    (scores,) = add(aten.mul.Tensor, (scores, scale), {}, [scores_meta])
-    if _get(args, 5, False):
-        mask = _causal_mask(query.shape[-2], key.shape[-2], meta, builder)
+    scores_like = like((*query.shape[:-1], key.shape[-2]))
+    turned = call.add(aten.transpose.int, key, -2, -1, meta=like((*key.shape[:-2], key.shape[-1], key.shape[-2])))
+    scores = call.add(aten.matmul.default, query, turned, meta=scores_like)
+    scores = call.add(aten.mul.Tensor, scores, call.get("scale") or 1 / math.sqrt(query.shape[-1]), meta=scores_like)
+    if call.get("is_causal"):
+        mask = _causal_mask(call, query.shape[-2], key.shape[-2])
     if mask is not None and mask.dtype == torch.bool:
-        (outside,) = add(aten.logical_not.default, (mask,), {}, [meta.new_empty(mask.shape, dtype=torch.bool)])
-        (scores,) = add(aten.masked_fill.Scalar, (scores, outside, float("-inf")), {}, [scores_meta])
+        outside = call.add(aten.logical_not.default, mask, meta=like(mask.shape, dtype=torch.bool))
+        scores = call.add(aten.masked_fill.Scalar, scores, outside, float("-inf"), meta=scores_like)
     elif mask is not None:
-        (scores,) = add(aten.add.Tensor, (scores, mask), {}, [scores_meta])
-    (weights,) = add(aten.softmax.int, (scores, -1), {}, [scores_meta])
-    (kept,) = _dropout((weights, probability), [scores_meta], builder)
-    (result,) = add(aten.matmul.default, (kept, value), {}, [meta])
-    return result
+        scores = call.add(aten.add.Tensor, scores, mask, meta=scores_like)
+    weights = call.add(aten.softmax.int, scores, -1, meta=scores_like)
+    return call.add(aten.matmul.default, keyed.dropped(call, weights, call.get("dropout_p"), scores_like), value)
 
 
-def _causal_mask(queries: int, keys: int, meta: torch.Tensor, builder: Builder) -> Value:
+def _with_heads(value: Value, heads: int) -> tuple[int, ...]:
+    return (*value.shape[:-3], heads, *value.shape[-2:])
+
+
+def _causal_mask(call: Request, queries: int, keys: int) -> Value:
     """bool [queries, keys]: query i sees the keys up to i."""
+    like = call.meta.new_empty
+    rows, columns = (call.add(aten.arange.default, count, meta=like(count, dtype=torch.int64)) for count in (queries, keys))
+    rows = call.add(aten.unsqueeze.default, rows, 1, meta=like((queries, 1), dtype=torch.int64))
+    return call.add(aten.le.Tensor, columns, rows, meta=like((queries, keys), dtype=torch.bool))
 
-    def counted(count: int) -> Value:
-        return builder.add(aten.arange.default, (count,), {}, [meta.new_empty((count,), dtype=torch.int64)])[0]
 
-    (rows,) = builder.add(aten.unsqueeze.default, (counted(queries), 1), {}, [meta.new_empty((queries, 1), dtype=torch.int64)])
-    (mask,) = builder.add(aten.le.Tensor, (counted(keys), rows), {}, [meta.new_empty((queries, keys), dtype=torch.bool)])
-    return mask
+_Rewritten = Value | tuple[Value, ...] | None
+# Operator → what is made of it; None: it stays, or another rewriting may have it.
+_REWRITES: dict[Any, Callable[[Request], _Rewritten]] = {
+    **dict.fromkeys((aten.view.default, aten._unsafe_view.default), _view),
+    aten.copy.default: _copy,
+    aten.broadcast_tensors.default: _broadcast,
+    aten.cross_entropy_loss.default: _cross_entropy,
+    **dict.fromkeys((aten.nll_loss_nd.default, aten.nll_loss.default, aten.nll_loss2d.default), _negative_log_likelihood),
+    aten.embedding.default: _embedding,
+    **dict.fromkeys((aten.embedding_bag.default, aten.embedding_bag.padding_idx, aten._embedding_bag.default), _embedding_bag),
+    aten.scaled_dot_product_attention.default: _attention,
+    **dict.fromkeys((aten.lstm.input, aten.gru.input, aten.rnn_tanh.input, aten.rnn_relu.input), _recurrent),
+    **dict.fromkeys((aten._weight_norm.default, aten._weight_norm_interface.default), _weight_norm),
+    **dict.fromkeys((aten._native_batch_norm_legit_functional.default, aten._native_batch_norm_legit_no_training.default), _batch_norm),
+    aten._native_batch_norm_legit.no_stats: _own_statistics,
+    aten.instance_norm.default: _instance_norm,
+}

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import textwrap
-from collections import Counter
+from collections import Counter, defaultdict
+from collections.abc import Callable
 
 from shardwise.capture.blocks import block_pattern
-from shardwise.capture.graph import Graph
+from shardwise.capture.graph import Graph, Op
 from shardwise.cluster.model import Cluster
 from shardwise.planner.apply import Applied
 from shardwise.planner.estimate import reshards
@@ -19,8 +20,16 @@ __all__ = ["explain"]
 _COLUMNS = 110
 
 
-def explain(plan: Plan, applied: Applied, graph: Graph, cluster: Cluster, obstacle: str, seconds: float) -> list[str]:
-    """The plan in lines that fit a terminal."""
+def explain(
+    plan: Plan,
+    applied: Applied,
+    graph: Graph,
+    cluster: Cluster,
+    obstacle: str,
+    seconds: float,
+    op_seconds: Callable[[Op], float] | None = None,
+) -> list[str]:
+    """The plan in lines that fit a terminal. op_seconds: what an operator takes in a step, on the whole batch."""
     parameters = sum(value.numel for value in graph.parameters.values())
     lines = [
         f"{plan.model} on {plan.cluster}: {parameters / 1e6:.3g} M parameters, batch {plan.global_batch}, {len(graph.ops)} operators",
@@ -31,6 +40,8 @@ def explain(plan: Plan, applied: Applied, graph: Graph, cluster: Cluster, obstac
         "Predicted",
         _step(plan),
         *_memory(plan, cluster),
+        *_found_rules(applied),
+        *_kept_whole(plan, applied, op_seconds),
         *_others(plan),
     ]
     if obstacle:
@@ -94,6 +105,35 @@ def _tensor(plan: Plan, applied: Applied, graph: Graph) -> list[str]:
         *shown[:24],
         f"  each microbatch's forward pass communicates {talk} over tp",
     ]
+
+
+def _found_rules(applied: Applied) -> list[str]:
+    """Operators whose rule was found by running them, or declared: by what they are split."""
+    ways = {"discovered": "found by execution", "declared": "declared"}
+    found: Counter[tuple[str, str]] = Counter()
+    for op, sig in applied.assignment.signatures.items():
+        if sig.source in ways:
+            splits = f"splits {', '.join(sig.splits)}" if sig.splits else "works on sums alone"
+            found[op.name, f"{ways[sig.source]}: {sig}, {splits}"] += 1
+    lines = [f"  {name}, {count} ×, {how}" for (name, how), count in found.items()]
+    return ["Operators without a rule of shardwise's", *lines] if lines else []
+
+
+def _kept_whole(plan: Plan, applied: Applied, op_seconds: Callable[[Op], float] | None) -> list[str]:
+    """Operators that every rank computes whole for want of a rule, and what it costs."""
+    ranks = plan.dp * plan.tp
+    found: dict[tuple[str, str, str], list[Op]] = defaultdict(list)
+    for op, sig in applied.assignment.signatures.items():
+        if sig.source == "whole" and op not in applied.cut.prelude:
+            found[op.name, block_pattern(op.module), sig.reasons.get("*", "")].append(op)
+    if not found or ranks == 1:
+        return []
+    lines = []
+    for (name, module, reason), ops in found.items():
+        saved = sum(map(op_seconds, ops)) * (1 - 1 / ranks) if op_seconds else 0.0
+        cost = f"; split over {ranks} ranks a step would take {_time(saved)} less" if op_seconds else ""
+        lines.append(f"  {name} in {module or 'the model'}, {len(ops)} ×: {reason}{cost}")
+    return ["Kept whole on every rank, for want of a rule (shardwise.declare_rule adds one)", *lines]
 
 
 def _memory(plan: Plan, cluster: Cluster) -> list[str]:

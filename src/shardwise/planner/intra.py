@@ -26,7 +26,7 @@ from shardwise.sharding.reshard import collective_of, dual
 from shardwise.sharding.signature import Choice, Variant
 from shardwise.sharding.types import I, P, Placement, R, Shard
 
-__all__ = ["Costs", "Tensor", "split_tensors"]
+__all__ = ["Costs", "Tensor", "split_tensors", "whole_on_one_rank"]
 
 _MEMORY_S = 1e-3 / 1e9  # seconds that a byte kept on a rank counts for where nothing else decides: a tie-breaker
 
@@ -66,12 +66,17 @@ def split_tensors(assignment: Assignment, batch: Mapping[Op, Choice], prelude: s
     for op in prelude:
         assignment.variants[op]["tp"] = _whole(assignment, op)
     if assignment.mesh["tp"] == 1:
-        for op in assignment.graph.ops:
-            assignment.variants[op].setdefault("tp", _whole(assignment, op, "I"))
-        for value in assignment.graph.parameters.values():
-            assignment.sources.setdefault(value, {})["tp"] = I
+        whole_on_one_rank(assignment)
         return Tensor(objective_s=0.0, gap=0.0, variables=0)
     return _Intra(assignment=assignment, batch=batch, prelude=prelude, costs=costs).solve()
+
+
+def whole_on_one_rank(assignment: Assignment) -> None:
+    """What there is to choose on a tensor axis of one rank."""
+    for op in assignment.graph.ops:
+        assignment.variants[op].setdefault("tp", _whole(assignment, op, "I"))
+    for value in assignment.graph.parameters.values():
+        assignment.sources.setdefault(value, {})["tp"] = I
 
 
 def _whole(assignment: Assignment, op: Op, mode: str = "R") -> Variant:

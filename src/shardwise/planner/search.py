@@ -393,7 +393,7 @@ def make_plan(run: _Search, best: _Trial, trials: list[_Trial], seconds: float, 
         gap=best.gap,
         considered=[trial.candidate() for trial in sorted(trials, key=lambda t: t.estimate_s)],
     )
-    return plan.model_copy(update={"explanation": explain(plan, best.applied, run.graph, run.cluster, run.obstacle, seconds)})
+    return plan.model_copy(update={"explanation": explain(plan, best.applied, run.graph, run.cluster, run.obstacle, seconds, run._whole_s)})
 
 
 def _gb(nbytes: float) -> str:

@@ -113,6 +113,11 @@ class Program:
     def microbatches(self) -> int:
         return self.mesh["mb"]
 
+    @property
+    def counts_loss(self) -> bool:
+        """Whether this rank's loss is one of the summands of the whole: others on axes that do not split it hold the same."""
+        return all(index == 0 for axis, index in self.coordinates.items() if axis not in (*self.loss_axes, "pp"))
+
     def __str__(self) -> str:
         """The stage's graphs as readable PyTorch, and the actions."""
         parts = [

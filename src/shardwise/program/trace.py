@@ -104,8 +104,8 @@ class Tracer:
             tangents = [_like(c, self.device) for c in cotangents if c is not None]
             module = make_fx(joint)(fresh, tangents)
             if _changes_in_place(module.graph):
-                forward.clear()
-                module = make_fx(torch.func.functionalize(joint, remove="mutations"))(fresh, tangents)
+                with torch.no_grad():
+                    module, forward = _without_changes(module, forward, fresh, tangents)
         outputs: list[Any] = list(_clean(module.graph).output_node().args[0])  # type: ignore[arg-type]
         return Traced(graph=module.graph, results=outputs[:count], gradients=outputs[count:], forward=frozenset(forward))
 
@@ -113,6 +113,31 @@ class Tracer:
 def _changes_in_place(graph: fx.Graph) -> bool:
     """Whether a traced operator writes over its input; graphs are cut and merged as if none did."""
     return any(isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable for node in graph.nodes)
+
+
+def _without_changes(
+    module: fx.GraphModule, forward: set[str], tensors: Sequence[Tensor], tangents: Sequence[Tensor]
+) -> tuple[fx.GraphModule, set[str]]:
+    """The trace once more, without operators that write over their inputs; and the names of its forward part."""
+    replay = _Replay(module, [node for node in module.graph.nodes if node.name in forward][-1])
+    without = make_fx(torch.func.functionalize(replay.run, remove="mutations"))(*tensors, *tangents)
+    return without, replay.forward
+
+
+class _Replay(fx.Interpreter):
+    """Runs a trace inside another; forward: what that has recorded when `last` is done."""
+
+    def __init__(self, module: fx.GraphModule, last: fx.Node) -> None:
+        super().__init__(module)
+        self.last = last
+        self.forward: set[str] = set()
+
+    def run_node(self, n: fx.Node) -> Any:
+        """As the interpreter does."""
+        result = super().run_node(n)
+        if n is self.last:
+            self.forward = traced_names()
+        return result
 
 
 def _like(tensor: Tensor, device: torch.device) -> Tensor:

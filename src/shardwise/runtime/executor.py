@@ -10,7 +10,6 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from shardwise.errors import TransferError
@@ -18,6 +17,7 @@ from shardwise.program.actions import Action, Kind
 from shardwise.program.program import Binding, Program
 from shardwise.runtime.gradients import Gradients
 from shardwise.runtime.graphs import Prelude, accumulating, callable_of, with_gradient
+from shardwise.runtime.transport import Transport, using
 from shardwise.sharding.types import take
 
 __all__ = ["Event", "Executor"]
@@ -41,8 +41,10 @@ class Executor:
     state: the rank's parts of parameters and buffers, by name; they are read, and buffers are updated in place.
     """
 
-    def __init__(self, program: Program, state: Mapping[str, Tensor], gradients: Gradients, device: torch.device) -> None:
-        self.program, self.state, self.gradients, self.device = program, state, gradients, device
+    def __init__(
+        self, program: Program, state: Mapping[str, Tensor], gradients: Gradients, transport: Transport, device: torch.device
+    ) -> None:
+        self.program, self.state, self.gradients, self.transport, self.device = program, state, gradients, transport, device
         stage = program.stage
         buffers = {part.name: state[part.name] for part in stage.buffers}
         with torch.no_grad():
@@ -101,12 +103,13 @@ class Executor:
         self.pending: list[tuple[Action, Any, Tensor]] = []
         self.events = []
         self.backwarded = 0
-        for action in actions:
-            start = time.perf_counter()
-            self._perform(action)
-            self.events.append(Event(action=action, start_s=start, end_s=time.perf_counter()))
-        for action, work, _ in self.pending:
-            self._wait(action, work)
+        with using(self.transport):
+            for action in actions:
+                start = time.perf_counter()
+                self._perform(action)
+                self.events.append(Event(action=action, start_s=start, end_s=time.perf_counter()))
+            for action, work, _ in self.pending:
+                self._wait(action, work)
         self.pending.clear()
         return sum(loss.item() for loss in self.losses)
 
@@ -169,12 +172,12 @@ class Executor:
 
     def _send(self, action: Action) -> None:
         value = self.values.pop((action.edge, action.microbatch, action.kind is Kind.SEND_GRAD)).contiguous()
-        self.pending.append((action, dist.isend(value, action.peer), value))
+        self.pending.append((action, self.transport.send(value, action.peer), value))
 
     def _receive(self, action: Action) -> None:
         edge = self.edges[action.edge]
         value = torch.empty(edge.shape, dtype=edge.dtype, device=self.device)
-        self._wait(action, dist.irecv(value, action.peer))
+        self._wait(action, self.transport.receive(value, action.peer))
         self.values[action.edge, action.microbatch, action.kind is Kind.RECV_GRAD] = value
 
     def _wait(self, action: Action, work: Any) -> None:

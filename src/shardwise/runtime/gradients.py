@@ -12,19 +12,18 @@ from torch import Tensor
 
 from shardwise.program.program import Program
 from shardwise.program.reductions import Reduction, reductions
-from shardwise.runtime import collectives
+from shardwise.runtime.transport import Transport, group_size
 
 __all__ = ["Gradients"]
 
 Choose = Callable[[str, int, int], str]
-Groups = dict[str, torch.distributed.ProcessGroup]
 
 
 class Gradients:
     """Buffers for all gradients of a rank: `of[name]` is a parameter's, in its local shape."""
 
-    def __init__(self, program: Program, groups: Groups, choose: Choose, device: torch.device) -> None:
-        self.groups, self.choose = groups, choose
+    def __init__(self, program: Program, transport: Transport, choose: Choose, device: torch.device) -> None:
+        self.transport, self.choose = transport, choose
         self.of: dict[str, Tensor] = {}
         self.pending: list[tuple[Reduction, Tensor]] = []
         self.finishing: dict[int, Callable[[], object]] = {}
@@ -53,8 +52,7 @@ class Gradients:
     def start(self, number: int) -> None:
         """Begins to sum a message, all of whose gradients are there."""
         (name,), flat = self.pending[number][0].groups, self.pending[number][1]
-        group = self.groups[name]
-        self.finishing[number] = collectives.start_all_reduce(flat, group, self.choose("all_reduce", flat.nbytes, group.size()), number)
+        self.finishing[number] = self.transport.begin_sum(flat, name, self._impl(flat, name), number)
 
     def reduce(self) -> None:
         """Sums what is pending; what was begun is waited for."""
@@ -63,6 +61,7 @@ class Gradients:
                 finish()
                 continue
             for name in reduction.groups:
-                group = self.groups[name]
-                impl = self.choose("all_reduce", flat.nbytes, group.size())
-                collectives.all_reduce(flat, group, impl, inplace=True)
+                self.transport.sum_in_place(flat, name, self._impl(flat, name))
+
+    def _impl(self, flat: Tensor, group: str) -> str:
+        return self.choose("all_reduce", flat.nbytes, group_size(group))

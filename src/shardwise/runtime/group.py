@@ -6,18 +6,20 @@ import ctypes
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
+from shardwise._torch import register_group
 from shardwise.cluster.machine import available_cores
 from shardwise.environment import RankEnvironment, rank_environment
 from shardwise.errors import ClusterError
+from shardwise.sharding.collectives import group_name
 
-__all__ = ["die_with_parent", "join_group", "process_group", "threads_per_rank"]
+__all__ = ["create_groups", "die_with_parent", "join_group", "process_group", "threads_per_rank"]
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
@@ -87,3 +89,17 @@ def port_in_use(host: str, port: int) -> ClusterError:
         f"port {port} on {host} is already in use by another process. "
         "Choose another (`--port N`, torchrun: `--master-port N`), or 0 for any free one."
     )
+
+
+def create_groups(groups: Sequence[tuple[str, tuple[int, ...]]], timeout_s: float = 300.0) -> None:
+    """Creates the process groups of the whole job, in the same order on every rank.
+
+    groups: (axis, ranks) of all ranks' programs, each once. timeout_s: how long a wait in them may take; torch's default is half an hour.
+    """
+    for axis, ranks in groups:
+        if len(ranks) == 1:
+            continue
+        name = group_name(axis, ranks)
+        group = dist.new_group(list(ranks), timeout=timedelta(seconds=timeout_s), group_desc=name)
+        if dist.get_rank() in ranks:
+            register_group(name, group)

@@ -15,13 +15,14 @@ from shardwise.planner.plan import Plan
 from shardwise.program.build import build_programs, rank_of
 from shardwise.program.check import check_own
 from shardwise.program.program import ParameterPart, Program
-from shardwise.runtime.communicate import create_groups
 from shardwise.runtime.executor import Event, Executor
 from shardwise.runtime.gradients import Gradients
+from shardwise.runtime.group import create_groups
 from shardwise.runtime.optimizer import prefer_fused, refuse_unless_elementwise
+from shardwise.runtime.transport import Distributed
 from shardwise.sharding.types import Shard, take
 
-__all__ = ["Job", "OptimizerFactory", "local_part", "step_key"]
+__all__ = ["Job", "OptimizerFactory", "batch_part", "local_part", "own_part", "step_key"]
 
 OptimizerFactory = Callable[[Iterable[tuple[str, nn.Parameter]]], torch.optim.Optimizer]
 
@@ -47,20 +48,22 @@ class Job:
     ) -> None:
         self.graph, self.plan, self.device, self.seed = graph, plan, device, seed
         self.steps = 0
+        self.fixed = {name: state[name] for name in graph.buffers} if graph.checks else {}
         rank = _checked_rank(plan)
         choose = plan.chooser()
         programs = build_programs(applied.assignment, applied.cut, plan.schedule, choose, device=device, ranks=[rank])
         self.program: Program = programs[rank]
         check_own(self.program, applied.assignment, applied.cut)
-        groups = create_groups(_all_groups(self.program, plan, graph, applied), timeout_s)
+        create_groups(_all_groups(self.program, plan, graph, applied), timeout_s)
+        transport = Distributed()
         parts = [*self.program.stage.parameters, *self.program.stage.buffers]
-        self.state = {part.name: _own(local_part(state[part.name], part, self.program), device) for part in parts}
-        self.gradients = Gradients(self.program, groups, choose, device)
+        self.state = {part.name: own_part(state[part.name], part, self.program, device) for part in parts}
+        self.gradients = Gradients(self.program, transport, choose, device)
         self.parameters: dict[str, nn.Parameter] = {}
         for part in self.program.stage.parameters:
             self._adopt(part)
         self.optimizer = self._optimizer(optimizer)
-        self.executor = Executor(self.program, self.state, self.gradients, device)
+        self.executor = Executor(self.program, self.state, self.gradients, transport, device)
 
     def _adopt(self, part: ParameterPart) -> None:
         parameter = nn.Parameter(self.state[part.name], requires_grad=part.requires_grad)
@@ -79,9 +82,7 @@ class Job:
     @property
     def batch_slice(self) -> slice:
         """The samples of the global batch that this rank works on."""
-        each = self.plan.global_batch // self.plan.dp
-        first = self.program.coordinates["dp"] * each
-        return slice(first, first + each)
+        return _batch_slice(self.plan, self.program)
 
     @property
     def events(self) -> list[Event]:
@@ -95,6 +96,8 @@ class Job:
         Raises BatchError when names, shapes or dtypes are not those that the plan was made for.
         """
         part = self._part(batch, local)
+        if self.graph.checks and not local:
+            self._check_answers(batch)
         self.steps += 1
         return self._total(self.executor.step(part, step_key(self.seed, self.steps), self._update))
 
@@ -111,33 +114,56 @@ class Job:
         return dict(self.gradients.of)
 
     def _part(self, batch: Mapping[str, Tensor], local: bool) -> dict[str, Tensor]:
-        part: dict[str, Tensor] = {}
-        for name, value in self.graph.inputs.items():
-            if name.startswith("__"):
-                continue
-            if name not in batch:
-                raise BatchError(f"the batch lacks {name!r}; it holds {sorted(batch)}")
-            dim = self.graph.batch_dims.get(name)
-            tensor = batch[name].to(self.device)
-            expected = list(value.shape)
-            if dim is not None and local:
-                expected[dim] //= self.plan.dp
-            if list(tensor.shape) != expected or tensor.dtype != value.dtype:
-                whose = "this rank's part of the batch" if local else "the global batch"
-                raise BatchError(
-                    f"{name} in {whose} is {tensor.dtype} {list(tensor.shape)}, the plan was made for {value.dtype} {expected}; "
-                    "plan for this shape or pad the batch to it"
-                )
-            cut = self.batch_slice
-            part[name] = tensor if dim is None or local else tensor.narrow(dim, cut.start, cut.stop - cut.start)
-        return part
+        return batch_part(self.graph, self.plan, self.program, batch, self.device, local=local)
+
+    def _check_answers(self, batch: Mapping[str, Tensor]) -> None:
+        """Whether the model's own control flow would go the captured way for this batch."""
+        for check, found in self.graph.wrong_checks(self.fixed, batch):
+            raise BatchError(
+                f"{check.module or 'the model'} asks for a value of the batch that was {check.expected:g} on the example batch and is "
+                f"{found:g} now: it would do something else than what was captured; make batches alike in this (padding, masks)"
+            )
 
     def _total(self, loss: float) -> float:
         """The sum over microbatches, data ranks and stages of what each adds."""
-        counted = all(index == 0 for axis, index in self.program.coordinates.items() if axis not in (*self.program.loss_axes, "pp"))
-        total = torch.tensor([loss if counted else 0.0], dtype=torch.float64, device=self.device)
+        total = torch.tensor([loss if self.program.counts_loss else 0.0], dtype=torch.float64, device=self.device)
         dist.all_reduce(total)
         return total.item()
+
+
+def batch_part(
+    graph: Graph, plan: Plan, program: Program, batch: Mapping[str, Tensor], device: torch.device, *, local: bool = False
+) -> dict[str, Tensor]:
+    """This rank's samples of the global batch, on the device; local=True: `batch` holds no others.
+
+    Raises BatchError when names, shapes or dtypes are not those that the plan was made for.
+    """
+    part: dict[str, Tensor] = {}
+    for name, value in graph.inputs.items():
+        if name.startswith("__"):
+            continue
+        if name not in batch:
+            raise BatchError(f"the batch lacks {name!r}; it holds {sorted(batch)}")
+        dim = graph.batch_dims.get(name)
+        tensor = batch[name].to(device)
+        expected = list(value.shape)
+        if dim is not None and local:
+            expected[dim] //= plan.dp
+        if list(tensor.shape) != expected or tensor.dtype != value.dtype:
+            whose = "this rank's part of the batch" if local else "the global batch"
+            raise BatchError(
+                f"{name} in {whose} is {tensor.dtype} {list(tensor.shape)}, the plan was made for {value.dtype} {expected}; "
+                "plan for this shape or pad the batch to it"
+            )
+        cut = _batch_slice(plan, program)
+        part[name] = tensor if dim is None or local else tensor.narrow(dim, cut.start, cut.stop - cut.start)
+    return part
+
+
+def _batch_slice(plan: Plan, program: Program) -> slice:
+    each = plan.global_batch // plan.dp
+    first = program.coordinates["dp"] * each
+    return slice(first, first + each)
 
 
 def _checked_rank(plan: Plan) -> int:
@@ -169,9 +195,9 @@ def local_part(whole: Tensor, part: ParameterPart, program: Program) -> Tensor:
     return whole
 
 
-def _own(tensor: Tensor, device: torch.device) -> Tensor:
-    """The tensor on the device, in memory that no larger tensor keeps alive."""
-    tensor = tensor.detach().to(device)
+def own_part(whole: Tensor, part: ParameterPart, program: Program, device: torch.device) -> Tensor:
+    """What this rank keeps of a whole tensor, on the device, in memory that no larger tensor keeps alive."""
+    tensor = local_part(whole, part, program).detach().to(device)
     small = tensor.untyped_storage().nbytes() > tensor.numel() * tensor.element_size()
     return tensor.clone(memory_format=torch.contiguous_format) if small else tensor.contiguous()
 

@@ -1,7 +1,7 @@
 """The collectives that a program may hold, as torch operators: `torch.ops.shardwise.all_reduce(x, group, …)` and so on.
 
 Declared here with their shapes, so that programs can be traced, printed, checked and costed without any process group;
-`shardwise.runtime.communicate` gives them their implementation. `group` names the process group (`tp:0,1` is axis tp over ranks 0 and 1);
+`shardwise.runtime.transport` gives them their implementation. `group` names the process group (`tp:0,1` is axis tp over ranks 0 and 1);
 `impl` is one of the implementations that the cost model chose among. None changes its input or returns an alias of it.
 """
 

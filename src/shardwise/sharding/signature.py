@@ -22,6 +22,7 @@ import torch
 from torch.utils._pytree import tree_map_only
 
 from shardwise.capture.graph import Op, fill
+from shardwise.capture.opaque import Opaque
 from shardwise.sharding.types import I, P, Part, Placement, R, Shard, canonical, part
 
 __all__ = ["AxisSplit", "Call", "Choice", "Dim", "Signature", "Split", "Variant", "dims", "signature"]
@@ -30,6 +31,7 @@ _CPU = torch.device("cpu")
 
 Dim = tuple[str, ...]
 Dims = tuple[Dim, ...]
+Source = Literal["rule", "declared", "discovered", "whole"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,6 +85,8 @@ class Call:
         args = [(replace or {}).get(index, value) for index, value in enumerate(self.op.args)]
         missing = [value for index, value in sorted((replace or {}).items()) if index >= len(args)]
         filled_args, filled_kwargs = fill((tuple(args + missing), {**self.op.kwargs, **kwargs}), list(tensors))
+        if isinstance(self.op.target, Opaque):
+            filled_kwargs["shapes"] = self.shapes
         if self.device.type != "cpu":
             filled_args, filled_kwargs = tree_map_only(torch.device, lambda _: self.device, (filled_args, filled_kwargs))
         return self.op.target(*filled_args, **filled_kwargs)
@@ -103,7 +107,8 @@ class Signature:
     inputs, outputs: for each tensor and each dim its factors, outermost first; () for a dim of size 1 that is broadcast or added.
     sizes: of every factor. splits: the factors that may be split, and how; a factor that is absent may not.
     linear: sets of inputs in which the call is jointly linear: these P and the others R make every output P.
-    local: what a rank runs; reasons: why factors are missing from `splits` (factor → reason).
+    local: what a rank runs; reasons: why factors are missing from `splits` (factor → reason, "*" for all of them).
+    source: who says so: a rule of shardwise's, one that the user declared, one found by running the operator, or nobody: it is kept whole.
     """
 
     inputs: tuple[Dims, ...]
@@ -113,6 +118,7 @@ class Signature:
     linear: tuple[frozenset[int], ...] = ()
     local: Local = run_as_is
     reasons: Mapping[str, str] = field(default_factory=dict)
+    source: Source = "rule"
 
     def __str__(self) -> str:
         left = ", ".join(_text(each) for each in self.inputs)

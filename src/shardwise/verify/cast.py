@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 
-from shardwise.capture.graph import Graph, Op, Value
+from shardwise.capture.graph import Check, Graph, Op, Value
+from shardwise.capture.opaque import Opaque
 
 __all__ = ["cast_graph", "cast_tensor"]
 
@@ -14,8 +15,15 @@ _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def cast_tensor(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """The tensor in `dtype` if it is one of real numbers, else itself."""
-    return tensor.to(dtype) if tensor.dtype in _FLOATS else tensor
+    """The tensor in `dtype` (complex numbers: of two such), or itself if it is one of whole numbers or truth values."""
+    return tensor.to(_exchanged(tensor.dtype, dtype))
+
+
+def _exchanged(old: torch.dtype, dtype: torch.dtype) -> torch.dtype:
+    """What `old` becomes."""
+    if old.is_complex:
+        return torch.complex128 if dtype is torch.float64 else torch.complex64
+    return dtype if old in _FLOATS else old
 
 
 def cast_graph(graph: Graph, dtype: torch.dtype) -> Graph:
@@ -24,8 +32,9 @@ def cast_graph(graph: Graph, dtype: torch.dtype) -> Graph:
 
     def value_of(value: Value) -> Value:
         if value not in new:
-            kind = dtype if value.dtype in _FLOATS else value.dtype
-            new[value] = Value(name=value.name, shape=value.shape, dtype=kind, kind=value.kind, requires_grad=value.requires_grad)
+            new[value] = Value(
+                name=value.name, shape=value.shape, dtype=_exchanged(value.dtype, dtype), kind=value.kind, requires_grad=value.requires_grad
+            )
         return new[value]
 
     sources = {kind: {name: value_of(v) for name, v in group.items()} for kind, group in _sources(graph).items()}
@@ -33,7 +42,7 @@ def cast_graph(graph: Graph, dtype: torch.dtype) -> Graph:
     for op in graph.ops:
         inputs, outputs = tuple(map(value_of, op.inputs)), tuple(map(value_of, op.outputs))
         ops[op] = Op(
-            target=op.target,
+            target=op.target.cast(dtype) if isinstance(op.target, Opaque) else op.target,
             args=_cast(op.args, dtype),
             kwargs=_cast(op.kwargs, dtype),
             inputs=inputs,
@@ -54,6 +63,8 @@ def cast_graph(graph: Graph, dtype: torch.dtype) -> Graph:
         blocks=[[[ops[op] for op in block] for block in run] for run in graph.blocks],
         batch_dims=graph.batch_dims,
         constants={name: cast_tensor(tensor, dtype) for name, tensor in graph.constants.items()},
+        kept=graph.kept,
+        checks=[Check(value=value_of(each.value), expected=each.expected, module=each.module) for each in graph.checks],
     )
 
 
@@ -64,7 +75,7 @@ def _sources(graph: Graph) -> dict[str, dict[str, Value]]:
 def _cast(tree: Any, dtype: torch.dtype) -> Any:
     """The constants with every real dtype exchanged."""
     if isinstance(tree, torch.dtype):
-        return dtype if tree in _FLOATS else tree
+        return _exchanged(tree, dtype)
     if isinstance(tree, (tuple, list)):
         return type(tree)(_cast(item, dtype) for item in tree)
     if isinstance(tree, dict):

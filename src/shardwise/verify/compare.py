@@ -5,14 +5,16 @@ Gradients that are zero in exact arithmetic (a key projection's bias) are all ro
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-__all__ = ["Difference", "compare_gradients", "gradient_norm", "relative_error"]
+__all__ = ["FLOAT32_BOUND", "FLOAT64_BOUND", "TIMES_REFERENCE", "Difference", "compare_gradients", "gradient_norm", "relative_error"]
 
+FLOAT64_BOUND, FLOAT32_BOUND, TIMES_REFERENCE = 1e-10, 1e-5, 4.0  # docs/concepts/numbers.md
 _FLOOR = 1e-3
 
 
@@ -31,14 +33,22 @@ class Difference:
 
 def gradient_norm(gradients: Mapping[str, Tensor]) -> float:
     """‖all gradients‖, in float64."""
-    squares = [gradient.double().square().sum() for gradient in gradients.values()]
-    return float(torch.stack(squares).sum().sqrt()) if squares else 0.0
+    squares = [_norm(gradient) ** 2 for gradient in gradients.values()]
+    return math.sqrt(sum(squares))
 
 
 def relative_error(found: Tensor, reference: Tensor, scale: float) -> float:
     """‖found − reference‖ / max(‖reference‖, scale)."""
-    size = max(float(reference.double().norm()), scale, 1e-300)
-    return float((found.double() - reference.double()).norm()) / size
+    size = max(_norm(reference), scale, 1e-300)
+    return _norm(_wide(found) - _wide(reference)) / size
+
+
+def _norm(tensor: Tensor) -> float:
+    return float(torch.linalg.vector_norm(_wide(tensor)))
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.complex128 if tensor.is_complex() else torch.float64)
 
 
 def compare_gradients(

@@ -2,40 +2,42 @@
 
     model ──capture──▶ graph ──▶ one device ─────────────▶ loss, gradients, buffers ─┐
                          │                                                           ├─▶ compare ──▶ Report
-                         └──plan──▶ real ranks of its own ─▶ the same ───────────────┘
+                         └──plan──▶ ranks ────────────────▶ the same ────────────────┘
+
 The captured graph itself is checked against the model first, in the model's own precision.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from shardwise.capture.export import capture
 from shardwise.capture.graph import Graph
-from shardwise.capture.normalize import RANDOM_STATE
 from shardwise.cluster.model import Cluster
-from shardwise.planner.apply import apply_plan
 from shardwise.planner.layout import Layout
 from shardwise.planner.plan import Infeasible, Plan
 from shardwise.planner.preflight import preflight
 from shardwise.planner.search import search
-from shardwise.program.program import ParameterPart
-from shardwise.runtime.job import Job, local_part, step_key
-from shardwise.runtime.launch import launch
-from shardwise.runtime.optimizer import prefer_fused
+from shardwise.program.program import Program
 from shardwise.sharding.types import Shard, join
-from shardwise.verify.cast import cast_graph, cast_tensor
-from shardwise.verify.compare import Difference, compare_gradients, gradient_norm, relative_error
+from shardwise.verify.cast import cast_graph
+from shardwise.verify.compare import (
+    FLOAT32_BOUND,
+    FLOAT64_BOUND,
+    TIMES_REFERENCE,
+    Difference,
+    compare_gradients,
+    gradient_norm,
+    relative_error,
+)
+from shardwise.verify.one_device import Reference, Step, prepare
+from shardwise.verify.ranks import Part, Work, on_processes, on_threads
 
-__all__ = ["Report", "verify"]
-
-_FLOAT64_BOUND, _FLOAT32_BOUND, _TIMES_REFERENCE = 1e-10, 1e-5, 4.0  # docs/concepts/numbers.md
-_WAIT_S = 120.0
+__all__ = ["Lowered", "Report", "check_lowered", "check_plan", "lowered", "verify"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,15 +89,6 @@ class Report:
         return "\n".join(lines)
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Step:
-    """What a step gave, whole."""
-
-    loss: float
-    gradients: dict[str, Tensor]
-    buffers: dict[str, Tensor] = field(default_factory=dict)
-
-
 def verify(
     model: nn.Module,
     batch: Mapping[str, Any],
@@ -107,146 +100,69 @@ def verify(
     loss: Callable[[Any], Tensor] | None = None,
     batch_dims: Mapping[str, int | None] | None = None,
     seed: int = 0,
+    processes: bool = True,
 ) -> Report | Infeasible:
-    """Runs one step split over real local ranks and one step whole, and compares.
+    """Runs one step split over local ranks and one step whole, and compares.
 
-    dtype: float64 is the proof (bound 1e-10); float32 is held to max(1e-5, 4 × one device's own float32 error).
-    plan: verify this one; else one is made for `layout` on `cluster`. Raises what capture and planning raise, and RankFailed.
+    dtype: float64 is the proof (bound 1e-10); float32 is held to max(1e-5, 4 × one device's own float32 error), as is a model with an
+    operator that has no float64. plan: verify this one; else one is made for `layout` on `cluster`.
+    processes: every rank is a process that talks over torch.distributed; False: a thread of this process, which starts faster.
+    Raises what capture and planning raise, VerifyError for a model that is not deterministic, and RankFailed.
     """
-    graph = capture(model, batch, loss=loss, batch_dims=batch_dims)
+    reference = prepare(model, batch, loss=loss, batch_dims=batch_dims, seed=seed)
     if plan is None:
-        found = search(graph, Cluster.parse(cluster), Layout.parse(layout), "adamw", type(model).__name__)
+        found = search(reference.graph, Cluster.parse(cluster), Layout.parse(layout), "adamw", reference.name)
         if isinstance(found, Infeasible):
             return found
         plan = found
-    apply_plan(plan, graph)
-    preflight(plan, cast_graph(graph, dtype), same_fingerprint=False)
-    state = {**_state(model), **graph.constants}
-    tensors = {name: value for name, value in batch.items() if isinstance(value, torch.Tensor)}
-    checks = _check_capture(model, batch, loss, graph, state, tensors, seed)
-    exact = _one_device(cast_graph(graph, torch.float64), state, tensors, torch.float64, seed)
-    reference = exact if dtype is torch.float64 else _one_device(cast_graph(graph, dtype), state, tensors, dtype, seed)
-    split = launch(
-        _rank, (cast_graph(graph, dtype), plan, state, tensors, dtype, seed, reference.gradients), ranks=plan.ranks, timeout_s=_WAIT_S
-    )
-    differences = _compare(split, exact, reference, dtype)
-    return Report(
-        layout=plan.layout, dtype=dtype, loss=split[0].loss, reference_loss=exact.loss, differences=differences, captured=checks, plan=plan
-    )
+    return check_plan(reference, plan, dtype=dtype, processes=processes)
 
 
-def _state(model: nn.Module) -> dict[str, Tensor]:
-    named = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers(remove_duplicate=False))}
-    return {name: tensor.detach() for name, tensor in named.items()}
-
-
-def _check_capture(
-    model: nn.Module,
-    batch: Mapping[str, Any],
-    loss: Any,
-    graph: Graph,
-    state: Mapping[str, Tensor],
-    tensors: Mapping[str, Tensor],
-    seed: int,
-) -> list[Difference]:
-    """The graph against the model itself, where the model draws no random numbers."""
-    if RANDOM_STATE in graph.inputs:
-        return []
-    kept = {name: tensor.clone() for name, tensor in model.named_buffers()}
-    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad and name in graph.parameters}
-    output = model(**batch)
-    value: Any = loss(output) if loss else getattr(output, "loss", output)
-    value = value.get("loss") if isinstance(value, dict) else value
-    gradients = torch.autograd.grad(value.reshape(()), list(parameters.values()), allow_unused=True)
-    for name, buffer in model.named_buffers():
-        buffer.copy_(kept[name])
-    eager = {name: g for name, g in zip(parameters, gradients, strict=True) if g is not None}
-    captured = _one_device(graph, state, tensors, None, seed)
-    bound = _TIMES_REFERENCE * _FLOAT32_BOUND if value.dtype != torch.float64 else _FLOAT64_BOUND
-    return compare_gradients(captured.gradients, eager, bound, "captured graph: gradient of ")
-
-
-def _one_device(graph: Graph, state: Mapping[str, Tensor], batch: Mapping[str, Tensor], dtype: torch.dtype | None, seed: int) -> _Step:
-    cast = (lambda tensor: tensor) if dtype is None else (lambda tensor: cast_tensor(tensor, dtype))
-    local = {
-        name: cast(tensor).clone().requires_grad_(name in graph.parameters and graph.parameters[name].requires_grad)
-        for name, tensor in state.items()
-    }
-    inputs = {name: cast(tensor) for name, tensor in batch.items()} | {RANDOM_STATE: torch.tensor([step_key(seed, 1), 0])}
-    results = graph.run(local, inputs)
-    names = [name for name, value in graph.parameters.items() if value.requires_grad]
-    loss = results[graph.loss]
-    gradients = torch.autograd.grad(loss, [local[name] for name in names], allow_unused=True)
-    whole = {name: torch.zeros_like(local[name]) if g is None else g for name, g in zip(names, gradients, strict=True)}
-    return _Step(loss=loss.item(), gradients=whole, buffers={name: results[value].detach() for name, value in graph.updates.items()})
+def check_plan(reference: Reference, plan: Plan, *, dtype: torch.dtype = torch.float64, processes: bool = True) -> Report:
+    """Runs one step of the plan on ranks and compares it with one device's; arguments as of `verify`."""
+    return check_lowered(reference, plan, lowered(reference, plan, dtype), processes=processes)
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Part:
-    """One rank's share of a step."""
+class Lowered:
+    """A plan's programs for the reference's graph in one precision."""
 
-    loss: float
-    coordinates: dict[str, int]
-    mesh: dict[str, int]
-    parts: dict[str, ParameterPart]
-    gradients: dict[str, Tensor]
-    buffers: dict[str, Tensor]
-    update_error: float
+    dtype: torch.dtype
+    graph: Graph
+    programs: Mapping[int, Program]
 
 
-def _rank(
-    graph: Graph,
-    plan: Plan,
-    state: Mapping[str, Tensor],
-    batch: Mapping[str, Tensor],
-    dtype: torch.dtype,
-    seed: int,
-    reference: Mapping[str, Tensor],
-) -> _Part:
-    """A rank's step; then an optimizer step on the reference's gradients, compared with one device's."""
-    cast = {name: cast_tensor(tensor, dtype) for name, tensor in state.items()}
-    applied = apply_plan(plan, graph, same_fingerprint=False)
-    job = Job(graph, plan, applied, cast, lambda p: torch.optim.SGD(p, lr=0.0), device=torch.device("cpu"), seed=seed, timeout_s=_WAIT_S)
-    loss = job.step({name: cast_tensor(tensor, dtype) for name, tensor in batch.items()})
-    stage = job.program.stage
-    return _Part(
-        loss=loss,
-        coordinates=dict(job.program.coordinates),
-        mesh=dict(job.program.mesh),
-        parts={part.name: part for part in stage.parameters if part.requires_grad},
-        gradients={name: g.clone() for name, g in job.gradient().items()},
-        buffers={binding.name: job.state[binding.name] for binding in stage.forward_outputs if binding.kind == "buffer"},
-        update_error=_update_error(job, cast, reference),
+def lowered(reference: Reference, plan: Plan, dtype: torch.dtype = torch.float64) -> Lowered:
+    """All ranks' programs, checked against each other. Raises what `preflight` does."""
+    dtype = reference.widest if dtype is torch.float64 else dtype
+    graph = cast_graph(reference.graph, dtype)
+    return Lowered(dtype=dtype, graph=graph, programs=preflight(plan, graph, same_fingerprint=False))
+
+
+def check_lowered(reference: Reference, plan: Plan, built: Lowered, *, processes: bool = True) -> Report:
+    """As `check_plan`."""
+    dtype = built.dtype
+    whole = reference.step(dtype)
+    work = Work.of(built.graph, plan, reference.state, reference.batch, dtype, reference.seed, whole.gradients)
+    parts = on_processes(work) if processes else on_threads(work, built.programs)
+    return Report(
+        layout=plan.layout,
+        dtype=dtype,
+        loss=parts[0].loss,
+        reference_loss=reference.exact.loss,
+        differences=_compare(parts, reference.exact, whole, dtype),
+        captured=reference.captured,
+        plan=plan,
     )
 
 
-def _update_error(job: Job, state: Mapping[str, Tensor], reference: Mapping[str, Tensor]) -> float:
-    """AdamW on this rank's parts of the reference's gradients against AdamW on the whole."""
-    worst = 0.0
-    for part in job.program.stage.parameters:
-        if part.requires_grad:
-            whole = _adamw(state[part.name], reference[part.name], lambda optimizer: optimizer)
-            mine = _adamw(
-                local_part(state[part.name], part, job.program), local_part(reference[part.name], part, job.program), prefer_fused
-            )
-            worst = max(worst, relative_error(mine, local_part(whole, part, job.program), 1e-30))
-    return worst
-
-
-def _adamw(start: Tensor, gradient: Tensor, prepare: Callable[[torch.optim.Optimizer], torch.optim.Optimizer]) -> Tensor:
-    parameter = nn.Parameter(start.clone(memory_format=torch.contiguous_format))
-    parameter.grad = gradient.clone(memory_format=torch.contiguous_format)
-    prepare(torch.optim.AdamW([parameter], lr=1e-3)).step()
-    return parameter.detach()
-
-
-def _compare(split: list[_Part], exact: _Step, reference: _Step, dtype: torch.dtype) -> list[Difference]:
+def _compare(split: list[Part], exact: Step, reference: Step, dtype: torch.dtype) -> list[Difference]:
     floor = 1e-3 * gradient_norm(exact.gradients)
     own = {name: relative_error(reference.gradients[name], gradient, floor) for name, gradient in exact.gradients.items()}
     own_loss = abs(reference.loss - exact.loss) / max(abs(exact.loss), 1e-300)
 
     def bound(error: float) -> float:
-        return _FLOAT64_BOUND if dtype is torch.float64 else max(_FLOAT32_BOUND, _TIMES_REFERENCE * error)
+        return FLOAT64_BOUND if dtype is torch.float64 else max(FLOAT32_BOUND, TIMES_REFERENCE * error)
 
     found = [Difference(name="loss", error=abs(split[0].loss - exact.loss) / max(abs(exact.loss), 1e-300), bound=bound(own_loss))]
     found += [Difference(name=f"loss on rank {rank}", error=abs(part.loss - split[0].loss), bound=0.0) for rank, part in enumerate(split)]
@@ -267,7 +183,7 @@ def _compare(split: list[_Part], exact: _Step, reference: _Step, dtype: torch.dt
     return found
 
 
-def _whole(name: str, split: list[_Part]) -> tuple[Tensor, float]:
+def _whole(name: str, split: list[Part]) -> tuple[Tensor, float]:
     """The whole gradient from the ranks' parts, and the largest difference between copies that should be equal."""
     holders = [part for part in split if name in part.parts]
     kept = holders[0].parts[name].type

@@ -9,14 +9,14 @@ import torch
 
 from shardwise.capture.graph import Op, Slot
 from shardwise.sharding.rules.registry import rule
-from shardwise.sharding.signature import Call, Dim, Signature, Split
+from shardwise.sharding.signature import AxisSplit, Call, Dim, Signature, Split
 
 aten = torch.ops.aten
 
 
 @rule(aten.scaled_dot_product_attention.default)
 def attention(op: Op) -> Signature:
-    """… h q d, … h k d, … h k e, mask -> … h q e; with a causal mask of its own the queries stay whole, too."""
+    """… h q d, … h k d, … h k e, mask -> … h q e; a rank that has some queries makes their part of a causal mask."""
     query = op.inputs[0].shape
     grouped = op.inputs[1].shape[-3] != query[-3] if len(query) > 2 else False
     batch: list[Dim] = [(f"b{index}",) for index in range(len(query) - 2)]
@@ -37,10 +37,7 @@ def attention(op: Op) -> Signature:
     causal = bool(op.argument(5, "is_causal", False))
     splits = {name: Split() for name in sizes if name.startswith("b") or name in ("g", "r", "e")}
     reasons = {"k": "it is normalised as a whole", "d": "it is summed before a softmax"}
-    if causal:
-        reasons["q"] = "the causal mask counts from the first query"
-    else:
-        splits["q"] = Split()
+    splits["q"] = Split(microbatches=not causal)
     return Signature(
         inputs=tuple(tuple(each) for each in inputs),
         outputs=((*batch, ("q",), ("e",)),),
@@ -60,6 +57,26 @@ def _broadcast(shape: Sequence[int], names: Sequence[Dim], whole: Sequence[int])
 
 def _attention(call: Call, tensors: Sequence[torch.Tensor]) -> Any:
     """The whole head dim sets the scale, also where only a part of it is here."""
+    given: dict[str, Any] = {}
     if call.op.kwargs.get("scale") is None:
-        return call.run(tensors, scale=call.op.inputs[0].shape[-1] ** -0.5)
-    return call.run(tensors)
+        given["scale"] = call.op.inputs[0].shape[-1] ** -0.5
+    if not call.splits.get("q") or not call.op.argument(5, "is_causal", False):
+        return call.run(tensors, **given)
+    query, key, value = tensors
+    rows, seen = _rows(call.sizes["q"], call.splits["q"], query.device)
+    seen = min(seen, key.shape[-2])
+    mask = torch.arange(seen, device=query.device) <= rows[:, None]
+    kept = {name: constant for name, constant in call.op.kwargs.items() if name in ("enable_gqa", "scale")} | given
+    return call.op.target(query, key[..., :seen, :], value[..., :seen, :], mask, 0.0, False, **kept)
+
+
+def _rows(size: int, splits: Sequence[AxisSplit], device: torch.device) -> tuple[torch.Tensor, int]:
+    """The indices in a whole dim of `size` that this rank has, and how many elements lie up to the last of them."""
+    index, end = torch.arange(size, device=device), size
+    for split in splits:
+        part = split.part
+        blocks, places = torch.arange(part.blocks, device=device), torch.arange(part.start, part.stop, device=device)
+        index = index[(blocks[:, None] * part.block + places).reshape(-1)]
+    if all(split.part.blocks == 1 for split in splits):
+        end = sum(split.part.start for split in splits) + splits[-1].part.length
+    return index, end

@@ -1,4 +1,4 @@
-"""Operators that move or rename dims without touching an element."""
+"""Operators that move, join, open, repeat or name dims anew without touching an element."""
 
 from __future__ import annotations
 
@@ -8,104 +8,78 @@ from math import gcd, prod
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from shardwise.capture.graph import Op
+from shardwise.sharding.rules.build import ALONE, apart, given, over, overloads, simple_dims, wrap
 from shardwise.sharding.rules.registry import rule
 from shardwise.sharding.signature import Call, Dim, Dims, Signature, Split
 
 aten = torch.ops.aten
-_ALONE = (frozenset({0}),)
+
+__all__ = ["common_factors", "simple_dims"]
 
 
-def simple_dims(shape: Sequence[int], prefix: str = "d") -> list[Dim]:
-    """One factor for each dim."""
-    return [(f"{prefix}{index}",) for index in range(len(shape))]
+# -- dims in another order ---------------------------------------------------------------------------------------------------------------
 
 
-def _moved(op: Op, inputs: Sequence[Dim], outputs: Sequence[Dim], **more: Any) -> Signature:
-    """A signature of one tensor in and one out that is linear; the factors on both sides may be split."""
-    found: dict[str, int] = {}
-    for dims, shape in ((inputs, op.inputs[0].shape), (outputs, op.outputs[0].shape)):
-        found |= {dim[0]: size for dim, size in zip(dims, shape, strict=True) if len(dim) == 1}
-    sizes = found | more.pop("sizes", {})
-    shared = {name for dim in inputs for name in dim} & {name for dim in outputs for name in dim}
-    splits = more.pop("splits", {name: Split() for name in sizes if name in shared})
-    return Signature(inputs=(tuple(inputs),), outputs=(tuple(outputs),), sizes=sizes, splits=splits, linear=_ALONE, **more)
-
-
-@rule(aten.transpose.int)
-def transpose(op: Op) -> Signature:
-    names = simple_dims(op.inputs[0].shape)
-    turned = list(names)
-    first, second = op.args[1] % len(names), op.args[2] % len(names)
-    turned[first], turned[second] = names[second], names[first]
-    return _moved(op, names, turned)
-
-
-@rule(aten.t.default, aten.numpy_T.default)
-def reverse(op: Op) -> Signature:
-    names = simple_dims(op.inputs[0].shape)
-    return _moved(op, names, names[::-1])
-
-
-@rule(aten.permute.default)
-def permute(op: Op) -> Signature:
-    names = simple_dims(op.inputs[0].shape)
-    return _moved(op, names, [names[dim] for dim in op.args[1]])
-
-
-@rule(aten.alias.default, aten.contiguous.default, aten.clone.default, aten.detach.default, aten.lift_fresh_copy.default)
+@rule(*overloads("alias", "clone", "contiguous", "data", "detach", "lift", "lift_fresh", "lift_fresh_copy"))
 def same(op: Op) -> Signature:
     names = simple_dims(op.inputs[0].shape)
-    return _moved(op, names, names)
+    return over(op, [names], [names], linear=ALONE)
+
+
+@rule(
+    *overloads("adjoint", "mH.default", "mT.default", "matrix_H.default", "moveaxis", "movedim", "numpy_T.default", "permute", "swapaxes"),
+    *overloads("swapdims", "t", "transpose.int"),
+)
+def permute(op: Op) -> Signature:
+    """Strides that tell the dims apart show where each one goes."""
+    value = op.inputs[0]
+    names = simple_dims(value.shape)
+    probe = torch.empty_strided(value.shape, [2**dim for dim in range(len(names))], dtype=value.dtype, device="meta")
+    moved = op.target(probe, *op.args[1:], **op.kwargs)
+    return over(op, [names], [[names[stride.bit_length() - 1] for stride in moved.stride()]], linear=ALONE)
+
+
+# -- dims joined, opened, put in and left out --------------------------------------------------------------------------------------------
 
 
 @rule(aten.unsqueeze.default)
 def unsqueeze(op: Op) -> Signature:
     names = simple_dims(op.inputs[0].shape)
-    place = op.args[1] % (len(names) + 1)
-    return _moved(op, names, [*names[:place], (), *names[place:]])
+    place = given(op, "dim") % (len(names) + 1)
+    return over(op, [names], [[*names[:place], (), *names[place:]]], linear=ALONE)
 
 
-@rule(aten.squeeze.dim, aten.squeeze.default, aten.squeeze.dims)
+@rule(*overloads("squeeze"))
 def squeeze(op: Op) -> Signature:
     shape = op.inputs[0].shape
-    given = op.argument(1, "dim")
-    chosen = range(len(shape)) if given is None else [dim % len(shape) for dim in (given if isinstance(given, (list, tuple)) else [given])]
-    gone = {dim for dim in chosen if shape[dim] == 1}
+    given_dims = given(op, "dim")
+    dims = range(len(shape)) if given_dims is None else given_dims if isinstance(given_dims, (list, tuple)) else [given_dims]
+    gone = {wrap(dim, len(shape)) for dim in dims if shape and shape[dim] == 1}
     names: list[Dim] = [() if dim in gone else name for dim, name in enumerate(simple_dims(shape))]
     kept = [name for dim, name in enumerate(names) if dim not in gone]
-    return _moved(op, names, kept, local=_reshape)  # a rank's part of another dim may be of size 1, too, and must stay
+    return over(op, [names], [kept], linear=ALONE, local=_reshape)  # a rank's part of another dim may be of size 1, too, and must stay
 
 
-@rule(aten.expand.default, aten.expand_as.default, aten.broadcast_to.default)
-def expand(op: Op) -> Signature:
-    """A new or repeated dim's factor is held by the result alone: every rank makes its share of the copies."""
-    source, out = op.inputs[0].shape, op.outputs[0].shape
-    outputs = simple_dims(out)
-    shift = len(out) - len(source)
-    inputs: list[Dim] = [outputs[dim + shift] if size == out[dim + shift] else () for dim, size in enumerate(source)]
-    splits = {dim[0]: Split() for dim in outputs}
-    others = tuple(() for _ in op.inputs[1:])
-    sizes = dict(zip((dim[0] for dim in outputs), out, strict=True))
-    rest = tuple(tuple(outputs) for _ in others)
-    return Signature(inputs=(tuple(inputs), *rest), outputs=(tuple(outputs),), sizes=sizes, splits=splits, linear=_ALONE, local=_expand)
-
-
-def _expand(call: Call, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
-    return tensors[0].expand(call.shapes[0])
-
-
-@rule(aten.reshape.default, aten.flatten.using_ints, aten.unflatten.int, aten.view_as.default)
+@rule(
+    *overloads("_unsafe_view", "atleast_1d.default", "atleast_2d.default", "atleast_3d.default", "flatten.using_ints", "ravel", "reshape"),
+    *overloads("reshape_as", "unflatten.int", "view.default", "view_as"),
+)
 def reshape(op: Op) -> Signature:
-    inputs, outputs, sizes = common_factors(op.inputs[0].shape, op.outputs[0].shape)
+    """Of a second tensor only the shape is read."""
+    source, out = op.inputs[0].shape, op.outputs[0].shape
+    if 0 in source:
+        return apart(op, "it has no elements", linear=ALONE)
+    inputs, outputs, sizes = common_factors(source, out)
     splits = {name: Split() for name in sizes if name.startswith("f")}
     reasons = {name: "its elements are in dims of other sizes before and after" for name in sizes if name not in splits}
     read = (inputs, *(outputs for _ in op.inputs[1:]))
-    return Signature(inputs=read, outputs=(outputs,), sizes=sizes, splits=splits, linear=_ALONE, local=_reshape, reasons=reasons)
+    return Signature(inputs=read, outputs=(outputs,), sizes=sizes, splits=splits, linear=ALONE, local=_reshape, reasons=reasons)
 
 
-def _reshape(call: Call, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+def _reshape(call: Call, tensors: Sequence[Tensor]) -> Tensor:
     return tensors[0].reshape(call.shapes[0])
 
 
@@ -173,163 +147,147 @@ class _Pairs:
         self.share(a[-1][0], b[-1][0], back)
 
 
-@rule(aten.slice.Tensor)
-def slice_(op: Op) -> Signature:
-    """The sliced dim stays whole."""
-    return _except(op, op.argument(1, "dim", 0), removed=False, reason="a slice takes other indices than the ranks hold")
-
-
-@rule(aten.select.int)
-def select(op: Op) -> Signature:
-    return _except(op, op.args[1], removed=True, reason="one index of it is selected")
-
-
-def _except(op: Op, dim: int, *, removed: bool, reason: str) -> Signature:
+@rule(aten.view_as_real.default)
+def view_as_real(op: Op) -> Signature:
+    """A last dim of two: the real and the imaginary part."""
     names = simple_dims(op.inputs[0].shape)
-    dim %= len(names)
-    outputs = [*names[:dim], *([] if removed else [("out",)]), *names[dim + 1 :]]
-    return _moved(op, names, outputs, reasons={f"d{dim}": reason, "out": reason})
+    return over(op, [names], [[*names, ("two",)]], linear=ALONE)
 
 
-@rule(aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default, aten.unbind.int)
-def split(op: Op) -> Signature:
-    """Pieces of one dim. Equal pieces make it (pieces, n): n may be split inside each piece."""
-    source = op.inputs[0].shape
-    dim = (op.argument(1, "dim", 0) if op.target is aten.unbind.int else op.argument(2, "dim", 0)) % len(source)
-    names = simple_dims(source)
-    inner: list[Dim] = [] if op.target is aten.unbind.int else [("n",)]
-    lengths = {value.shape[dim] for value in op.outputs} if inner else {1}
-    equal = len(lengths) == 1
-    outputs = tuple((*names[:dim], *inner, *names[dim + 1 :]) for _ in op.outputs) if equal else _unequal(op, names, dim)
-    sizes = {f"d{index}": size for index, size in enumerate(source) if index != dim}
-    if equal:
-        names[dim] = ("pieces", *(name for each in inner for name in each))
-        sizes |= {"pieces": len(op.outputs), "n": source[dim] // len(op.outputs)}
-        if not inner:
-            sizes.pop("n")
-    else:
-        names[dim] = ("whole",)
-        sizes |= {"whole": source[dim]} | {f"n{index}": value.shape[dim] for index, value in enumerate(op.outputs)}
-    splits = {name: Split() for name in sizes if name == "n" or name.startswith("d")}
-    reasons = {"pieces": "each piece is a result of its own", "whole": "the pieces are unequal"}
-    return Signature(inputs=(tuple(names),), outputs=outputs, sizes=sizes, splits=splits, linear=_ALONE, local=_split, reasons=reasons)
+@rule(aten.view_as_complex.default)
+def view_as_complex(op: Op) -> Signature:
+    names = simple_dims(op.outputs[0].shape)
+    return over(op, [[*names, ("two",)]], [names], whole={"two": "the real and the imaginary part"}, linear=ALONE, local=_view_as_complex)
 
 
-def _unequal(op: Op, names: list[Dim], dim: int) -> tuple[Dims, ...]:
-    return tuple((*names[:dim], (f"n{index}",), *names[dim + 1 :]) for index in range(len(op.outputs)))
+def _view_as_complex(call: Call, tensors: Sequence[Tensor]) -> Any:
+    return call.run([tensors[0].contiguous()])
 
 
-def _split(call: Call, tensors: Sequence[torch.Tensor]) -> Any:
-    dim = call.op.argument(1 if call.op.target is aten.unbind.int else 2, "dim", 0)
-    if call.op.target is aten.unbind.int:
-        return tensors[0].unbind(dim)
-    return tensors[0].split([shape[dim] for shape in call.shapes], dim)
+@rule(aten.view.dtype)
+def view_bits(op: Op) -> Signature:
+    """The same bits as another dtype, of another width perhaps."""
+    names = simple_dims(op.inputs[0].shape)
+    if op.inputs[0].shape == op.outputs[0].shape:
+        return over(op, [names], [names], local=_view_bits)
+    return over(op, [names], [[*names[:-1], ("out",)]], whole={names[-1][0]: "elements are joined or cut"}, local=_view_bits)
 
 
-@rule(aten.cat.default)
-def cat(op: Op) -> Signature:
-    """The dim that is put together stays whole, but equal inputs make it (pieces, n) and n may be split inside each."""
-    out = op.outputs[0].shape
-    dim = op.argument(1, "dim", 0) % len(out)
-    names = simple_dims(out)
-    lengths = [value.shape[dim] for value in op.inputs]
-    sizes = {f"d{index}": size for index, size in enumerate(out) if index != dim}
-    if len(set(lengths)) == 1:
-        inputs = tuple((*names[:dim], ("n",), *names[dim + 1 :]) for _ in op.inputs)
-        names[dim] = ("pieces", "n")
-        sizes |= {"pieces": len(op.inputs), "n": lengths[0]}
-    else:
-        inputs = tuple((*names[:dim], (f"n{index}",), *names[dim + 1 :]) for index in range(len(op.inputs)))
-        names[dim] = ("whole",)
-        sizes |= {"whole": out[dim]} | {f"n{index}": size for index, size in enumerate(lengths)}
-    splits = {name: Split() for name in sizes if name == "n" or name.startswith("d")}
-    reason = "each piece is an input of its own" if "pieces" in sizes else "the inputs have unequal lengths"
-    reasons = {name: reason for name in sizes if name not in splits}
-    everything = (frozenset(range(len(op.inputs))),)
-    return Signature(inputs=inputs, outputs=(tuple(names),), sizes=sizes, splits=splits, linear=everything, reasons=reasons)
+def _view_bits(call: Call, tensors: Sequence[Tensor]) -> Any:
+    return call.run([tensors[0].contiguous()])
 
 
-@rule(aten.stack.default)
-def stack(op: Op) -> Signature:
-    out = op.outputs[0].shape
-    dim = op.argument(1, "dim", 0) % len(out)
-    names = simple_dims(out)
-    inner = tuple((*names[:dim], *names[dim + 1 :]) for _ in op.inputs)
-    sizes = {f"d{index}": size for index, size in enumerate(out)}
-    splits = {name: Split() for name in sizes if name != f"d{dim}"}
-    everything = (frozenset(range(len(op.inputs))),)
-    reasons = {f"d{dim}": "each index is an input of its own"}
-    return Signature(inputs=inner, outputs=(tuple(names),), sizes=sizes, splits=splits, linear=everything, reasons=reasons)
+# -- copies ------------------------------------------------------------------------------------------------------------------------------
 
 
-@rule(aten.pad.default, aten.constant_pad_nd.default)
-def pad(op: Op) -> Signature:
-    """Padded dims stay whole; a sum may be padded with zeros only."""
-    shape = op.inputs[0].shape
-    widths = op.args[1]
-    padded = {len(shape) - 1 - index // 2 for index, width in enumerate(widths) if width}
-    names = simple_dims(shape)
-    outputs = [("out" + str(dim),) if dim in padded else name for dim, name in enumerate(names)]
-    reason = {f"d{dim}": "elements are added at its ends" for dim in padded}
-    found = _moved(op, names, outputs, reasons=reason)
-    zero = (op.args[2] if op.target is aten.constant_pad_nd.default and len(op.args) > 2 else op.argument(3, "value")) in (None, 0)
-    return found if zero else Signature(**{**found.__dict__, "linear": ()})
+@rule(aten.expand.default, aten.expand_as.default, aten.broadcast_to.default)
+def expand(op: Op) -> Signature:
+    """A new or repeated dim's factor is held by the result alone: every rank makes its share of the copies."""
+    source, out = op.inputs[0].shape, op.outputs[0].shape
+    outputs = simple_dims(out)
+    shift = len(out) - len(source)
+    inputs: list[Dim] = [outputs[dim + shift] if size == out[dim + shift] else () for dim, size in enumerate(source)]
+    splits = {dim[0]: Split() for dim in outputs}
+    return over(op, [inputs, *(outputs for _ in op.inputs[1:])], [outputs], splits=splits, linear=ALONE, local=_expand)
 
 
-@rule(aten.repeat.default)
+def _expand(call: Call, tensors: Sequence[Tensor]) -> Tensor:
+    return tensors[0].expand(call.shapes[0])
+
+
+@rule(aten.repeat.default, aten.tile.default)
 def repeat(op: Op) -> Signature:
     """d -> (copies d): each copy is split alike."""
-    source, copies = op.inputs[0].shape, list(op.args[1])
+    source, out = op.inputs[0].shape, op.outputs[0].shape
     names = simple_dims(source)
-    shift = len(copies) - len(names)
-    sizes = {f"copies{dim}": count for dim, count in enumerate(copies)} | {name[0]: size for name, size in zip(names, source, strict=True)}
-    outputs = [(f"copies{dim}", *(names[dim - shift] if dim >= shift else ())) for dim in range(len(copies))]
-    return _moved(op, names, outputs, sizes=sizes)
+    shift = len(out) - len(source)
+    copies = {f"copies{dim}": size // (source[dim - shift] if dim >= shift else 1) for dim, size in enumerate(out) if size}
+    outputs = [(f"copies{dim}", *(names[dim - shift] if dim >= shift else ())) for dim in range(len(out))]
+    if 0 in out:
+        return apart(op, "it has no elements", linear=ALONE)
+    return over(op, [names], [outputs], sizes=copies, linear=ALONE)
 
 
 @rule(aten.repeat_interleave.self_int)
 def repeat_interleave(op: Op) -> Signature:
     """d -> (d copies); without a dim all of them are laid flat."""
-    source, dim = op.inputs[0].shape, op.argument(2, "dim")
+    source, dim = op.inputs[0].shape, given(op, "dim")
     names = simple_dims(source)
-    sizes = {name[0]: size for name, size in zip(names, source, strict=True)} | {"copies": op.args[1]}
+    outputs: list[Dim] = list(names)
     if dim is None:
-        outputs: list[Dim] = [(*(name for each in names for name in each), "copies")]
+        outputs = [(*(name for each in names for name in each), "copies")]
     else:
-        outputs = list(names)
         outputs[dim] = (*names[dim], "copies")
-    return _moved(op, names, outputs, sizes=sizes, local=_repeat_interleave)
+    return over(op, [names], [outputs], sizes={"copies": given(op, "repeats")}, linear=ALONE, local=_repeat_interleave)
 
 
-def _repeat_interleave(call: Call, tensors: Sequence[torch.Tensor]) -> Any:
+def _repeat_interleave(call: Call, tensors: Sequence[Tensor]) -> Any:
     return call.run(tensors, output_size=None)
 
 
-@rule(aten.roll.default)
-def roll(op: Op) -> Signature:
-    """Rolled dims stay whole: all of them when none is named, for then the tensor is rolled as one run."""
-    names = simple_dims(op.inputs[0].shape)
-    given = op.argument(2, "dims", [])
-    rolled = {dim % len(names) for dim in given} or set(range(len(names)))
-    outputs = [(f"out{dim}",) if dim in rolled else name for dim, name in enumerate(names)]
-    return _moved(op, names, outputs, reasons={f"d{dim}": "elements go over its end" for dim in rolled})
+@rule(aten.repeat_interleave.self_Tensor)
+def repeat_each(op: Op) -> Signature:
+    """As many copies of each row as a second tensor says."""
+    source, dim = op.inputs[0].shape, given(op, "dim")
+    if dim is None:
+        return apart(op, "how often an element is repeated depends on the data", linear=ALONE)
+    names = simple_dims(source)
+    dim = wrap(dim, len(source))
+    why = "how often a row is repeated depends on the data"
+    times = simple_dims(op.inputs[1].shape, "times")
+    whole = {f"d{dim}": why, "out": why} | {name[0]: why for name in times}
+    return over(op, [names, times], [[*names[:dim], ("out",), *names[dim + 1 :]]], whole=whole, linear=ALONE)
 
 
-@rule(aten.diff.default, aten.cumsum.default)
-def along(op: Op) -> Signature:
-    """Runs along one dim, which stays whole, as do the same dims of what is put before and after."""
-    shape = op.inputs[0].shape
-    dim = (op.argument(2, "dim", -1) if op.target is aten.diff.default else op.args[1]) % len(shape)
+@rule(aten.repeat_interleave.Tensor)
+def repeat_numbers(op: Op) -> Signature:
+    return apart(op, "how often a number is repeated depends on the data")
+
+
+@rule(aten.kron.default)
+def kron(op: Op) -> Signature:
+    """Each dim is (that of the first, that of the second); linear in each."""
+    out = len(op.outputs[0].shape)
+    names = [simple_dims(value.shape, letter) for value, letter in zip(op.inputs, "ab", strict=True)]
+    padded = [[(), *[()] * (out - len(each) - 1), *each] if len(each) < out else each for each in names]
+    outputs = [(*first, *second) for first, second in zip(*padded, strict=True)]
+    return over(op, names, [outputs], linear=(frozenset({0}), frozenset({1})))
+
+
+# -- channels and pixels -----------------------------------------------------------------------------------------------------------------
+
+
+@rule(aten.pixel_shuffle.default)
+def pixel_shuffle(op: Op) -> Signature:
+    """(c r q), h, w -> c, (h r), (w q)."""
+    return _pixels(op, given(op, "upscale_factor"), unshuffle=False)
+
+
+@rule(aten.pixel_unshuffle.default)
+def pixel_unshuffle(op: Op) -> Signature:
+    return _pixels(op, given(op, "downscale_factor"), unshuffle=True)
+
+
+def _pixels(op: Op, scale: int, *, unshuffle: bool) -> Signature:
+    few, large = (op.outputs[0].shape, op.inputs[0].shape) if unshuffle else (op.inputs[0].shape, op.outputs[0].shape)
+    batch = simple_dims(few[:-3])
+    deep: list[Dim] = [*batch, ("c", "r", "q"), ("h",), ("w",)]
+    wide: list[Dim] = [*batch, ("c",), ("h", "r"), ("w", "q")]
+    sizes = {"c": large[-3], "r": scale, "q": scale, "h": few[-2], "w": few[-1]}
+    whole = dict.fromkeys("rq", "a pixel's parts lie in channels and beside each other")
+    return over(op, [wide if unshuffle else deep], [deep if unshuffle else wide], sizes=sizes, whole=whole, linear=ALONE)
+
+
+@rule(aten.channel_shuffle.default, aten.native_channel_shuffle.default)
+def channel_shuffle(op: Op) -> Signature:
+    """n (g k) … -> n (k g) …"""
+    shape, groups = op.inputs[0].shape, given(op, "groups")
     names = simple_dims(shape)
-    lengths = {f"d{dim}": shape[dim]} | {f"more{n}": value.shape[dim] for n, value in enumerate(op.inputs[1:], 1)}
-    inputs = tuple((*names[:dim], (name,), *names[dim + 1 :]) for name in lengths)
-    lengths["out"] = op.outputs[0].shape[dim]
-    sizes = {f"d{index}": size for index, size in enumerate(shape)} | lengths
-    return Signature(
-        inputs=inputs,
-        outputs=((*names[:dim], ("out",), *names[dim + 1 :]),),
-        sizes=sizes,
-        splits={name: Split() for name in sizes if name not in lengths},
-        reasons=dict.fromkeys(lengths, "each element depends on those before it"),
-        linear=(frozenset(range(len(op.inputs))),),
-    )
+    sizes = {"g": groups, "k": shape[1] // groups}
+    left, right = [names[0], ("g", "k"), *names[2:]], [names[0], ("k", "g"), *names[2:]]
+    return over(op, [left], [right], sizes=sizes, linear=ALONE, local=_channel_shuffle)
+
+
+def _channel_shuffle(call: Call, tensors: Sequence[Tensor]) -> Any:
+    held = [split.part.length for split in call.splits.get("g", ())]
+    return call.run(tensors, {1: held[-1] if held else call.sizes["g"]})

@@ -1,0 +1,201 @@
+"""Python code that is kept as one operator: what capturing would change or cannot follow.
+
+    torch.autograd.Function      its hand-written backward would be lost
+    submodule                    its control flow depends on the values of tensors
+
+Such code becomes an `Opaque`, the target of one `Op`. When it runs it calls the torch operator `shardwise.opaque`, which traces to one
+node; its gradient is `shardwise.opaque_backward`, which runs the code once more with autograd on and asks it for its gradients. Both are
+looked up by a key: operators take tensors and numbers, not functions.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from typing import Any
+from weakref import WeakValueDictionary
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from shardwise.errors import BatchError
+
+__all__ = ["EXPECT", "OPERATOR", "Opaque", "Result", "opaque_of"]
+
+_LIBRARY = torch.library.Library("shardwise", "FRAGMENT")
+_LIBRARY.define("opaque(Tensor[] inputs, str key, int[] sizes, int[] dims) -> Tensor[]")
+_LIBRARY.define("expect(Tensor x, float value) -> ()")
+_LIBRARY.define("opaque_backward(Tensor[] inputs, Tensor[] gradients, int[] wanted, str key) -> Tensor[]")
+
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_alone = threading.RLock()  # parameters are put into the user's own modules while these run, and there is one generator
+_known: WeakValueDictionary[str, Opaque] = WeakValueDictionary()  # by key: a torch operator can reach its code in no other way
+
+
+OPERATOR = torch.ops.shardwise.opaque.default
+EXPECT = torch.ops.shardwise.expect.default  # what a value was on the example batch; it stays in an exported graph for its effect
+torch.fx.node.has_side_effect(EXPECT)
+
+
+def opaque_of(key: str) -> Opaque:
+    """The code that a call of `OPERATOR` names."""
+    return _known[key]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """Shape and dtype of one result on the example batch."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Opaque:
+    """Code that is called with tensors and returns tensors.
+
+    name: what it is, for people. version: changes when the code does. code: the function; results: what it made of the example batch.
+    random: it draws random numbers; then the last of its inputs is the graph's random state, from which it is seeded, and `number` tells it
+    from the graph's other random operators.
+    """
+
+    name: str
+    version: str
+    code: Callable[[Sequence[Tensor]], Sequence[Tensor]]
+    results: tuple[Result, ...]
+    random: bool = False
+    number: int = 0
+    float64: bool = False
+
+    def __post_init__(self) -> None:
+        _known[self.key] = self
+
+    @property
+    def key(self) -> str:
+        """By which the torch operator finds this code."""
+        return f"{self.name}#{id(self)}"
+
+    @property
+    def __name__(self) -> str:
+        return f"opaque[{self.name}]"
+
+    def cast(self, dtype: torch.dtype) -> Opaque:
+        """The same code computing in float64, where that is wanted: then what it casts to float32 stays in float64, too."""
+        results = tuple(replace(each, dtype=dtype if each.dtype in _FLOATS else each.dtype) for each in self.results)
+        return replace(self, results=results, float64=dtype is torch.float64)
+
+    def __call__(self, *inputs: Tensor, shapes: Sequence[tuple[int, ...]] | None = None) -> tuple[Tensor, ...]:
+        """Runs it. shapes: of the results; as on the example batch by default."""
+        chosen = [result.shape for result in self.results] if shapes is None else shapes
+        sizes = [0] + [size for shape in chosen for size in shape]  # torch would take an empty list for one of tensors
+        return tuple(torch.ops.shardwise.opaque(list(inputs), self.key, sizes, [len(shape) for shape in chosen]))
+
+    def run(self, inputs: Sequence[Tensor]) -> list[Tensor]:
+        """The code itself, on real tensors, differentiable."""
+        state, tensors = (inputs[-1], inputs[:-1]) if self.random else (None, inputs)
+        with _alone, _seeded(state, self.number) if state is not None else nullcontext(), _InFloat64() if self.float64 else nullcontext():
+            made = self.code(tensors)
+        return [each.to(result.dtype) for each, result in zip(made, self.results, strict=True)]
+
+
+@contextmanager
+def _seeded(state: Tensor, number: int) -> Iterator[None]:
+    """torch's generator as a function of the step, the microbatch and which operator this is; as it was before, afterwards."""
+    step, microbatch = state.tolist()
+    with torch.random.fork_rng(devices=[state.device] if state.is_cuda else []):
+        torch.manual_seed((step * 1_000_003 + microbatch * 8191 + number) & (2**63 - 1))
+        yield
+
+
+class _InFloat64(TorchFunctionMode):
+    """Casts to smaller floats become casts to float64."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (Tensor.float, Tensor.half, Tensor.bfloat16):
+            func = Tensor.double
+        return func(*map(_double, args), **{name: _double(value) for name, value in (kwargs or {}).items()})
+
+
+def _double(value: Any) -> Any:
+    return torch.float64 if isinstance(value, torch.dtype) and value in _FLOATS else value
+
+
+def _shapes(sizes: Sequence[int], dims: Sequence[int]) -> list[tuple[int, ...]]:
+    flat = iter(sizes[1:])
+    return [tuple(next(flat) for _ in range(count)) for count in dims]
+
+
+@torch.library.impl(_LIBRARY, "opaque", "CompositeExplicitAutograd")
+def _opaque(inputs: Sequence[Tensor], key: str, sizes: Sequence[int], dims: Sequence[int]) -> list[Tensor]:
+    kept = _known[key]
+    with torch.no_grad():
+        made = [each.clone(memory_format=torch.contiguous_format) for each in kept.run(inputs)]
+    for number, (each, shape) in enumerate(zip(made, _shapes(sizes, dims), strict=True)):
+        if tuple(each.shape) != shape:
+            raise BatchError(
+                f"{kept.name} made a tensor of shape {list(each.shape)} as result {number}, the plan was made for {list(shape)}: its size "
+                "depends on the data; let it return a tensor of fixed shape (padded or masked)"
+            )
+    return made
+
+
+@torch.library.impl(_LIBRARY, "opaque_backward", "CompositeExplicitAutograd")
+def _opaque_backward(inputs: Sequence[Tensor], gradients: Sequence[Tensor], wanted: Sequence[int], key: str) -> list[Tensor]:
+    with torch.enable_grad():
+        leaves = [each.detach().requires_grad_(index in wanted) for index, each in enumerate(inputs)]
+        made = _known[key].run(leaves)
+    live = [(result, gradient) for result, gradient in zip(made, gradients, strict=True) if result.requires_grad]
+    asked = [leaves[index] for index in wanted]
+    if not live:
+        return [torch.zeros_like(each) for each in asked]
+    found = torch.autograd.grad([result for result, _ in live], asked, [gradient for _, gradient in live], allow_unused=True)
+    return [
+        torch.zeros_like(leaf, memory_format=torch.contiguous_format)
+        if gradient is None
+        else gradient.clone(memory_format=torch.contiguous_format)
+        for leaf, gradient in zip(asked, found, strict=True)
+    ]
+
+
+@torch.library.impl(_LIBRARY, "expect", "CompositeExplicitAutograd")
+@torch.library.register_fake("shardwise::expect", lib=_LIBRARY)
+def _expect(x: Tensor, value: float) -> None:
+    """Nothing: `shardwise.capture.export` makes it a check of the graph."""
+
+
+@torch.library.register_fake("shardwise::opaque", lib=_LIBRARY)
+def _fake_opaque(inputs: Sequence[Tensor], key: str, sizes: Sequence[int], dims: Sequence[int]) -> list[Tensor]:
+    results = _known[key].results
+    return [inputs[0].new_empty(shape, dtype=each.dtype) for each, shape in zip(results, _shapes(sizes, dims), strict=True)]
+
+
+@torch.library.register_fake("shardwise::opaque_backward", lib=_LIBRARY)
+def _fake_opaque_backward(inputs: Sequence[Tensor], gradients: Sequence[Tensor], wanted: Sequence[int], key: str) -> list[Tensor]:
+    return [torch.empty_like(inputs[index], memory_format=torch.contiguous_format) for index in wanted]
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: Sequence[Tensor]) -> None:
+    tensors, ctx.key = inputs[0], inputs[1]
+    ctx.wanted = [index for index, each in enumerate(tensors) if each.requires_grad]
+    ctx.results = [(each.shape, each.dtype, each.device) for each in output]
+    ctx.save_for_backward(*tensors)
+    ctx.mark_non_differentiable(*(each for each in output if not each.is_floating_point()))
+
+
+def _gradient(ctx: Any, gradients: Sequence[Tensor | None]) -> tuple[Any, ...]:
+    tensors = ctx.saved_tensors
+    whole = [
+        torch.zeros(shape, dtype=dtype, device=device) if gradient is None else gradient
+        for gradient, (shape, dtype, device) in zip(gradients, ctx.results, strict=True)
+    ]
+    found = torch.ops.shardwise.opaque_backward(list(tensors), whole, ctx.wanted, ctx.key)
+    each: list[Tensor | None] = [None] * len(tensors)
+    for index, gradient in zip(ctx.wanted, found, strict=True):
+        each[index] = gradient
+    return each, None, None, None
+
+
+torch.library.register_autograd("shardwise::opaque", _gradient, setup_context=_setup, lib=_LIBRARY)

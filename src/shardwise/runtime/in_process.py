@@ -1,0 +1,174 @@
+"""Ranks as threads of one process: for proofs, where starting processes would take longer than the work.
+
+Every rank runs its own program with the same executor as over torch.distributed; only its messages travel through memory. Sums are taken
+in the order of the ranks, so all ranks hold bitwise equal ones.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from shardwise.errors import TransferError
+from shardwise.runtime.transport import Transport, using
+from shardwise.sharding.collectives import group_ranks
+
+__all__ = ["InProcess", "Meetings", "run_ranks"]
+
+Result = TypeVar("Result")
+_PATIENCE_S = 120.0
+
+
+class _Meeting:
+    """Where the ranks of a group exchange one tensor each."""
+
+    def __init__(self, ranks: Sequence[int]) -> None:
+        self.ranks = list(ranks)
+        self.slots: list[Any] = [None] * len(self.ranks)
+        self.barrier = threading.Barrier(len(self.ranks))
+
+    def exchange(self, rank: int, tensor: Tensor) -> list[Tensor]:
+        """All ranks' tensors, in their order."""
+        self.slots[self.ranks.index(rank)] = tensor.clone()
+        self.barrier.wait(_PATIENCE_S)
+        found = list(self.slots)
+        self.barrier.wait(_PATIENCE_S)
+        return found
+
+
+@dataclass(kw_only=True)
+class Meetings:
+    """What the ranks of one job share."""
+
+    groups: dict[str, _Meeting] = field(default_factory=dict)
+    mail: dict[tuple[int, int], queue.Queue[Tensor]] = field(default_factory=lambda: defaultdict(queue.Queue))
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    ended: threading.Event = field(default_factory=threading.Event)
+
+    def of(self, group: str) -> _Meeting:
+        """The meeting of a group."""
+        with self.lock:
+            return self.groups.setdefault(group, _Meeting(group_ranks(group)))
+
+    def box(self, source: int, target: int) -> queue.Queue[Tensor]:
+        """Messages from one rank to another, in their order."""
+        with self.lock:
+            return self.mail[source, target]
+
+    def end(self) -> None:
+        """Wakes all who wait: a rank has failed."""
+        self.ended.set()
+        with self.lock:
+            for meeting in self.groups.values():
+                meeting.barrier.abort()
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Sent:
+    def wait(self) -> None:
+        """A copy was sent: the tensor is free at once."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Awaited:
+    transport: InProcess
+    x: Tensor
+    peer: int
+
+    def wait(self) -> None:
+        """Fills the tensor."""
+        box = self.transport.meetings.box(self.peer, self.transport.rank)
+        for _ in range(int(_PATIENCE_S * 10)):
+            try:
+                self.x.copy_(box.get(timeout=0.1))
+            except queue.Empty:
+                if self.transport.meetings.ended.is_set():
+                    raise TransferError(f"rank {self.transport.rank} waits for rank {self.peer}, but a rank has failed") from None
+            else:
+                return
+        raise TransferError(f"rank {self.transport.rank} waited {_PATIENCE_S:.0f} s in vain for rank {self.peer}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class InProcess:
+    """One rank's transport."""
+
+    rank: int
+    meetings: Meetings
+
+    def _exchange(self, x: Tensor, group: str) -> tuple[list[Tensor], int]:
+        meeting = self.meetings.of(group)
+        return meeting.exchange(self.rank, x), meeting.ranks.index(self.rank)
+
+    def all_reduce(self, x: Tensor, group: str, op: str, impl: str) -> Tensor:
+        every, _ = self._exchange(x, group)
+        return torch.stack(every).amax(0) if op == "max" else _sum(every)
+
+    def all_gather(self, x: Tensor, group: str, dim: int, sizes: Sequence[int], impl: str) -> Tensor:
+        every, _ = self._exchange(x, group)
+        assert [each.shape[dim] for each in every] == list(sizes), f"{group}: parts of other sizes than {sizes}"
+        return torch.cat(every, dim)
+
+    def reduce_scatter(self, x: Tensor, group: str, dim: int, sizes: Sequence[int], impl: str) -> Tensor:
+        every, here = self._exchange(x, group)
+        return _sum(every).split(list(sizes), dim)[here].clone()
+
+    def all_to_all(
+        self, x: Tensor, group: str, split_dim: int, split_sizes: Sequence[int], cat_dim: int, cat_sizes: Sequence[int], impl: str
+    ) -> Tensor:
+        every, here = self._exchange(x, group)
+        assert x.shape[cat_dim] == cat_sizes[here], f"{group}: a part of another size than {cat_sizes[here]}"
+        return torch.cat([each.split(list(split_sizes), split_dim)[here] for each in every], cat_dim)
+
+    def sum_in_place(self, x: Tensor, group: str, impl: str) -> None:
+        x.copy_(self.all_reduce(x, group, "sum", impl))
+
+    def begin_sum(self, x: Tensor, group: str, impl: str, number: int) -> Callable[[], object]:
+        self.sum_in_place(x, group, impl)
+        return lambda: None
+
+    def send(self, x: Tensor, peer: int) -> _Sent:
+        self.meetings.box(self.rank, peer).put(x.clone())
+        return _Sent()
+
+    def receive(self, x: Tensor, peer: int) -> _Awaited:
+        return _Awaited(transport=self, x=x, peer=peer)
+
+
+def _sum(tensors: Sequence[Tensor]) -> Tensor:
+    total = tensors[0].clone()
+    for each in tensors[1:]:
+        total += each
+    return total
+
+
+def run_ranks(count: int, function: Callable[[int, Transport], Result]) -> list[Result]:
+    """`function(rank, its transport)` on so many threads at once; raises the first error of any."""
+    meetings = Meetings()
+    results: list[Any] = [None] * count
+    errors: list[BaseException] = []
+
+    def work(rank: int) -> None:
+        transport = InProcess(rank=rank, meetings=meetings)
+        try:
+            with using(transport):
+                results[rank] = function(rank, transport)
+        except BaseException as error:
+            errors.append(error)
+            meetings.end()
+
+    threads = [threading.Thread(target=work, args=(rank,), name=f"rank {rank}") for rank in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if errors:
+        raise next((error for error in errors if not isinstance(error, (threading.BrokenBarrierError, TransferError))), errors[0])
+    return results

@@ -1,0 +1,129 @@
+"""How a rank's messages travel: over torch.distributed, or (`in_process`) between threads that stand for ranks.
+
+The collectives of a program (`torch.ops.shardwise.*`) find their transport through `using`, which an executor enters for a step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any, Protocol
+
+import torch.distributed as dist
+from torch import Tensor
+
+from shardwise._torch import find_group
+from shardwise.runtime import collectives
+from shardwise.sharding.collectives import LIBRARY, group_ranks
+
+__all__ = ["Distributed", "Transport", "using"]
+
+
+class Work(Protocol):
+    """A message under way."""
+
+    def wait(self) -> object:
+        """Returns when it has arrived (a receive) or its tensor is free again (a send)."""
+
+
+class Transport(Protocol):
+    """What one rank can say to others. `group` is a name of `shardwise.sharding.collectives.group_name`; ranks are global."""
+
+    def all_reduce(self, x: Tensor, group: str, op: str, impl: str) -> Tensor:
+        """As `shardwise.runtime.collectives`, as are the next three."""
+
+    def all_gather(self, x: Tensor, group: str, dim: int, sizes: Sequence[int], impl: str) -> Tensor: ...
+
+    def reduce_scatter(self, x: Tensor, group: str, dim: int, sizes: Sequence[int], impl: str) -> Tensor: ...
+
+    def all_to_all(
+        self, x: Tensor, group: str, split_dim: int, split_sizes: Sequence[int], cat_dim: int, cat_sizes: Sequence[int], impl: str
+    ) -> Tensor: ...
+
+    def sum_in_place(self, x: Tensor, group: str, impl: str) -> None:
+        """x becomes the sum over the group."""
+
+    def begin_sum(self, x: Tensor, group: str, impl: str, number: int) -> Callable[[], object]:
+        """Begins to make x the sum over the group; the returned function waits for it. number: tells sums under way apart."""
+
+    def send(self, x: Tensor, peer: int) -> Work:
+        """Begins to send x, which must not change before the end."""
+
+    def receive(self, x: Tensor, peer: int) -> Work:
+        """Begins to receive into x."""
+
+
+class Distributed:
+    """torch.distributed's process groups."""
+
+    def all_reduce(self, x: Tensor, group: str, op: str, impl: str) -> Tensor:
+        return collectives.all_reduce(x, find_group(group), impl, reduction=op)  # type: ignore[arg-type]
+
+    def all_gather(self, x: Tensor, group: str, dim: int, sizes: Sequence[int], impl: str) -> Tensor:
+        return collectives.all_gather(x, dim, sizes, find_group(group), impl)
+
+    def reduce_scatter(self, x: Tensor, group: str, dim: int, sizes: Sequence[int], impl: str) -> Tensor:
+        return collectives.reduce_scatter(x, dim, sizes, find_group(group), impl)
+
+    def all_to_all(
+        self, x: Tensor, group: str, split_dim: int, split_sizes: Sequence[int], cat_dim: int, cat_sizes: Sequence[int], impl: str
+    ) -> Tensor:
+        return collectives.all_to_all(x, split_dim, split_sizes, cat_dim, cat_sizes, find_group(group), impl)
+
+    def sum_in_place(self, x: Tensor, group: str, impl: str) -> None:
+        collectives.all_reduce(x, find_group(group), impl, inplace=True)
+
+    def begin_sum(self, x: Tensor, group: str, impl: str, number: int) -> Callable[[], object]:
+        return collectives.start_all_reduce(x, find_group(group), impl, number)
+
+    def send(self, x: Tensor, peer: int) -> Any:
+        return dist.isend(x, peer)
+
+    def receive(self, x: Tensor, peer: int) -> Any:
+        return dist.irecv(x, peer)
+
+
+_current: ContextVar[Transport] = ContextVar("transport", default=Distributed())  # noqa: B039 - it holds nothing
+
+
+@contextmanager
+def using(transport: Transport) -> Iterator[None]:
+    """Inside, this thread's collective operators go over the transport."""
+    token = _current.set(transport)
+    try:
+        yield
+    finally:
+        _current.reset(token)
+
+
+def group_size(group: str) -> int:
+    """How many ranks a named group has."""
+    return len(group_ranks(group))
+
+
+def _all_reduce(x: Tensor, group: str, op: str, impl: str) -> Tensor:
+    return _current.get().all_reduce(x, group, op, impl)
+
+
+def _all_gather(x: Tensor, group: str, dim: int, sizes: Sequence[int], impl: str) -> Tensor:
+    return _current.get().all_gather(x, group, dim, sizes, impl)
+
+
+def _reduce_scatter(x: Tensor, group: str, dim: int, sizes: Sequence[int], rank: int, impl: str) -> Tensor:
+    return _current.get().reduce_scatter(x, group, dim, sizes, impl)
+
+
+def _all_to_all(
+    x: Tensor, group: str, split_dim: int, split_sizes: Sequence[int], cat_dim: int, cat_sizes: Sequence[int], rank: int, impl: str
+) -> Tensor:
+    return _current.get().all_to_all(x, group, split_dim, split_sizes, cat_dim, cat_sizes, impl)
+
+
+for _name, _function in (
+    ("all_reduce", _all_reduce),
+    ("all_gather", _all_gather),
+    ("reduce_scatter", _reduce_scatter),
+    ("all_to_all", _all_to_all),
+):
+    LIBRARY.impl(_name, _function, "CompositeExplicitAutograd")

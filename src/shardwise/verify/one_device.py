@@ -1,0 +1,182 @@
+"""What one device computes: the model itself, and the captured graph in any precision; the measure for every split of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from shardwise.capture.export import capture, loss_of
+from shardwise.capture.graph import Graph
+from shardwise.capture.normalize import RANDOM_STATE
+from shardwise.errors import VerifyError
+from shardwise.runtime.job import step_key
+from shardwise.verify.cast import cast_graph, cast_tensor
+from shardwise.verify.compare import FLOAT32_BOUND, TIMES_REFERENCE, Difference, compare_gradients, gradient_norm, relative_error
+
+__all__ = ["Reference", "Step", "prepare"]
+
+Loss = Callable[[Any], Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """What a step gave, whole."""
+
+    loss: float
+    gradients: dict[str, Tensor]
+    buffers: dict[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reference:
+    """One device's step.
+
+    graph, state, batch: what was computed; exact: in float64, or in float32 where an operator has no float64 (`widest`).
+    captured: the captured graph's gradients against the model's own, in the model's precision; empty where it draws random numbers.
+    """
+
+    name: str
+    graph: Graph
+    state: dict[str, Tensor]
+    batch: dict[str, Tensor]
+    seed: int
+    exact: Step
+    widest: torch.dtype
+    captured: list[Difference]
+    steps: dict[torch.dtype, Step] = field(default_factory=dict)
+
+    def step(self, dtype: torch.dtype) -> Step:
+        """One device's step in this precision."""
+        if dtype is self.widest:
+            return self.exact
+        if dtype not in self.steps:
+            self.steps[dtype] = _step(cast_graph(self.graph, dtype), self.state, self.batch, dtype, self.seed)
+        return self.steps[dtype]
+
+
+def prepare(
+    model: nn.Module,
+    batch: Mapping[str, Any],
+    *,
+    loss: Loss | None = None,
+    batch_dims: Mapping[str, int | None] | None = None,
+    seed: int = 0,
+) -> Reference:
+    """Captures the model and computes its step on one device.
+
+    Raises CaptureError, and VerifyError when the model's forward pass gives other numbers each time under one seed.
+    """
+    eager = _repeatable(model, batch, loss, seed)
+    graph = capture(model, batch, loss=loss, batch_dims=batch_dims)
+    state = {**_state(model), **graph.constants}
+    tensors = {name: value for name, value in batch.items() if isinstance(value, Tensor)}
+    exact, widest = _exact(graph, state, tensors, seed)
+    captured = [] if RANDOM_STATE in graph.inputs else _check_capture(eager, graph, state, tensors, exact, seed)
+    return Reference(
+        name=type(model).__name__, graph=graph, state=state, batch=tensors, seed=seed, exact=exact, widest=widest, captured=captured
+    )
+
+
+def _state(model: nn.Module) -> dict[str, Tensor]:
+    named = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers(remove_duplicate=False))}
+    return {name: tensor.detach() for name, tensor in named.items()}
+
+
+def _exact(graph: Graph, state: Mapping[str, Tensor], batch: Mapping[str, Tensor], seed: int) -> tuple[Step, torch.dtype]:
+    try:
+        return _step(cast_graph(graph, torch.float64), state, batch, torch.float64, seed), torch.float64
+    except (RuntimeError, NotImplementedError) as error:
+        if "Double" not in str(error) and "float64" not in str(error).lower():
+            raise
+        return _step(cast_graph(graph, torch.float32), state, batch, torch.float32, seed), torch.float32
+
+
+def _step(graph: Graph, state: Mapping[str, Tensor], batch: Mapping[str, Tensor], dtype: torch.dtype | None, seed: int) -> Step:
+    """The graph's step; dtype=None leaves every tensor as it is."""
+    cast = (lambda tensor: tensor) if dtype is None else (lambda tensor: cast_tensor(tensor, dtype))
+    local = {
+        name: cast(tensor).clone().requires_grad_(name in graph.parameters and graph.parameters[name].requires_grad)
+        for name, tensor in state.items()
+    }
+    inputs = {name: cast(tensor) for name, tensor in batch.items()} | {RANDOM_STATE: torch.tensor([step_key(seed, 1), 0])}
+    results = graph.run(local, inputs)
+    names = [name for name, value in graph.parameters.items() if value.requires_grad]
+    loss = results[graph.loss]
+    gradients = torch.autograd.grad(loss, [local[name] for name in names], allow_unused=True)
+    whole = {name: torch.zeros_like(local[name]) if g is None else g for name, g in zip(names, gradients, strict=True)}
+    return Step(loss=loss.item(), gradients=whole, buffers={name: results[value].detach() for name, value in graph.updates.items()})
+
+
+# -- the model itself ------------------------------------------------------------------------------------------------------------------
+
+
+def _eager(model: nn.Module, batch: Mapping[str, Any], loss: Loss | None, seed: int) -> Step:
+    """The model's own step. Its buffers and torch's generators are left as they were."""
+    kept = {name: tensor.clone() for name, tensor in model.named_buffers()}
+    parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    with torch.random.fork_rng(), torch.enable_grad():
+        torch.manual_seed(seed)
+        value = loss_of(model(**batch), loss, model)
+        gradients = (
+            torch.autograd.grad(value, list(parameters.values()), allow_unused=True) if value.requires_grad else [None] * len(parameters)
+        )
+    with torch.no_grad():
+        for name, buffer in model.named_buffers():
+            if name in kept:
+                buffer.copy_(kept[name])
+    return Step(loss=value.item(), gradients={name: g for name, g in zip(parameters, gradients, strict=True) if g is not None})
+
+
+def _repeatable(model: nn.Module, batch: Mapping[str, Any], loss: Loss | None, seed: int) -> Step:
+    """The model's own step. Raises VerifyError when a second one under the same seed differs."""
+    first, second = (_watched(model, lambda: _eager(model, batch, loss, seed)) for _ in range(2))
+    step, again = first[0], second[0]
+    floor = 1e-3 * gradient_norm(step.gradients)
+    same_loss = abs(step.loss - again.loss) <= FLOAT32_BOUND * abs(step.loss) or step.loss != step.loss
+    if same_loss and all(relative_error(again.gradients[name], g, floor) <= FLOAT32_BOUND for name, g in step.gradients.items()):
+        return step
+    names = {module: name or type(model).__name__ for name, module in reversed(list(model.named_modules()))}
+    differs = next((names[module] for (module, a), (_, b) in zip(first[1], second[1], strict=False) if a != b), type(model).__name__)
+    raise VerifyError(
+        f"{type(model).__name__} is not deterministic: under one seed its loss was {step.loss:.9g}, then {again.loss:.9g}; the first "
+        f"submodule that gave another result is {differs}. Let it draw random numbers from torch's generator only"
+    )
+
+
+def _watched(model: nn.Module, run: Callable[[], Step]) -> tuple[Step, list[tuple[nn.Module, float]]]:
+    """The step, and for each finished call of a submodule a number that its results add up to."""
+    seen: list[tuple[nn.Module, float]] = []
+
+    def note(module: nn.Module, args: Any, output: Any) -> None:
+        tensors = [leaf for leaf in torch.utils._pytree.tree_leaves(output) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+        seen.append((module, sum(float(tensor.detach().double().sum()) for tensor in tensors)))
+
+    hooks = [module.register_forward_hook(note) for module in model.modules()]
+    try:
+        return run(), seen
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _check_capture(
+    eager: Step, graph: Graph, state: Mapping[str, Tensor], batch: Mapping[str, Tensor], exact: Step, seed: int
+) -> list[Difference]:
+    """The graph against the model itself, in the model's own precision: loss and gradients."""
+    captured = _step(graph, state, batch, None, seed)
+    floor = 1e-3 * gradient_norm(exact.gradients)
+    own = {name: relative_error(captured.gradients[name], gradient, floor) for name, gradient in exact.gradients.items()}
+    bound = TIMES_REFERENCE * FLOAT32_BOUND
+    bounds = {name: max(bound, TIMES_REFERENCE * own.get(name, 0.0)) for name in eager.gradients}
+    own_loss = abs(captured.loss - exact.loss) / max(abs(exact.loss), 1e-300)
+    loss = Difference(
+        name="captured graph: loss",
+        error=abs(captured.loss - eager.loss) / max(abs(eager.loss), 1e-300),
+        bound=max(bound, TIMES_REFERENCE * own_loss),
+    )
+    found = {name: captured.gradients.get(name, torch.zeros_like(gradient)) for name, gradient in eager.gradients.items()}
+    return [loss, *compare_gradients(found, eager.gradients, bounds, "captured graph: gradient of ")]

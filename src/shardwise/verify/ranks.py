@@ -1,0 +1,140 @@
+"""Runs one step of a plan on ranks: processes of their own, or threads of this one; each rank's share of the results."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from shardwise.capture.graph import Graph
+from shardwise.planner.apply import apply_plan
+from shardwise.planner.plan import Plan
+from shardwise.program.program import ParameterPart, Program
+from shardwise.runtime.executor import Executor
+from shardwise.runtime.gradients import Gradients
+from shardwise.runtime.in_process import run_ranks
+from shardwise.runtime.job import Job, batch_part, local_part, own_part, step_key
+from shardwise.runtime.launch import launch
+from shardwise.runtime.optimizer import prefer_fused
+from shardwise.runtime.transport import Transport
+from shardwise.verify.cast import cast_tensor
+from shardwise.verify.compare import relative_error
+
+__all__ = ["Part", "on_processes", "on_threads"]
+
+_WAIT_S = 120.0
+_CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """One rank's share of a step."""
+
+    loss: float
+    coordinates: dict[str, int]
+    mesh: dict[str, int]
+    parts: dict[str, ParameterPart]
+    gradients: dict[str, Tensor]
+    buffers: dict[str, Tensor]
+    update_error: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """A step to be done.
+
+    state, batch: whole, in the precision of the graph; reference: one device's gradients, for the optimizer's step.
+    """
+
+    graph: Graph
+    plan: Plan
+    state: dict[str, Tensor]
+    batch: dict[str, Tensor]
+    seed: int
+    reference: dict[str, Tensor]
+
+    @staticmethod
+    def of(
+        graph: Graph,
+        plan: Plan,
+        state: Mapping[str, Tensor],
+        batch: Mapping[str, Tensor],
+        dtype: torch.dtype,
+        seed: int,
+        reference: Mapping[str, Tensor],
+    ) -> Work:
+        """With state and batch cast to `dtype`."""
+        return Work(
+            graph=graph,
+            plan=plan,
+            state={name: cast_tensor(tensor, dtype) for name, tensor in state.items()},
+            batch={name: cast_tensor(tensor, dtype) for name, tensor in batch.items()},
+            seed=seed,
+            reference=dict(reference),
+        )
+
+
+def on_processes(work: Work) -> list[Part]:
+    """Starts a process for each rank. Raises RankFailed."""
+    return launch(_process, (work,), ranks=work.plan.ranks, timeout_s=_WAIT_S)
+
+
+def _process(work: Work) -> Part:
+    applied = apply_plan(work.plan, work.graph, same_fingerprint=False)
+    job = Job(
+        work.graph, work.plan, applied, work.state, lambda p: torch.optim.SGD(p, lr=0.0), device=_CPU, seed=work.seed, timeout_s=_WAIT_S
+    )
+    loss = job.step(work.batch)
+    return _part(job.program, work, loss, job.state, job.gradient())
+
+
+def on_threads(work: Work, programs: Mapping[int, Program]) -> list[Part]:
+    """The ranks' programs on threads of this process: the same executor, with messages through memory."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        done = run_ranks(work.plan.ranks, lambda rank, transport: _thread(programs[rank], work, transport))
+    finally:
+        torch.set_num_threads(threads)
+    total = sum(loss for loss, _ in done if loss is not None)
+    return [make(total) for _, make in done]
+
+
+def _thread(program: Program, work: Work, transport: Transport) -> tuple[float | None, Callable[[float], Part]]:
+    """What this rank adds to the loss (None: others add the same), and its part, given the whole loss."""
+    parts = [*program.stage.parameters, *program.stage.buffers]
+    state = {part.name: own_part(work.state[part.name], part, program, _CPU).clone() for part in parts}
+    gradients = Gradients(program, transport, work.plan.chooser(), _CPU)
+    executor = Executor(program, state, gradients, transport, _CPU)
+    batch = batch_part(work.graph, work.plan, program, work.batch, _CPU)
+    loss = executor.step(batch, step_key(work.seed, 1), lambda: None)
+    return (loss if program.counts_loss else None), lambda total: _part(program, work, total, state, gradients.of)
+
+
+def _part(program: Program, work: Work, loss: float, state: Mapping[str, Tensor], gradients: Mapping[str, Tensor]) -> Part:
+    stage = program.stage
+    return Part(
+        loss=loss,
+        coordinates=dict(program.coordinates),
+        mesh=dict(program.mesh),
+        parts={part.name: part for part in stage.parameters if part.requires_grad},
+        gradients={name: gradient.clone() for name, gradient in gradients.items()},
+        buffers={binding.name: state[binding.name] for binding in stage.forward_outputs if binding.kind == "buffer"},
+        update_error=max((_update_error(part, program, work) for part in stage.parameters if part.requires_grad), default=0.0),
+    )
+
+
+def _update_error(part: ParameterPart, program: Program, work: Work) -> float:
+    """AdamW on this rank's part of the reference's gradient against AdamW on the whole."""
+    whole = _adamw(work.state[part.name], work.reference[part.name], lambda optimizer: optimizer)
+    mine = _adamw(local_part(work.state[part.name], part, program), local_part(work.reference[part.name], part, program), prefer_fused)
+    return relative_error(mine, local_part(whole, part, program), 1e-30)
+
+
+def _adamw(start: Tensor, gradient: Tensor, prepare: Callable[[torch.optim.Optimizer], torch.optim.Optimizer]) -> Tensor:
+    parameter = nn.Parameter(start.clone(memory_format=torch.contiguous_format))
+    parameter.grad = gradient.clone(memory_format=torch.contiguous_format)
+    prepare(torch.optim.AdamW([parameter], lr=1e-3)).step()
+    return parameter.detach()
