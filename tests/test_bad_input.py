@@ -14,6 +14,7 @@ import shardwise as sw
 from shardwise.capture.export import capture
 from shardwise.planner.apply import apply_plan
 from shardwise.runtime.launch import launch
+from shardwise.sharding import declare
 
 
 def planned(example: Example, ranks: int, layout: str) -> sw.Plan:
@@ -65,23 +66,31 @@ def test_more_stages_than_parts() -> None:
         sw.plan(*mlp(samples=32), made_up(32), "pp=32")
 
 
-class Inverse(nn.Module):
-    """Holds an operator without a rule."""
+class Gated(nn.Module):
+    """Holds an operator of the user's."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.inner = nn.ModuleDict({"solve": nn.Linear(4, 4)})
+        self.inner = nn.ModuleDict({"up": nn.Linear(4, 8)})
+        self.weight = nn.Parameter(torch.ones(8))
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.linalg.inv(self.inner["solve"](x)).sum()
+        return torch.ops.shardwise_test.bad_input_gate(self.inner["up"](x), self.weight).sum()
 
 
-def test_an_operator_without_a_rule() -> None:
-    with pytest.raises(
-        sw.RuleError, match=r"aten\.linalg_inv\.default in .* has no sharding rule; it reads \[.*float32\[2, 4, 4\]\]"
-    ) as caught:
-        sw.plan(Inverse(), {"x": torch.randn(2, 4, 4)}, made_up(2))
-    assert "@shardwise.sharding.rules.rule(aten.linalg_inv.default)" in str(caught.value)
+@torch.library.custom_op("shardwise_test::bad_input_gate", mutates_args=())
+def gate(x: Tensor, weight: Tensor) -> Tensor:
+    return x * weight
+
+
+gate.register_fake(lambda x, weight: torch.empty_like(x))
+
+
+def test_a_declared_rule_that_does_not_describe_its_operator(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(declare, "_DECLARED", {})
+    sw.declare_rule("shardwise_test::bad_input_gate", "b n -> b n")
+    with pytest.raises(sw.RuleError, match=r"declared rule 'b n -> b n' of .*bad_input_gate\.default has 1 tensors where .* reads 2"):
+        sw.plan(Gated(), {"x": torch.randn(2, 4)}, made_up(2))
 
 
 def test_a_plan_for_another_model_or_batch() -> None:

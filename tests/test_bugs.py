@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
+from pathlib import Path
+
 import pytest
 import torch
-from torch import fx
+from torch import Tensor, fx, nn
 
+import shardwise as sw
 from shardwise.capture.blocks import block_pattern
 from shardwise.cost.memory import liveness
 from shardwise.errors import LayoutError
@@ -74,3 +78,114 @@ def test_a_report_with_unequal_copies_can_be_printed() -> None:
         plan=Planned(),  # type: ignore[arg-type]
     )
     assert "copies of the gradient of w: 5.00e-01, allowed 0e+00" in str(report)
+
+
+def proven(model: nn.Module, batch: dict[str, Tensor], layout: str) -> None:
+    """A step split over threads is one device's, and the captured graph is the model."""
+    ranks = 4 if "," in layout else 2
+    report = sw.verify(model, batch, cluster=f"local:{ranks}", layout=layout, processes=False)
+    assert isinstance(report, Report) and report.ok, str(report)
+
+
+def rows(*shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(1))
+
+
+class Rescaled(nn.Module):
+    """Multiplies by a buffer, then changes it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(6, 8), nn.Linear(8, 4)
+        self.register_buffer("scale", torch.full((8,), 2.0))
+        self.register_buffer("written", torch.zeros(8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.first(x) * self.scale.clone()
+        with torch.no_grad():
+            self.scale.mul_(0.5).add_(hidden.abs().mean(0))
+            self.written.copy_(hidden[0])
+        return (self.last(hidden) / self.scale.mean()).square().mean()
+
+
+def test_the_backward_pass_reads_a_buffer_as_it_was() -> None:
+    """A buffer's new value was copied over the old one, which the backward pass of its readers still needed: wrong gradients, right loss.
+
+    One that is only written had no place in any stage.
+    """
+    torch.manual_seed(0)
+    proven(Rescaled(), {"x": rows(4, 6)}, "dp=2")
+
+
+def test_a_region_without_gradient_stays_one_beside_changes_in_place() -> None:
+    """torch's functionalisation forgets `no_grad`: what was computed there had a gradient as soon as anything changed in place."""
+    torch.manual_seed(0)
+    proven(Rescaled(), {"x": rows(4, 6)}, "tp=2")
+
+
+class Recast(nn.Module):
+    """Casts to the dtype that its activations have in the proof."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(6, 8), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.first(x).to(torch.bfloat16).float()
+        return (self.last(hidden).double() * self.last(hidden)).mean()
+
+
+def test_a_cast_that_does_nothing_has_a_gradient_once() -> None:
+    """`to` returned its input itself, whose gradient was then added to itself: all gradients before it were doubled."""
+    torch.manual_seed(0)
+    proven(Recast(), {"x": rows(4, 6)}, "tp=2")
+
+
+class Idle(nn.Module):
+    """A parameter that nothing reads, and one whose reader passes no gradient on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.unread, self.detached = nn.Linear(6, 4), nn.Linear(3, 3), nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (self.first(x) - self.detached(x).detach()).square().mean()
+
+
+@pytest.mark.parametrize("layout", ["tp=2", "dp=2", "pp=2"])
+def test_parameters_without_gradient(layout: str) -> None:
+    """Planning knew no operator that reads the parameter and failed with a KeyError."""
+    torch.manual_seed(0)
+    proven(Idle(), {"x": rows(4, 6)}, layout)
+
+
+def test_what_depends_on_the_batch_alone_is_split_in_each_microbatch() -> None:
+    """A tensor computed before the first microbatch was split over tp as a whole, its reader wanted each microbatch's part split."""
+    path = Path(__file__).parent.parent / "examples" / "models" / "graphs.py"
+    spec = importlib.util.spec_from_file_location("example_graphs", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    proven(*module.message_passing(), "tp=2,pp=2,microbatches=2")
+
+
+def test_a_batch_that_the_ranks_do_not_divide() -> None:
+    """Three samples on two ranks were refused, though the types can say it."""
+    torch.manual_seed(0)
+    proven(Rescaled(), {"x": rows(3, 6)}, "dp=2")
+
+
+def test_inputs_in_another_order_of_memory() -> None:
+    """Programs are traced for contiguous tensors; a channels-last image made their views fail."""
+    torch.manual_seed(0)
+    image = rows(4, 3, 8, 8).to(memory_format=torch.channels_last)
+
+    class Convolved(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.last = nn.Conv2d(3, 4, 3, padding=1), nn.Linear(256, 2)
+
+        def forward(self, image: Tensor) -> Tensor:
+            return self.last(self.conv(image).relu().flatten(1)).square().mean()
+
+    proven(Convolved(), {"image": image}, "dp=2")

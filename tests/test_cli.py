@@ -14,7 +14,7 @@ import shardwise
 from shardwise.cli import app
 from shardwise.errors import LayoutError
 
-COMMANDS = ("plan", "train", "verify", "simulate", "doctor")
+COMMANDS = ("plan", "train", "verify", "coverage", "simulate", "doctor", "rules")
 MODEL = """
 import torch
 

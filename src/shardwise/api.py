@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, get_args
 
 import torch
 import torch.distributed as dist
@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from shardwise.capture.export import capture
 from shardwise.capture.graph import Graph
 from shardwise.cluster.model import Cluster
-from shardwise.errors import BatchError, CaptureError
+from shardwise.errors import BatchError, CaptureError, PlanError
 from shardwise.planner.apply import apply_plan
 from shardwise.planner.layout import Layout
-from shardwise.planner.plan import Infeasible, Plan
+from shardwise.planner.plan import Infeasible, Plan, Random
 from shardwise.planner.search import search
 
 __all__ = ["parallelize", "plan"]
@@ -31,6 +31,7 @@ def plan(
     global_batch: int | None = None,
     optimizer: str = "adamw",
     *,
+    random: Random = "keyed",
     loss: Callable[[Any], Tensor] | None = None,
     batch_dims: BatchDims | None = None,
 ) -> Plan | Infeasible:
@@ -41,13 +42,16 @@ def plan(
     samples).
     layout: what is pinned ("tp=2,pp=2"); the rest is searched. global_batch: samples in a step, the example batch's by default.
     optimizer: "adamw", "adam", "sgd" or "sgd_momentum", for its memory and time. loss: makes the scalar from the module's output.
-    Raises CaptureError, RuleError, LayoutError, BatchError, ClusterError; ShardwiseError for an optimizer without figures; RankFailed when
-    measuring this machine fails.
+    random: "keyed", the random numbers are those of one device; "fast", dropout and noise come from torch's generator on each rank.
+    Raises CaptureError, RuleError, LayoutError, BatchError, ClusterError; PlanError for a `random` that is neither; ShardwiseError for an
+    optimizer without figures; RankFailed when measuring this machine fails.
     """
+    if random not in get_args(Random):
+        raise PlanError(f"random={random!r} is not known; choose {' or '.join(map(repr, get_args(Random)))}")
     pinned = Layout.parse(layout)
     machine = Cluster.parse(cluster)
     graph = capture(model, _resized(batch, global_batch, batch_dims or {}), loss=loss, batch_dims=batch_dims)
-    return search(graph, machine, pinned, optimizer, type(model).__name__)
+    return search(graph, machine, pinned, optimizer, type(model).__name__, random=random)
 
 
 def parallelize(

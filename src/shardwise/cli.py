@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, ParamSpec, TypeVar
 
 import typer
 from rich.console import Console
@@ -40,6 +40,10 @@ LayoutOption = Annotated[str | None, typer.Option("--layout", help="What to pin,
 GlobalBatchOption = Annotated[int | None, typer.Option("--global-batch", min=1, help="Examples in a step, over all ranks.")]
 SequenceOption = Annotated[int | None, typer.Option("--sequence", min=1, help="Tokens in an example, for hf: language models.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for programs instead of text for people.")]
+RandomOption = Annotated[
+    Literal["keyed", "fast"] | None,
+    typer.Option("--random", help="keyed: one device's random numbers; fast: torch's own on each rank. Default: keyed."),
+]
 PlanOption = Annotated[Path | None, typer.Option("--plan", help="Use this plan.json instead of searching for one.")]
 
 
@@ -77,6 +81,7 @@ def plan(
     layout: LayoutOption = None,
     global_batch: GlobalBatchOption = None,
     sequence: SequenceOption = None,
+    random: RandomOption = None,
     out: Annotated[Path, typer.Option("--out", help="Where the plan goes.")] = Path("plan.json"),
     as_json: JsonOption = False,
 ) -> None:
@@ -88,7 +93,7 @@ def plan(
 
     shardwise plan --model train.py:model_and_batch --cluster local:4 --layout tp=2,pp=2 --out tp2pp2.json
     """
-    chosen = _plan(model, cluster, layout, global_batch, sequence)
+    chosen = _plan(model, cluster, layout, global_batch, sequence, random)
     _save(chosen, out)
     if as_json:
         typer.echo(out.read_text())
@@ -108,6 +113,7 @@ def train(
     layout: LayoutOption = None,
     global_batch: GlobalBatchOption = None,
     sequence: SequenceOption = None,
+    random: RandomOption = None,
     plan_file: PlanOption = None,
     port: Annotated[int, typer.Option("--port", min=0, max=65535, help="For the ranks to meet at; 0 takes a free one.")] = 0,
     out: Annotated[Path, typer.Option("--out", help="A directory for plan.json, training.json, report.html and trace.json.")] = Path(
@@ -139,6 +145,7 @@ def train(
         layout=layout,
         global_batch=global_batch,
         sequence=sequence,
+        random=random,
         plan_file=plan_file,
         port=port,
         out=out,
@@ -284,6 +291,41 @@ def doctor(
         raise typer.Exit(DIFFERS)
 
 
+@app.command()
+@_reported
+def rules(
+    operator: Annotated[
+        str | None, typer.Argument(help="aten.linear.default, linear, mylib::op, or how names begin; all where none is given.")
+    ] = None,
+    shapes: Annotated[
+        str | None, typer.Option("--shapes", help='Of its tensors: "4,5,6 9,6 9"; "20,8 4,5:int" where one holds whole numbers.')
+    ] = None,
+    args: Annotated[str, typer.Option("--args", help='Its other arguments, as in a call: "[8], eps=1e-6".')] = "",
+    as_json: JsonOption = False,
+) -> None:
+    """List the operators that can be split, or show how one of them is: its factors, and what each rank holds of its tensors.
+
+    [bold]Examples[/bold]
+
+    shardwise rules
+
+    shardwise rules aten.linear.default
+
+    shardwise rules layer_norm --shapes "4,5,8 8 8" --args "[8]" --json
+    """
+    from shardwise.rule_report import known_rules, listing, show_rule, targets_named
+
+    if operator is None:
+        known = known_rules()
+        typer.echo(json.dumps([each.model_dump() for each in known], indent=2) if as_json else listing(known))
+        return
+    shown = [show_rule(target, shapes, args) for target in targets_named(operator)]
+    if as_json:
+        typer.echo(json.dumps([each.model_dump() for each in shown], indent=2))
+    else:
+        typer.echo("\n\n".join(map(str, shown)))
+
+
 # ---- shared ------------------------------------------------------------------------------------------------------------------------
 
 
@@ -293,12 +335,19 @@ def _required(model: str | None) -> str:
     return model
 
 
-def _plan(model: str | None, cluster: str, layout: str | None, global_batch: int | None, sequence: int | None) -> Plan:
+def _plan(
+    model: str | None,
+    cluster: str,
+    layout: str | None,
+    global_batch: int | None,
+    sequence: int | None,
+    random: Literal["keyed", "fast"] | None = None,
+) -> Plan:
     import shardwise as sw
     from shardwise.models import load_model
 
     module, batch = load_model(_required(model), batch_size=global_batch, sequence=sequence, device="meta")
-    return _feasible(sw.plan(module, batch, cluster=cluster, layout=layout, global_batch=global_batch))
+    return _feasible(sw.plan(module, batch, cluster=cluster, layout=layout, global_batch=global_batch, random=random or "keyed"))
 
 
 def _feasible(result: Any) -> Any:

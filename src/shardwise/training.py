@@ -16,9 +16,9 @@ from torch import nn
 from shardwise.capture.export import capture
 from shardwise.cluster.machine import available_memory_bytes
 from shardwise.environment import rank_environment
-from shardwise.errors import DataError, ModelError
+from shardwise.errors import DataError, ModelError, PlanError
 from shardwise.models import Batch, load_model
-from shardwise.planner.plan import simulate
+from shardwise.planner.plan import Random, simulate
 from shardwise.planner.preflight import preflight
 from shardwise.report import Measured, save_traces, write_report
 from shardwise.runtime.data import VOCABULARY, ByteText
@@ -44,6 +44,7 @@ class TrainRequest:
     layout: str | None
     global_batch: int | None
     sequence: int | None
+    random: Random | None
     plan_file: Path | None
     port: int
     out: Path
@@ -86,8 +87,18 @@ def _plan(request: TrainRequest, model: nn.Module, batch: Batch) -> Plan | Infea
     import shardwise as sw
 
     if request.plan_file is not None:
-        return sw.Plan.load(request.plan_file)
-    return sw.plan(model, batch, cluster=request.cluster, layout=request.layout, global_batch=request.global_batch)
+        return _as_asked(sw.Plan.load(request.plan_file), request)
+    random = request.random or "keyed"
+    return sw.plan(model, batch, cluster=request.cluster, layout=request.layout, global_batch=request.global_batch, random=random)
+
+
+def _as_asked(plan: Plan, request: TrainRequest) -> Plan:
+    """The plan, which no option contradicts."""
+    if request.random not in (None, plan.random):
+        raise PlanError(
+            f"{request.plan_file} says random={plan.random!r}, --random says {request.random}: change the file or leave the option out"
+        )
+    return plan
 
 
 def _plan_of_rank_0(request: TrainRequest, model: nn.Module, batch: Batch) -> Plan | Infeasible:

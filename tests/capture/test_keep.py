@@ -268,7 +268,7 @@ def test_a_result_of_another_size_is_refused_when_it_runs() -> None:
         graph.run(state_of(model, graph), {"x": x.abs()})
 
 
-# -- questions about the batch ---------------------------------------------------------------------------------------------------------------
+# -- questions about the batch -------------------------------------------------------------------------------------------------------------
 
 
 class Masking(nn.Module):
@@ -296,7 +296,7 @@ def test_questions_about_the_batch_become_checks() -> None:
     assert [(check.expected, found) for check, found in wrong] == [(1.0, 0.0), (2.0, 0.0)]
 
 
-# -- what cannot be kept ---------------------------------------------------------------------------------------------------------------------
+# -- what cannot be kept -------------------------------------------------------------------------------------------------------------------
 
 
 def test_values_are_needed_to_keep_a_module() -> None:

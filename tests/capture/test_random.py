@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from shardwise.capture import draws as draws_of
 from shardwise.capture import operators
 from shardwise.capture.export import capture
 from shardwise.capture.graph import Graph
@@ -194,3 +196,73 @@ def test_alpha_dropout_keeps_mean_and_variance() -> None:
     noise = Noisy(lambda x: F.alpha_dropout(torch.randn(300, 300) + 0 * x.sum(), 0.5, True))
     mean_square = float(outcome(capture(noise, {"x": torch.empty(3, 3, 6)}), STATE))
     assert abs(mean_square - 1) < 0.05
+
+
+# -- masks of dropout, and torch's own generator ------------------------------------------------------------------------------------------
+
+
+def kept(probability: float, shape: tuple[int, ...], state: Tensor = STATE, key: int = 4) -> Tensor:
+    return draws_of.keyed_keep(draws_of.whole(shape, torch.device("cpu")), state, probability, key)
+
+
+@pytest.mark.parametrize("probability", [0.0, 0.001, 0.1, 0.5, 0.9, 0.999])
+def test_dropout_keeps_its_share(probability: float) -> None:
+    keep = kept(probability, (300, 1001))
+    assert abs(float(keep.double().mean()) - (1 - probability)) <= 4.5 * math.sqrt(probability * (1 - probability) / keep.numel())
+
+
+@pytest.mark.parametrize("other", [{"key": 5}, {"state": STATE + 1}, {"state": STATE + (1 << 40)}, {}])
+@pytest.mark.parametrize("shift", [1, 2, 4, 1000, 1001, 0])
+def test_masks_are_independent(other: dict[str, Any], shift: int) -> None:
+    """Of those of other places, keys and steps: neighbours come from one word."""
+    first, second = (kept(0.5, (300, 1001), **more).double().flatten() * 2 - 1 for more in ({}, other))
+    if other or shift:
+        assert abs(float((first * second.roll(shift)).mean())) < 4.5 / math.sqrt(first.numel())
+
+
+@pytest.mark.parametrize("start", [0, 3, 4, 130])
+@pytest.mark.parametrize("shape", [(131,), (7, 131), (3, 2, 131), (2000, 131), (300_001,)])
+def test_a_part_has_the_masks_of_the_whole(shape: tuple[int, ...], start: int) -> None:
+    held = draws_of.whole(shape, torch.device("cpu"))
+    some = replace(held, rows=held.rows[::2], columns=held.columns[start:], shape=(-1, len(held.columns[start:])), runs=start % 4 == 0)
+    keep, noise = kept(0.3, shape).reshape(-1, shape[-1]), draws_of.keyed_draw(held, STATE, "normal", (0, 1), torch.float32, 1)
+    assert torch.equal(draws_of.keyed_keep(some, STATE, 0.3, 4), keep[::2, start:])
+    found = draws_of.keyed_draw(some, STATE, "normal", (0, 1), torch.float32, 1)
+    assert torch.equal(found, noise.reshape(-1, shape[-1])[::2, start:])
+
+
+def fast(distribution: str, *parameters: float, dtype: torch.dtype = torch.float64, **more: Any) -> Tensor:
+    chosen = {"state": STATE, "seeds": [4], "each": True} | more
+    return draws_of.fast_draw([COUNT], chosen.pop("state"), distribution, parameters, dtype, **chosen, device=torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    ("distribution", "parameters", "dtype"),
+    [
+        *((name, (0.5, 2.0), torch.float64) for name in ("uniform", "normal", "log_normal", "bernoulli")),
+        ("exponential", (2.0,), torch.float64),
+        ("geometric", (0.25,), torch.float32),
+        ("integers", (-3, 5), torch.int64),
+        ("bernoulli", (0.3, 1.0), torch.bool),
+    ],
+)
+def test_torchs_numbers_are_of_the_same_distributions(distribution: str, parameters: tuple[float, ...], dtype: torch.dtype) -> None:
+    found, keyed = fast(distribution, *parameters, dtype=dtype), draws(distribution, *parameters, dtype=dtype)
+    assert found.dtype == keyed.dtype and found.shape == keyed.shape
+    deviation = float(keyed.double().std())
+    assert abs(float(found.double().mean() - keyed.double().mean())) < 6 * deviation / math.sqrt(COUNT)
+    assert float(found.double().quantile(0.9)) == pytest.approx(float(keyed.double().quantile(0.9)), rel=0.13)
+
+
+def test_cauchys_numbers_have_its_median() -> None:
+    assert float(fast("cauchy", 1.0, 2.0).median()) == pytest.approx(1.0, abs=0.05)
+
+
+def test_torchs_numbers_are_told_apart_by_their_seeds() -> None:
+    def noise(**more: Any) -> Tensor:
+        return fast("normal", 0.0, 1.0, **more)
+
+    later = STATE + torch.tensor([0, 1])
+    assert torch.equal(noise(), noise()) and torch.equal(noise(each=False), noise(each=False, state=later))
+    others = [noise(seeds=[5]), noise(seeds=[4, 0]), noise(seeds=[4, 1]), noise(state=STATE + 1), noise(state=later), noise(each=False)]
+    assert all(abs(float((noise() * other).mean())) < 4.5 / math.sqrt(COUNT) for other in others)

@@ -34,6 +34,8 @@ _COMPLEX = ("_conj", "_conj_physical", "conj", "conj_physical", "imag", "resolve
 _OWN_SAMPLE = {aten.where.Scalar, aten._prelu_kernel.default, aten.nan_to_num.default, aten.clamp.Tensor, aten.clip.Tensor}
 # Operators that have no derivative in torch.
 _CONSTANT = (
+    *pointwise._BESSEL,
+    *(f"{name}{form}" for name in pointwise._POLYNOMIALS for form in ("", ".x_scalar", ".n_scalar")),
     *("igamma", "igammac", "nextafter", "special_airy_ai", "special_bessel_j0", "special_bessel_j1", "special_bessel_y0"),
     *("special_bessel_y1", "special_gammainc", "special_gammaincc", "special_zeta", "heaviside", "ldexp"),
     *("floor_divide", "remainder.Scalar_Tensor", "isclose"),
@@ -49,6 +51,7 @@ _NUMBERS: dict[str, Any] = {
     "value": 2.0,
     "self": 2,
     "other": 2,
+    "x": 0.5,
     "exponent": 3,
     "rounding_mode": "floor",
 }
@@ -115,7 +118,8 @@ def _special_forms() -> Iterator[Sample]:
     yield sample(aten.abs.default, complex_numbers(4, 5))
     yield sample(aten.nan_to_num.default, torch.where(bools(4, 5), x(4, 5), float("nan")), 1.0)
     for shape in ((4, 6), (5, 4, 3), (6,)):
-        yield sample(aten.prelu.default, x(*shape), x(1))
+        signs = 1 - 2 * (torch.arange(torch.Size(shape).numel()) % 2)
+        yield sample(aten.prelu.default, positive(*shape) * signs.reshape(shape), x(1))
     yield sample(aten.prelu.default, x(4, 6), x(6))
     yield sample(aten.prelu.default, x(4, 5, 3), x(5))
     yield sample(aten._prelu_kernel.default, x(4, 5, 3), x(5, 1))
@@ -152,7 +156,7 @@ def _filled() -> Iterator[Sample]:
     yield sample(aten.masked_fill.Scalar, x(4, 3, 5), bools(3, 1), 0.0)
     yield sample(aten.masked_fill.Scalar, x(4, 3, 5), bools(4, 3, 5), -7.0)
     yield sample(aten.masked_fill.Tensor, x(4, 5), bools(4, 1), x())
-    for name in ("zeros_like", "ones_like"):
+    for name in ("zeros_like", "ones_like", "zero"):
         yield sample(getattr(aten, name).default, x(4, 5))
     yield sample(aten.full_like.default, x(4, 5), 2.0)
     yield sample(aten.empty_like.default, x(0, 5), frozen=(0,))  # of no elements: what else it holds is not defined

@@ -122,6 +122,7 @@ def _copied() -> Iterator[Sample]:
     yield sample(aten.repeat_interleave.self_int, x(4, 5), 2)
     yield sample(aten.repeat_interleave.self_Tensor, x(4, 5), ints(3, 5), -1)
     yield sample(aten.repeat_interleave.self_Tensor, x(4, 5), torch.tensor(2))
+    yield sample(aten.repeat_interleave.self_Tensor, x(4, 2), torch.tensor([2, 3]), 1, output_size=5)
     yield sample(aten.repeat_interleave.Tensor, ints(3, 5) + 1)
     yield sample(aten.kron.default, x(4, 3), x(2, 5))
     yield sample(aten.kron.default, x(4), x(3, 5))

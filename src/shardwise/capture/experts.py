@@ -9,11 +9,12 @@ row alone does not care where the row stands: so what lies between the sorting a
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from shardwise.capture.builder import Builder, Request
 from shardwise.capture.graph import Op, Value, fill
@@ -88,6 +89,16 @@ def _(x: Tensor, weight: Tensor, expert: Tensor) -> Tensor:
 @torch.library.register_fake("shardwise::expert_outer", lib=_LIBRARY)
 def _(x: Tensor, gradient: Tensor, expert: Tensor, experts: int) -> Tensor:
     return x.new_empty(experts, x.shape[1], gradient.shape[1])
+
+
+@register_flop_formula([_ops.expert_mm])
+def _(x: Sequence[int], weight: Sequence[int], *_: Any, **__: Any) -> int:
+    return 2 * x[0] * weight[1] * weight[2]
+
+
+@register_flop_formula([_ops.expert_outer])
+def _(x: Sequence[int], gradient: Sequence[int], *_: Any, **__: Any) -> int:
+    return 2 * x[0] * x[1] * gradient[1]
 
 
 def group_of_row(ends: Tensor, rows: int) -> Tensor:

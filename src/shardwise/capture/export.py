@@ -92,8 +92,8 @@ def _record(model: nn.Module, batch: Mapping[str, Any], loss: Loss | None, treat
     if any(tensor.is_meta for tensor in tensors):
         why = next(iter((*treatment.whole.values(), *treatment.tails.values())), "its control flow depends on values")
         raise CaptureError(
-            f"{type(model).__name__} cannot be captured from shapes alone: {why}. Build the model and the batch on cpu instead of meta: a run on "
-            "real tensors tells what is missing"
+            f"{type(model).__name__} cannot be captured from shapes alone: {why}. Build the model and the batch on cpu instead of meta: "
+            "a run on real tensors tells what is missing"
         )
     return record(model, lambda: _LossOnly(model, loss)(**batch), list(treatment.whole), list(treatment.tails))
 
@@ -200,8 +200,8 @@ class _NotFollowed(Exception):
         where = f" in {names[self.inside[0]]}" if self.inside else ""
         return (
             f"{type(model).__name__} cannot be captured{where}{f' ({self.place})' if self.place else ''}: {self}. "
-            "Move that code into a submodule, which is then kept whole as one operator, or write control flow that depends on tensor values "
-            "with tensor operators (torch.where, masks)"
+            "Move that code into a submodule, which is then kept whole as one operator, or write control flow that depends on values with "
+            "tensor operators (torch.where, masks)"
         )
 
 
@@ -283,7 +283,8 @@ class _Converter:
         updates = {**self.changed, **updates}
         if not loss.requires_grad:
             raise CaptureError("the loss depends on no parameter that requires a gradient; there is nothing to train")
-        self._drop_unused({loss, *updates.values(), *(check.value for check in self.checks)})
+        updates = {name: self._made(value) for name, value in updates.items()}
+        self._drop_unused({loss, *updates.values(), *(check.value for check in self.checks)}, set(updates))
         graph = Graph(
             parameters=self.parameters,
             buffers=self.buffers,
@@ -296,6 +297,7 @@ class _Converter:
             constants=self.constants,
             checks=self.checks,
         )
+        _forget_gradients(graph)
         self._refuse_early_answers(graph)
         _assign_keys(graph.ops)
         graph.blocks = find_blocks(graph.ops)
@@ -376,6 +378,13 @@ class _Converter:
         outputs = normalize(target, args, kwargs, metas, builder)
         return outputs if isinstance(value, (tuple, list)) else outputs[0]
 
+    def _made(self, value: Value) -> Value:
+        """The value as an operator's result."""
+        if value.producer is not None:
+            return value
+        meta = torch.empty(value.shape, dtype=value.dtype, device="meta")
+        return _Builder(converter=self, module="", grad=False).add(torch.ops.aten.clone.default, (value,), {}, [meta])[0]
+
     def _refuse_early_answers(self, graph: Graph) -> None:
         """Answers that depend on parameters may change from step to step: the code that asks must be kept."""
         known = {value for value in graph.inputs.values() if value.name != RANDOM_STATE}
@@ -442,19 +451,31 @@ class _Converter:
         assert loss is not None
         return loss, updates
 
-    def _drop_unused(self, wanted: set[Value]) -> None:
+    def _drop_unused(self, wanted: set[Value], changed: set[str]) -> None:
         used, kept = set(wanted), []
         for op in reversed(self.ops):
             if any(value in used for value in op.outputs):
                 kept.append(op)
                 used.update(op.inputs)
         self.ops = kept[::-1]
-        self.buffers = {name: value for name, value in self.buffers.items() if value in used}
+        self.buffers = {name: value for name, value in self.buffers.items() if value in used or name in changed}
         self.inputs = {name: value for name, value in self.inputs.items() if value in used or name in self.batch_dims}
 
 
 def operator_name_or_none(target: Any) -> str:
     return str(target) if isinstance(target, torch._ops.OpOverload) else ""
+
+
+def _forget_gradients(graph: Graph) -> None:
+    """No gradient flows into what the loss does not depend on differentiably: such parameters are like frozen ones."""
+    reaching = {graph.loss}
+    for op in reversed(graph.ops):
+        if any(value in reaching for value in op.outputs):
+            reaching.update(value for value in op.inputs if value.requires_grad and op.requires_grad)
+        for value in op.outputs:
+            value.requires_grad = value.requires_grad and value in reaching
+    for value in graph.parameters.values():
+        value.requires_grad = value.requires_grad and value in reaching
 
 
 def _differentiable(target: Any, meta: torch.Tensor) -> bool:

@@ -20,6 +20,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from shardwise._torch import FakeTensorMode, without_modes
+from shardwise.capture.ctc import ctc_losses
 from shardwise.capture.opaque import Opaque, Result
 from shardwise.capture.record import QUESTIONS, TENSOR, Answer, Call, Recording
 from shardwise.errors import CaptureError
@@ -54,7 +55,7 @@ def keeping(treatment: Treatment, recording: Recording, names: Mapping[nn.Module
             stack.enter_context(_replaced(module, _whole_forward(module, names[module], recording.calls[module], kept)))
         for module in treatment.tails:
             stack.enter_context(_replaced(module, _tail_forward(module, names[module], recording.calls[module], kept)))
-        stack.enter_context(_KeepingLosses(kept))
+        stack.enter_context(_CapturableLosses())
         if treatment.answering:
             stack.enter_context(_Answering(recording.answers))
         yield kept
@@ -113,34 +114,31 @@ def _keeping_functions(kept: list[Opaque]) -> Iterator[None]:
         torch.autograd.Function.apply = original  # type: ignore[method-assign]
 
 
-class _KeepingLosses(TorchFunctionMode):
-    """Keeps the losses of single samples whole; reductions of them are captured."""
-
-    def __init__(self, kept: list[Opaque]) -> None:
-        super().__init__()
-        self.kept = kept
+class _CapturableLosses(TorchFunctionMode):
+    """Losses of which export knows no fixed shape, in operators of ours."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func not in (torch.nn.functional.ctc_loss, torch.ctc_loss):
             return func(*args, **(kwargs or {}))
-        return self._ctc_loss(inspect.signature(torch.nn.functional.ctc_loss).bind(*args, **(kwargs or {})))
-
-    def _ctc_loss(self, call: inspect.BoundArguments) -> Tensor:
-        """Like torch's: `mean` divides each sample's loss by its number of labels."""
+        call = inspect.signature(torch.nn.functional.ctc_loss).bind(*args, **(kwargs or {}))
         call.apply_defaults()
-        reduction, lengths = call.arguments["reduction"], call.arguments["target_lengths"]
-        reduction = {0: "none", 1: "mean", 2: "sum"}.get(reduction, reduction)  # torch.ctc_loss counts them
-        log_probs = call.arguments["log_probs"]
-        arguments = {**call.arguments, "reduction": "none"}
-        results = (Result(shape=tuple(log_probs.shape[1:2]) if log_probs.dim() == 3 else (), dtype=log_probs.dtype),)
-        whole = _Whole.of(torch.nn.functional.ctc_loss, (), arguments)
-        losses: Tensor = whole.kept("torch.nn.functional.ctc_loss", torch.__version__, results, self.kept)[0]
-        if reduction == "none":
-            return losses
-        if reduction == "sum":
-            return losses.sum()
-        counts = torch.as_tensor(lengths, device=log_probs.device).clamp_min(1).to(losses.dtype)
-        return (losses / counts).mean()
+        return _ctc_loss(**call.arguments)
+
+
+def _ctc_loss(
+    log_probs: Tensor, targets: Tensor, input_lengths: Any, target_lengths: Any, blank: int, reduction: str | int, zero_infinity: bool
+) -> Tensor:
+    """As torch's: `mean` divides each sample's loss by its number of labels."""
+    single = log_probs.dim() == 2
+    if single:
+        log_probs, targets = log_probs[:, None], targets[None] if targets.dim() else targets
+    lengths = [torch.as_tensor(each, device=targets.device, dtype=torch.int64).reshape(-1) for each in (input_lengths, target_lengths)]
+    losses = ctc_losses(log_probs, targets, *lengths, blank, zero_infinity)
+    if reduction in ("none", 0):  # torch.ctc_loss counts them
+        return losses[0] if single else losses
+    if reduction in ("sum", 2):
+        return losses.sum()
+    return (losses / lengths[1].clamp_min(1).to(losses.dtype)).mean()
 
 
 def _kept_call(function: Callable[..., Any], args: Any, kwargs: Any, name: str, version: str, kept: list[Opaque]) -> Any:
@@ -148,7 +146,7 @@ def _kept_call(function: Callable[..., Any], args: Any, kwargs: Any, name: str, 
     whole = _Whole.of(function, args, kwargs)
     found, form = pytree.tree_flatten(_described(whole, name))
     results = tuple(Result(shape=tuple(leaf.shape), dtype=leaf.dtype) for leaf in found if isinstance(leaf, Tensor))
-    made = iter(whole.kept(name, version, results, kept))
+    made = iter(whole.kept(name, version, results, kept, pure=True))
     return pytree.tree_unflatten([next(made) if isinstance(leaf, Tensor) else leaf for leaf in found], form)
 
 
@@ -173,11 +171,11 @@ class _Whole:
         args, kwargs = pytree.tree_unflatten(leaves, self.structure)
         return self.function(*args, **kwargs)
 
-    def kept(self, name: str, version: str, results: tuple[Result, ...], kept: list[Opaque], random: bool = False) -> tuple[Tensor, ...]:
+    def kept(self, name: str, version: str, results: tuple[Result, ...], kept: list[Opaque], **more: bool) -> tuple[Tensor, ...]:
         """Its results as those of an opaque operator."""
         function, structure, constants = self.function, self.structure, self.constants
         again = _Whole(function=function, structure=structure, constants=constants, tensors=[])  # holds none of the capture's tensors
-        kept.append(Opaque(name=name, version=version, code=lambda tensors: _tensors(again(tensors)), results=results, random=random))
+        kept.append(Opaque(name=name, version=version, code=lambda tensors: _tensors(again(tensors)), results=results, **more))
         return kept[-1](*self.tensors)
 
 
@@ -261,7 +259,7 @@ class _Children(TorchFunctionMode):
 
     def __init__(self, module: nn.Module, count: int) -> None:
         super().__init__()
-        self.inner = [child for child in module.modules() if child is not module]
+        self.submodules = [child for child in module.modules() if child is not module]
         self.count, self.depth = count, 0
         self.outputs: list[Any] = []
 
@@ -273,7 +271,7 @@ class _Children(TorchFunctionMode):
     def __enter__(self) -> Any:
         self.hooks = [
             hook
-            for child in self.inner
+            for child in self.submodules
             for hook in (child.register_forward_pre_hook(self._go_in), child.register_forward_hook(self._go_out))
         ]
         return super().__enter__()

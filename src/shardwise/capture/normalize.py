@@ -12,7 +12,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from shardwise.capture import experts, keyed, operators
 from shardwise.capture.builder import Builder, Request
 from shardwise.capture.graph import Value
 from shardwise.capture.keyed import is_random
+from shardwise.capture.recurrent import KINDS, recurrent
 from shardwise.errors import CaptureError
 
 __all__ = ["NOISE", "RANDOM_STATE", "is_random", "normalize", "passes_through"]
@@ -144,21 +145,23 @@ def _step(starts: Value, end: int) -> int | None:
     return int(made.args[2])
 
 
-def _recurrent(call: Request) -> tuple[Value, ...] | None:
-    """A recurrent layer with dropout between its layers: one call for each of them, and the dropout."""
+def _recurrent(call: Request) -> tuple[Value, ...]:
+    """A recurrent layer as one operator; with dropout between its layers, one for each of them and the dropout."""
     x, states, weights, biases, layers, probability, training, both_ways, batch_first = call.args
-    if not probability:
-        return None
-    if not training or layers == 1:
-        return call.builder.add(call.target, (*call.args[:5], 0.0, *call.args[6:]), {}, call.metas)
+    given = list(states) if isinstance(states, (tuple, list)) else [states]
+
+    def run(x: Value, states: list[Value], weights: Sequence[Value], layers: int, metas: list[torch.Tensor]) -> tuple[Value, ...]:
+        constants = (KINDS[call.target], biases, layers, both_ways, batch_first)
+        return call.builder.add(recurrent, (x, states, list(weights), *constants), {}, metas)
+
+    if not probability or not training or layers == 1:
+        return run(x, given, weights, layers, call.metas)
     ways, each = 1 + both_ways, len(weights) // layers
     like = [call.meta, *(meta.new_empty((ways, *meta.shape[1:])) for meta in call.metas[1:])]
     kept: list[list[Value]] = []
     for layer in range(layers):
-        own = [_layer_of(call, state, layer * ways, ways) for state in (states if isinstance(states, (tuple, list)) else [states])]
-        given = own if isinstance(states, (tuple, list)) else own[0]
-        arguments = (x, given, weights[layer * each : (layer + 1) * each], biases, 1, 0.0, training, both_ways, batch_first)
-        x, *last = call.builder.add(call.target, arguments, {}, like)
+        own = [_layer_of(call, state, layer * ways, ways) for state in given]
+        x, *last = run(x, own, weights[layer * each : (layer + 1) * each], 1, like)
         kept.append(last)
         if layer < layers - 1:
             x = keyed.dropped(call, x, probability, call.meta)
@@ -246,6 +249,23 @@ def _causal_mask(call: Request, queries: int, keys: int) -> Value:
     return call.add(aten.le.Tensor, columns, rows, meta=like((queries, keys), dtype=torch.bool))
 
 
+def _slice_scatter(call: Request) -> Value | None:
+    """Torch has no derivative of it for complex numbers: what is before, the new part and what is after, joined."""
+    x, part, dim = call.args[0], call.args[1], call.get("dim")
+    start, stop, _ = slice(call.get("start"), call.get("end")).indices(x.shape[dim])
+    if not call.meta.is_complex() or call.get("step") != 1:
+        return None
+    ends = [(0, start), (stop, x.shape[dim])]
+    before, after = ([_part(call, x, dim, *end)] if end[1] > end[0] else [] for end in ends)
+    pieces = [*before, part, *after]
+    return call.add(aten.cat.default, pieces, dim) if len(pieces) > 1 else part
+
+
+def _part(call: Request, x: Value, dim: int, start: int, stop: int) -> Value:
+    meta = call.meta.new_empty([stop - start if d == dim % len(x.shape) else size for d, size in enumerate(x.shape)])
+    return call.add(aten.slice.Tensor, x, dim, start, stop, meta=meta)
+
+
 _Rewritten = Value | tuple[Value, ...] | None
 # Operator → what is made of it; None: it stays, or another rewriting may have it.
 _REWRITES: dict[Any, Callable[[Request], _Rewritten]] = {
@@ -262,4 +282,5 @@ _REWRITES: dict[Any, Callable[[Request], _Rewritten]] = {
     **dict.fromkeys((aten._native_batch_norm_legit_functional.default, aten._native_batch_norm_legit_no_training.default), _batch_norm),
     aten._native_batch_norm_legit.no_stats: _own_statistics,
     aten.instance_norm.default: _instance_norm,
+    aten.slice_scatter.default: _slice_scatter,
 }

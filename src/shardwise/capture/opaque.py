@@ -11,7 +11,7 @@ looked up by a key: operators take tensors and numbers, not functions.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
@@ -59,7 +59,8 @@ class Opaque:
 
     name: what it is, for people. version: changes when the code does. code: the function; results: what it made of the example batch.
     random: it draws random numbers; then the last of its inputs is the graph's random state, from which it is seeded, and `number` tells it
-    from the graph's other random operators.
+    from the graph's other random operators. pure: it treats all numbers alike, so that running it on parts tells how it may be split; code
+    whose control flow depends on values may go another way next time.
     """
 
     name: str
@@ -68,6 +69,7 @@ class Opaque:
     results: tuple[Result, ...]
     random: bool = False
     number: int = 0
+    pure: bool = False
     float64: bool = False
 
     def __post_init__(self) -> None:
@@ -96,16 +98,17 @@ class Opaque:
     def run(self, inputs: Sequence[Tensor]) -> list[Tensor]:
         """The code itself, on real tensors, differentiable."""
         state, tensors = (inputs[-1], inputs[:-1]) if self.random else (None, inputs)
-        with _alone, _seeded(state, self.number) if state is not None else nullcontext(), _InFloat64() if self.float64 else nullcontext():
+        seeded = nullcontext() if state is None else _seeded(state, self.number, {each.device for each in tensors if each.is_cuda})
+        with _alone, seeded, _InFloat64() if self.float64 else nullcontext():
             made = self.code(tensors)
         return [each.to(result.dtype) for each, result in zip(made, self.results, strict=True)]
 
 
 @contextmanager
-def _seeded(state: Tensor, number: int) -> Iterator[None]:
+def _seeded(state: Tensor, number: int, devices: Iterable[torch.device]) -> Iterator[None]:
     """torch's generator as a function of the step, the microbatch and which operator this is; as it was before, afterwards."""
     step, microbatch = state.tolist()
-    with torch.random.fork_rng(devices=[state.device] if state.is_cuda else []):
+    with torch.random.fork_rng(devices=list(devices)):
         torch.manual_seed((step * 1_000_003 + microbatch * 8191 + number) & (2**63 - 1))
         yield
 

@@ -6,12 +6,14 @@ count, batch normalisation with its new statistics as results, random numbers as
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from shardwise.capture.draws import Held, dropped, keyed_keep, whole
+from shardwise.capture.draws import keyed_draw as draw
 
 __all__ = [
     "KEYED",
@@ -29,7 +31,6 @@ __all__ = [
     "keyed_permutation",
     "nll_each",
     "nll_sum",
-    "random_bits",
     "valid_count",
     "weight_norm",
 ]
@@ -175,85 +176,35 @@ def along(vector: Tensor, like: Tensor, dim: int) -> Tensor:
 
 
 def keyed_dropout(x: Tensor, random_state: Tensor, probability: float, *, key: int) -> Tensor:
-    """Dropout whose mask is a pure function of (step, `key`, index of the element in the whole tensor).
+    """Dropout whose mask is a pure function of (step, `key`, index of the element in the whole tensor), in steps of 2⁻¹⁶ of `probability`.
 
     random_state: int64 [2]: a number that changes every step (seed and step mixed), and which microbatch this is.
     key: which random operator of the graph this is.
     """
-    return drop(x, _counted(x.shape, x.device), random_state[0], probability, key)
-
-
-def drop(x: Tensor, index: Tensor, step_key: Tensor, probability: float, key: int) -> Tensor:
-    """Zeroes the elements whose random bits at global `index` fall under `probability`, scales the others."""
-    keep = random_bits(index, step_key, key) >= int(probability * 2**31)
-    return x * (keep.to(x.dtype) * (1.0 / (1.0 - probability) if probability < 1 else 0.0))
+    return dropped(x, keyed_keep(whole(x.shape, x.device), random_state, probability, key), probability)
 
 
 def keyed_draw(
     random_state: Tensor, shape: Sequence[int], distribution: str, parameters: Sequence[float], dtype: torch.dtype, *, key: int
 ) -> Tensor:
-    """Independent random numbers, each a pure function of (step, `key`, its index); `draw` says of which distributions."""
-    return draw(_counted(shape, random_state.device), random_state[0], distribution, parameters, dtype, key)
-
-
-def draw(index: Tensor, step_key: Tensor, distribution: str, parameters: Sequence[float], dtype: torch.dtype, key: int) -> Tensor:
-    """The random number at each global `index`. Made in float64, so that the same index has the same number in every precision.
-
-    uniform (low, high): in [low, high) · normal (mean, deviation) · exponential (rate) · cauchy (median, scale) · log_normal (mean,
-    deviation) · geometric (probability) · integers (low, high): in [low, high) · bernoulli (probability of 1, value for 1), 0 otherwise.
-    """
-    first, second = (*parameters, 0.0)[:2]
-    if distribution == "integers":
-        return _integers(index, step_key, int(first), int(second), key).to(dtype)
-    if distribution == "bernoulli":
-        return (random_bits(index, step_key, key) < round(first * 2**31)).to(dtype) * second
-    if distribution == "uniform":
-        return uniform(index, step_key, key, dtype) * (second - first) + first
-    if distribution in ("normal", "log_normal"):
-        value = normal(index, step_key, key) * second + first
-        return (value if distribution == "normal" else value.exp()).to(dtype)
-    above_zero = 1.0 - uniform(index, step_key, key, torch.float64)
-    if distribution == "exponential":
-        return (-torch.log(above_zero) / first).to(dtype).clamp_min(torch.finfo(dtype).tiny)
-    if distribution == "geometric":
-        return torch.ceil(torch.log(above_zero) / math.log1p(-first)).clamp_min(1.0).to(dtype)
-    assert distribution == "cauchy", distribution
-    return (first + second * torch.tan(math.pi * (above_zero - 0.5))).to(dtype)
-
-
-def _integers(index: Tensor, step_key: Tensor, low: int, high: int, key: int) -> Tensor:
-    count = high - low
-    bits = random_bits(index, step_key, key)
-    if count <= 2**31:
-        return low + ((bits * count) >> 31)
-    return low + ((bits << 31) | random_bits(index, step_key, key + SECOND)) % count
-
-
-def uniform(index: Tensor, step_key: Tensor, key: int, dtype: torch.dtype) -> Tensor:
-    """Numbers in [0, 1) with as many random bits as `dtype` has digits: in a smaller type those of float64, cut off."""
-    digits = min(1 - round(math.log2(torch.finfo(dtype).eps)), 53)
-    bits = (random_bits(index, step_key, key) << 22) | (random_bits(index, step_key, key + SECOND) >> 9)
-    return ((bits >> (53 - digits)).to(torch.float64) * 2.0**-digits).to(dtype)
-
-
-def normal(index: Tensor, step_key: Tensor, key: int) -> Tensor:
-    """Standard normal numbers in float64 (Box and Muller, 1958)."""
-    radius = torch.sqrt(-2.0 * torch.log(1.0 - uniform(index, step_key, key, torch.float64)))
-    return radius * torch.cos((2.0 * math.pi) * uniform(index, step_key, key + THIRD, torch.float64))
+    """Independent random numbers, each a pure function of (step, `key`, its index); `draws.keyed_draw` says of which distributions."""
+    return draw(whole(shape, random_state.device), random_state, distribution, parameters, dtype, key)
 
 
 def keyed_multinomial(probabilities: Tensor, random_state: Tensor, count: int, replacement: bool, *, key: int) -> Tensor:
     """`count` classes for each row of `probabilities` [rows, classes] (or [classes], not necessarily normalised), int64."""
     columns = count if replacement else probabilities.shape[-1]
-    return choose(
-        probabilities, _counted((*probabilities.shape[:-1], columns), probabilities.device), random_state[0], count, replacement, key
-    )
+    held = whole((*probabilities.shape[:-1], columns), probabilities.device)
+    return choose(probabilities, held, random_state, count, replacement, key)
 
 
-def choose(probabilities: Tensor, index: Tensor, step_key: Tensor, count: int, replacement: bool, key: int) -> Tensor:
-    """With replacement the random number of each draw falls into the running sum; without, the classes race: the first `count` arrive."""
+def choose(probabilities: Tensor, held: Held, random_state: Tensor, count: int, replacement: bool, key: int) -> Tensor:
+    """With replacement the random number of each draw falls into the running sum; without, the classes race: the first `count` arrive.
+
+    held: which draws (or which classes' races) of the whole tensor's are made here.
+    """
     weights = probabilities.detach().to(torch.float64)
-    number = uniform(index, step_key, key, torch.float64)
+    number = draw(held, random_state, "uniform", (0.0, 1.0), torch.float64, key)
     if not replacement:
         times = -torch.log1p(-number) / weights
         return torch.topk(times, count, -1, largest=False).indices
@@ -265,32 +216,9 @@ def choose(probabilities: Tensor, index: Tensor, step_key: Tensor, count: int, r
 
 def keyed_permutation(random_state: Tensor, count: int, dtype: torch.dtype, *, key: int) -> Tensor:
     """The numbers from 0 to `count` − 1 in random order."""
-    index = torch.arange(count, device=random_state.device)
-    return torch.argsort(_integers(index, random_state[0], 0, 2**62, key), stable=True).to(dtype)
+    numbers = draw(whole((count,), random_state.device), random_state, "integers", (0, 2**62), torch.int64, key)
+    return torch.argsort(numbers, stable=True).to(dtype)
 
-
-def _counted(shape: Sequence[int], device: torch.device) -> Tensor:
-    """The index of each element in the whole tensor."""
-    return torch.arange(math.prod(shape), device=device).reshape(tuple(shape))
-
-
-def random_bits(index: Tensor, step_key: Tensor, key: int) -> Tensor:
-    """31 random bits for each int64 index: two rounds of the 32-bit finaliser `lowbias32` (C. Wellons, hash-prospector)."""
-    state = (index ^ (index >> 32) ^ step_key ^ (key * 0x9E3779B9)) & 0xFFFFFFFF
-    state = _mix(state)
-    return _mix((state + (step_key >> 32) + index) & 0xFFFFFFFF) >> 1
-
-
-# Operators that need more than 31 bits draw again under keys that no operator has.
-SECOND, THIRD = 1 << 20, 1 << 21
 
 # Operators that draw random numbers → which of their inputs is the random state.
 KEYED: dict[Any, int] = {keyed_dropout: 1, keyed_draw: 0, keyed_multinomial: 1, keyed_permutation: 0}
-
-
-def _mix(x: Tensor) -> Tensor:
-    x = x ^ (x >> 16)
-    x = (x * 0x7FEB352D) & 0xFFFFFFFF
-    x = x ^ (x >> 15)
-    x = (x * 0x846CA68B) & 0xFFFFFFFF
-    return x ^ (x >> 16)

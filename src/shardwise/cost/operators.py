@@ -31,7 +31,9 @@ _ALIKE: Final[Mapping[str, str]] = {
     **dict.fromkeys(("log_softmax", "logsumexp", "cross_entropy_loss"), "_log_softmax"),
     **dict.fromkeys(("max_pool2d",), "max_pool2d_with_indices"),
     **dict.fromkeys(("bernoulli", "rand", "rand_like", "uniform_"), "bernoulli_"),
-    **dict.fromkeys(("randn", "randn_like", "normal"), "normal_"),
+    **dict.fromkeys(("randn", "randn_like", "normal", "fast_draw"), "normal_"),
+    **dict.fromkeys(("keyed_keep", "fast_keep"), "argmax"),  # as long, an element
+    **dict.fromkeys(("keyed_draw",), "bernoulli_"),  # likewise
     **dict.fromkeys(("cos", "sinc"), "sin"),
     **dict.fromkeys(("log2", "log10", "log1p"), "log"),
     **dict.fromkeys(("exp2", "expm1"), "exp"),
@@ -101,6 +103,8 @@ def kernel_of(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> st
 def _power(args: tuple[Any, ...], _kwargs: Mapping[str, Any]) -> str:
     """ATen writes out the powers that are products or roots (PowKernel.cpp)."""
     exponent = args[1] if len(args) > 1 else None
+    if isinstance(exponent, torch.Tensor):
+        return "pow"
     if exponent in (0, 1, 2, 3):
         return "add"
     if exponent in (-1, -2):

@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from shardwise.capture.blocks import block_pattern
 from shardwise.capture.graph import Graph, Op, Value
 from shardwise.errors import PlanError
-from shardwise.planner.plan import Plan, looked_up, op_with_key, read_choice, read_placement
+from shardwise.planner.plan import Plan, Random, looked_up, op_with_key, read_choice, read_placement
 from shardwise.program.lower import Cut
 from shardwise.sharding.assignment import Assignment, set_choice, split_sizes
 from shardwise.sharding.data import batch_choices, prelude_of, split_batch
 from shardwise.sharding.rules import signature_of
+from shardwise.sharding.rules.random import fast
 from shardwise.sharding.signature import Choice, Signature
 from shardwise.sharding.types import I, Placement, Shard
 
@@ -37,9 +38,11 @@ class Applied:
     cut: Cut
 
 
-def analyse(graph: Graph) -> Analysis:
-    """Signatures, prelude and batch factors. Raises RuleError for an operator without a rule."""
+def analyse(graph: Graph, random: Random = "keyed") -> Analysis:
+    """Signatures, prelude and batch factors. random: as of `Plan`. Raises RuleError for an operator without a rule."""
     signatures = {op: signature_of(op) for op in graph.ops}
+    if random == "fast":
+        signatures = {op: fast(op, sig) for op, sig in signatures.items()}
     return Analysis(graph=graph, signatures=signatures, prelude=prelude_of(graph), batch=batch_choices(graph, signatures))
 
 
@@ -64,7 +67,7 @@ def apply_plan(plan: Plan, graph: Graph, *, same_fingerprint: bool = True) -> Ap
         )
     _check_names("operator", plan.operators, (op.key for op in graph.ops))
     _check_names("parameter", plan.parameters, graph.parameters)
-    analysis = analyse(graph)
+    analysis = analyse(graph, plan.random)
     assignment = assign(analysis, plan.dp, plan.microbatches, plan.tp)
     for op in graph.ops:
         text = looked_up(plan.operators, op.key) or "R"

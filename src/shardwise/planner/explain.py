@@ -13,6 +13,7 @@ from shardwise.planner.apply import Applied
 from shardwise.planner.estimate import reshards
 from shardwise.planner.plan import Candidate, Plan
 from shardwise.sharding.reshard import collective_of
+from shardwise.sharding.rules.random import FAST
 from shardwise.sharding.types import Shard
 
 __all__ = ["explain"]
@@ -34,6 +35,7 @@ def explain(
     lines = [
         f"{plan.model} on {plan.cluster}: {parameters / 1e6:.3g} M parameters, batch {plan.global_batch}, {len(graph.ops)} operators",
         f"Layout  {plan.layout}",
+        *_random(plan, applied),
         f"  {_mesh(plan)}",
         *_stages(plan, applied, graph),
         *_tensor(plan, applied, graph),
@@ -53,6 +55,16 @@ def explain(
 def _wrapped(line: str) -> list[str]:
     indent = " " * (len(line) - len(line.lstrip()) + 2)
     return textwrap.wrap(line, _COLUMNS, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False) or [""]
+
+
+def _random(plan: Plan, applied: Applied) -> list[str]:
+    if plan.random == "keyed":
+        return []
+    drawn = sum(op.target in FAST for op in applied.assignment.signatures)
+    what = (
+        f"{drawn} operators draw other numbers than one device does" if drawn else "the model has no operator that this would make faster"
+    )
+    return [f"Random  fast, from torch's own generator on each rank: {what}"]
 
 
 def _step(plan: Plan) -> str:

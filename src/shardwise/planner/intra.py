@@ -251,10 +251,10 @@ def representatives(graph: Graph) -> dict[Op, Op]:
 
 
 def parameter_representatives(graph: Graph, first: Mapping[Op, Op]) -> dict[Value, Value]:
-    """Every parameter → the one that stands at its place in the first block."""
+    """Every parameter → the one that stands at its place in the first block (itself when nothing reads it)."""
     found: dict[Value, Value] = {}
     for op in graph.ops:
         for index, value in enumerate(op.inputs):
             if value.kind == "parameter":
                 found.setdefault(value, first[op].inputs[index])
-    return found
+    return {value: value for value in graph.parameters.values()} | found

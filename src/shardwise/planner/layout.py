@@ -114,12 +114,13 @@ def _with(layout: Layout, name: str, size: int) -> Layout:
 
 def _microbatched(mesh: Layout, pinned: Layout, samples: int, obstacle: str) -> Iterator[Layout]:
     assert mesh.dp and mesh.pp
-    if samples % mesh.dp:
+    if samples < mesh.dp or (samples % mesh.dp and not pinned.dp):
         return
-    useful = [1] if obstacle else _useful_counts(samples // mesh.dp, mesh.pp)
+    each = samples // mesh.dp if samples % mesh.dp == 0 else 1  # unequal shares are not cut into microbatches
+    useful = [1] if obstacle else _useful_counts(each, mesh.pp)
     counts = [pinned.microbatches] if pinned.microbatches else useful
     for count in counts:
-        if (samples // mesh.dp) % count == 0 and (count == 1 or not obstacle):
+        if each % count == 0 and (count == 1 or not obstacle):
             schedules = [pinned.schedule] if pinned.schedule else ["1f1b"]
             yield from (replace(mesh, microbatches=count, schedule=name) for name in schedules)
 

@@ -7,7 +7,8 @@ ordinals; and by factors, not sizes. What the data axes do follows from the mode
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,9 +22,11 @@ from shardwise.sharding.types import I, P, Placement, R, Shard
 from shardwise.simulate.profile import Profile
 from shardwise.simulate.simulator import Mesh, Simulation, simulate_profile
 
-__all__ = ["FORMAT_VERSION", "Infeasible", "Plan", "Prediction", "choice_text", "read_choice", "read_placement", "simulate"]
+__all__ = ["FORMAT_VERSION", "Infeasible", "Plan", "Prediction", "Random", "choice_text", "read_choice", "read_placement", "simulate"]
 
 FORMAT_VERSION = 1
+
+Random = Literal["keyed", "fast"]
 
 
 class _Strict(BaseModel):
@@ -55,10 +58,30 @@ class Candidate(_Strict):
     note: str = ""
 
 
+@dataclass(frozen=True)
+class Chooser:
+    """(kind, message bytes, ranks) → the implementation of a collective, by tables of (bytes up to, implementation).
+
+    Those with equal tables are equal, and what was traced with one serves the other.
+    """
+
+    tables: tuple[tuple[str, tuple[tuple[float, str], ...]], ...]
+
+    @staticmethod
+    def of(tables: Mapping[str, Sequence[tuple[float, str]]]) -> Chooser:
+        """From tables by `kind/ranks`."""
+        return Chooser(tuple(sorted((name, tuple((limit, impl) for limit, impl in table)) for name, table in tables.items())))
+
+    def __call__(self, kind: str, message: int, ranks: int) -> str:
+        table = next((table for name, table in self.tables if name == f"{kind}/{ranks}"), ())
+        return next((impl for limit, impl in table if message <= limit), "native")
+
+
 class Plan(_Strict):
     """How a model is split.
 
     fingerprint: of the captured graph that the plan is for. stages: key of each stage's first operator.
+    random: "keyed", random numbers are the same in every layout; "fast", they come from torch's generator, seeded for each part.
     operators, parameters: pattern → choice or type on the tensor axis; what is not named is whole.
     collectives: "kind/ranks" → (up to so many bytes, implementation), measured on the cluster.
     profile: what the stages take, for the simulator.
@@ -77,6 +100,7 @@ class Plan(_Strict):
     schedule: str
     global_batch: int
     optimizer: str
+    random: Random = "keyed"
     stages: list[str]
     operators: dict[str, str] = {}
     parameters: dict[str, str] = {}
@@ -91,7 +115,9 @@ class Plan(_Strict):
     def _sizes_agree(self) -> Plan:
         if self.dp * self.tp * self.pp != self.ranks:
             raise ValueError(f"dp={self.dp} × tp={self.tp} × pp={self.pp} are {self.dp * self.tp * self.pp} ranks, not ranks={self.ranks}")
-        if self.global_batch % (self.dp * self.microbatches):
+        if self.global_batch < self.dp:
+            raise ValueError(f"a global batch of {self.global_batch} leaves some of the ranks on dp={self.dp} without a sample")
+        if self.microbatches > 1 and self.global_batch % (self.dp * self.microbatches):
             raise ValueError(f"dp={self.dp} × microbatches={self.microbatches} do not divide global_batch={self.global_batch}")
         return self
 
@@ -105,14 +131,9 @@ class Plan(_Strict):
         """The plan's sizes."""
         return Mesh(dp=self.dp, tp=self.tp, pp=self.pp, microbatches=self.microbatches, schedule=self.schedule)
 
-    def chooser(self) -> Callable[[str, int, int], str]:
+    def chooser(self) -> Chooser:
         """(kind, message bytes, ranks) → implementation."""
-
-        def choose(kind: str, message: int, ranks: int) -> str:
-            table = self.collectives.get(f"{kind}/{ranks}", [])
-            return next((impl for limit, impl in table if message <= limit), "native")
-
-        return choose
+        return Chooser.of(self.collectives)
 
     def save(self, path: str | Path) -> None:
         """Writes plan.json."""

@@ -10,18 +10,23 @@ from shardwise.planner.plan import Plan
 from shardwise.program.build import build_programs
 from shardwise.program.check import check_memory, check_programs
 from shardwise.program.program import Program
+from shardwise.program.trace import Tracer
 from shardwise.simulate.costs import memory_use
 
 __all__ = ["preflight"]
 
 
-def preflight(plan: Plan, graph: Graph, *, limit_bytes: int | None = None, same_fingerprint: bool = True) -> dict[int, Program]:
+def preflight(
+    plan: Plan, graph: Graph, *, limit_bytes: int | None = None, same_fingerprint: bool = True, tracer: Tracer | None = None
+) -> dict[int, Program]:
     """All ranks' programs. limit_bytes: what each rank has, the plan's own figure by default. same_fingerprint: as of `apply_plan`.
+
+    tracer: one that has traced calls of this model before.
 
     Raises PlanError when the plan is not for the graph, CheckError when its programs do not go together or do not fit.
     """
     applied = apply_plan(plan, graph, same_fingerprint=same_fingerprint)
-    programs = build_programs(applied.assignment, applied.cut, plan.schedule, plan.chooser(), device=torch.device("cpu"))
+    programs = build_programs(applied.assignment, applied.cut, plan.schedule, plan.chooser(), device=torch.device("cpu"), tracer=tracer)
     check_programs(programs, applied.assignment, applied.cut, plan.chooser())
     limit = plan.predicted.limit_bytes if limit_bytes is None else limit_bytes
     if limit is not None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
@@ -18,10 +18,11 @@ from shardwise.cluster.model import Cluster
 from shardwise.cost.collectives import collective_cost
 from shardwise.cost.compute import op_flops, op_seconds
 from shardwise.cost.optimizer import optimizer_seconds
+from shardwise.errors import LayoutError
 from shardwise.planner.apply import Analysis, Applied, analyse, assign
 from shardwise.planner.intra import Costs, representatives, split_tensors
 from shardwise.planner.layout import Layout, completions
-from shardwise.planner.plan import Candidate, Infeasible, Plan, Prediction, by_pattern, choice_text
+from shardwise.planner.plan import Candidate, Chooser, Infeasible, Plan, Prediction, Random, by_pattern, choice_text
 from shardwise.planner.stages import StageCosts, cut_stages
 from shardwise.program.build import build_programs, rank_of
 from shardwise.program.lower import Cut
@@ -33,14 +34,18 @@ from shardwise.simulate.costs import OPTIMIZER_STATES
 from shardwise.simulate.profile import Profile, profile_programs
 from shardwise.simulate.simulator import Mesh, Simulation, simulate_profile
 
-__all__ = ["Choose", "chooser", "make_plan", "search"]
+__all__ = ["make_plan", "search"]
 
-Choose = Callable[[str, int, int], str]
 _MESHES, _NEIGHBOURS = 3, 1  # layouts that are lowered and simulated: of unlike meshes, and beside the best
 _HOPELESS = 1.25  # times the best: an estimate is not further off than that
 _THIN = 4  # layouts that are tried to say how much memory would do
 _PREFER_SPLIT = 100.0  # times what it takes: a matrix product or parameter that stays whole, where all is to be split that can be
 _FULL_MEMORY = 0.92  # of a rank's memory that a plan may take; the rest is for the libraries and what is not foreseen
+
+
+def _choices(cluster: Cluster, mesh: Mesh) -> dict[str, list[tuple[float, str]]]:
+    """For the groups that a mesh has."""
+    return measured_choices(cluster, {mesh.dp, mesh.tp, 2} if mesh.dp * mesh.tp * mesh.pp > 1 else set())
 
 
 def measured_choices(cluster: Cluster, sizes: set[int]) -> dict[str, list[tuple[float, str]]]:
@@ -54,11 +59,6 @@ def measured_choices(cluster: Cluster, sizes: set[int]) -> dict[str, list[tuple[
                 table = [*(table[:-1] if table and table[-1][1] == impl else table), (2.0**power, impl)]
             tables[f"{kind}/{ranks}"] = [*table[:-1], (1e18, table[-1][1])]
     return tables
-
-
-def chooser(cluster: Cluster) -> Choose:
-    """(kind, message bytes, ranks) → the fastest implementation on the cluster."""
-    return lambda kind, message, ranks: collective_cost(kind, message, ranks, cluster).impl
 
 
 @dataclass(kw_only=True)
@@ -134,6 +134,7 @@ class _Search:
     cluster: Cluster
     pinned: Layout
     optimizer: str
+    random: Random
     analysis: Analysis
     tracer: Tracer
     costs: OpCosts
@@ -153,7 +154,13 @@ class _Search:
         assert layout.dp and layout.tp and layout.pp and layout.microbatches
         assignment = assign(self.analysis, layout.dp, layout.microbatches, layout.tp)
         tensor = split_tensors(assignment, self.analysis.batch, self.analysis.prelude, self._intra_costs(trial))
-        stage_of = None if tensor is None else self._stages(assignment, layout)
+        try:
+            stage_of = None if tensor is None else self._stages(assignment, layout)
+        except LayoutError as error:
+            if self.pinned.pp:
+                raise
+            trial.note = str(error)
+            return
         if tensor is None or stage_of is None:
             state = sum(map(self._state_bytes, self.graph.parameters.values()))
             held = f"{_gb(state)} of parameters, gradients and optimizer state"
@@ -249,7 +256,7 @@ class _Search:
             applied.assignment,
             applied.cut,
             mesh.schedule,
-            chooser(self.cluster),
+            Chooser.of(_choices(self.cluster, mesh)),
             device=torch.device("cpu"),
             ranks=ranks,
             tracer=self.tracer,
@@ -260,10 +267,12 @@ class _Search:
             trial.note = f"needs {_gb(peak)} a rank, {_gb(self._limit())} of {_gb(self.cluster.memory_bytes)} may be used"
 
 
-def search(graph: Graph, cluster: Cluster, pinned: Layout, optimizer: str, model: str) -> Plan | Infeasible:
-    """The best plan for the graph on the cluster."""
+def search(
+    graph: Graph, cluster: Cluster, pinned: Layout, optimizer: str, model: str, *, random: Random = "keyed", tracer: Tracer | None = None
+) -> Plan | Infeasible:
+    """The best plan for the graph on the cluster. random: as of `Plan`; tracer: one that has traced calls of this model before."""
     with _without_garbage_collection():
-        return _search(graph, cluster, pinned, optimizer, model)
+        return _search(graph, cluster, pinned, optimizer, model, random, tracer or Tracer(device=torch.device("cpu")))
 
 
 @contextmanager
@@ -278,15 +287,17 @@ def _without_garbage_collection() -> Iterator[None]:
             gc.enable()
 
 
-def _search(graph: Graph, cluster: Cluster, pinned: Layout, optimizer: str, model: str) -> Plan | Infeasible:
+def _search(
+    graph: Graph, cluster: Cluster, pinned: Layout, optimizer: str, model: str, random: Random, tracer: Tracer
+) -> Plan | Infeasible:
     start = time.perf_counter()
-    tracer = Tracer(device=torch.device("cpu"))
     run = _Search(
         graph=graph,
         cluster=cluster,
         pinned=pinned,
         optimizer=optimizer,
-        analysis=analyse(graph),
+        random=random,
+        analysis=analyse(graph, random),
         tracer=tracer,
         costs=OpCosts(cluster=cluster, tracer=tracer),
     )
@@ -384,9 +395,10 @@ def make_plan(run: _Search, best: _Trial, trials: list[_Trial], seconds: float, 
         schedule=mesh.schedule,
         global_batch=run.graph.global_batch,
         optimizer=run.optimizer,
+        random=run.random,
         stages=starts,
         operators=operators,
-        collectives=measured_choices(run.cluster, {mesh.dp, mesh.tp, 2} if best.layout.ranks > 1 else set()),
+        collectives=_choices(run.cluster, mesh),
         parameters=parameters,
         profile=best.profile,
         predicted=predicted,

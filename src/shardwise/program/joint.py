@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, fx
 
 from shardwise.program.reuse import reuse_memory
-from shardwise.program.trace import Function, Tracer
+from shardwise.program.trace import Function, Tracer, differentiable
 
 __all__ = ["Halves", "JointGraph"]
 
@@ -76,9 +76,9 @@ class JointGraph:
         traced = self.tracer.forward(function, key, tensors, grads)
         nodes = _bind(traced.graph, inputs)
         self._copy(traced.graph, nodes, set(traced.forward), module, forward=True)
-        outputs = [nodes[result.name] for result in traced.results]
+        outputs = [self._own(nodes[result.name], inputs, module) for result in traced.results]
         if any(grads):
-            self.tracked.update(node for node in outputs if node.meta["val"].is_floating_point())
+            self.tracked.update(node for node in outputs if differentiable(node.meta["val"]))
             self.tape.append(
                 _Entry(
                     function=function,
@@ -91,6 +91,15 @@ class JointGraph:
                 )
             )
         return outputs
+
+    def _own(self, node: fx.Node, inputs: Sequence[fx.Node], module: str) -> fx.Node:
+        """A call may return its input (a cast to the dtype that it has): a value of its own all the same, whose gradient is the call's."""
+        if node not in inputs:
+            return node
+        alias = self.graph.call_function(torch.ops.aten.alias.default, (node,))
+        alias.meta = {"val": node.meta["val"], "module": module}
+        self.forward_nodes.add(alias)
+        return alias
 
     def backward(self, seeds: Sequence[tuple[fx.Node, fx.Node]]) -> None:
         """Appends the backward computation, given (value, its gradient) pairs."""

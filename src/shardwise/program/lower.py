@@ -111,7 +111,14 @@ class _Stage:
     def _call(self, op: Op, joint: JointGraph, read: Callable[[Op, int], fx.Node]) -> None:
         sig = self.assignment.signatures[op]
         call = self._local_call(op, sig)
-        key = (op.name, repr((op.args, op.kwargs)), tuple(value.shape for value in op.inputs), call.shapes, repr(call.splits))
+        key = (
+            op.name,
+            _name(sig.local),
+            repr((op.args, op.kwargs)),
+            tuple(value.shape for value in op.inputs),
+            call.shapes,
+            repr(call.splits),
+        )
         inputs = [read(op, index) for index in range(len(op.inputs))]
         results = joint.apply(lambda tensors: sig.local(call, tensors), key, inputs, grad=op.requires_grad, module=op.module)
         store = self.early if joint is self.prelude else self.nodes
@@ -202,7 +209,7 @@ class _Stage:
         """A prelude value in the body: made in its wanted type over all microbatches, of which the executor hands over one's part."""
         key = self._named(value, wanted)
         if key not in self.nodes:
-            whole = self._early_value(value, wanted)
+            whole = self._early_value(value, self._over_microbatches(wanted))
             split = wanted["mb"] if isinstance(wanted["mb"], Shard) and self.assignment.mesh["mb"] > 1 else None
             name = _identifier(f"{value.name}_{len(self.crossings)}")
             self.crossings[name] = (Crossing(name=name, split=split), whole)
@@ -210,6 +217,22 @@ class _Stage:
             self.nodes[key] = node = self.body.placeholder(f"crossing_{name}", meta)
             self.inputs[node] = Binding("crossing", name)
         return self.nodes[key]
+
+    def _over_microbatches(self, wanted: Type) -> Type:
+        """A type of one microbatch's part as that of the tensor of all microbatches: an axis inside `mb` that splits the same dim splits it
+        in each microbatch's part, which are blocks of the whole."""
+        split, count = wanted["mb"], self.assignment.mesh["mb"]
+        inner = list(self.axes)[list(self.axes).index("mb") + 1 :]
+        lifted = dict(wanted)
+        for axis in inner:
+            shard = wanted[axis]
+            if not isinstance(split, Shard) or not isinstance(shard, Shard) or split.dim != shard.dim or count == 1:
+                continue
+            if shard.blocks % split.blocks == 0:
+                lifted[axis] = Shard(shard.dim, shard.blocks * count, shard.unit)
+            else:  # it splits what is outside the batch
+                lifted[axis] = Shard(shard.dim, shard.blocks, shard.unit * count if shard.unit > 1 else 1)
+        return lifted
 
     def _resharded(self, joint: JointGraph, store: dict[Any, fx.Node], value: Value, made: Type, wanted: Type, module: str) -> fx.Node:
         """The value in its wanted type, innermost axis first."""
@@ -235,7 +258,7 @@ class _Stage:
                 target_size=self._size_over(value, now, name, target),
                 choose=self.choose,
             )
-            described = (source, target, self.axes[name], step.source_size, step.target_size)
+            described = (source, target, self.axes[name], step.source_size, step.target_size, self.choose)
             (store[key],) = joint.apply(_move(step), described, [before], grad=value.requires_grad, module=module)
         wanted_here = {name: wanted[name] if self.axes[name].ranks > 1 else made[name] for name in self.axes}
         return store[self._named(value, wanted_here)]
@@ -304,7 +327,7 @@ class _Stage:
         parts = {
             kind: [
                 parameter_part(self.assignment, group[name], self.coordinates, self._stages_of(group[name]))
-                for name in self._held(kind, forward_inputs, early_bindings)
+                for name in self._held(kind, [*forward_inputs, *(binding for binding, _ in outputs)], early_bindings)
             ]
             for kind, group in values.items()
         }
@@ -324,8 +347,8 @@ class _Stage:
             saved=halves.saved,
         )
 
-    def _held(self, kind: str, forward_inputs: Sequence[Binding], early: Mapping[str, Binding]) -> list[str]:
-        names = [binding.name for binding in (*forward_inputs, *early.values()) if binding.kind == kind]
+    def _held(self, kind: str, bindings: Sequence[Binding], early: Mapping[str, Binding]) -> list[str]:
+        names = [binding.name for binding in (*bindings, *early.values()) if binding.kind == kind]
         return list(dict.fromkeys(names))
 
     def _stages_of(self, value: Value) -> tuple[int, ...]:
@@ -334,6 +357,10 @@ class _Stage:
 
 def _move(step: Reshard) -> Callable[[Sequence[torch.Tensor]], torch.Tensor]:
     return lambda tensors: reshard(tensors[0], step)
+
+
+def _name(function: Callable[..., Any]) -> str:
+    return getattr(function, "__qualname__", "")
 
 
 def _identifier(name: str) -> str:

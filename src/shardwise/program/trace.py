@@ -16,10 +16,15 @@ from torch import Tensor, fx
 
 from shardwise._torch import FakeTensorMode, make_fx, traced_names
 
-__all__ = ["Traced", "Tracer", "describe"]
+__all__ = ["Traced", "Tracer", "describe", "differentiable"]
 
 Function = Callable[[Sequence[Tensor]], Any]
 Description = tuple[tuple[int, ...], tuple[int, ...], torch.dtype]
+
+
+def differentiable(tensor: Tensor) -> bool:
+    """Whether a gradient may flow through tensors of its dtype."""
+    return tensor.is_floating_point() or tensor.is_complex()
 
 
 def describe(tensor: Tensor) -> Description:
@@ -80,7 +85,7 @@ class Tracer:
         with self.mode, torch.no_grad():
             found = function([_like(t, self.device) for t in tensors])
             results = found if isinstance(found, (tuple, list)) else [found]
-            return [torch.empty(r.shape, dtype=r.dtype, device=self.device) if r.is_floating_point() else None for r in results]
+            return [torch.empty(r.shape, dtype=r.dtype, device=self.device) if differentiable(r) else None for r in results]
 
     def _trace(self, function: Function, tensors: Sequence[Tensor], grads: Sequence[bool], cotangents: Sequence[Tensor | None]) -> Traced:
         forward: set[str] = set()

@@ -38,11 +38,11 @@ class Event:
 class Executor:
     """Runs a program's steps on the tensors of this rank.
 
-    state: the rank's parts of parameters and buffers, by name; they are read, and buffers are updated in place.
+    state: the rank's parts of parameters and buffers, by name; they are read, and updated buffers are put there.
     """
 
     def __init__(
-        self, program: Program, state: Mapping[str, Tensor], gradients: Gradients, transport: Transport, device: torch.device
+        self, program: Program, state: dict[str, Tensor], gradients: Gradients, transport: Transport, device: torch.device
     ) -> None:
         self.program, self.state, self.gradients, self.transport, self.device = program, state, gradients, transport, device
         stage = program.stage
@@ -83,11 +83,10 @@ class Executor:
 
     def evaluate(self, batch: Mapping[str, Tensor], step_key: int) -> float:
         """The forward pass alone, with the buffers left as they are."""
-        kept = {name: self.state[name].clone() for name in self._updated()}
+        kept = {name: self.state[name] for name in self._updated()}
         actions = [action for action in self.program.actions if action.kind in _FORWARD_ONLY]
         loss = self._run(actions, batch, step_key, backward=False)
-        for name, value in kept.items():
-            self.state[name].copy_(value)
+        self.state.update(kept)
         return loss
 
     def _updated(self) -> list[str]:
@@ -137,7 +136,7 @@ class Executor:
             if binding.kind == "edge":
                 self.values[binding.name, microbatch, False] = value
             elif binding.kind == "buffer":
-                self.state[binding.name].copy_(value)
+                self.state[binding.name] = value  # not copied there: the backward pass may read the old one
             else:
                 self.losses.append(value)
 
@@ -147,13 +146,13 @@ class Executor:
         if binding.kind == "crossing":
             return self._crossing(binding.name, microbatch)
         if binding.kind == "random":
-            return torch.tensor([self.step_key, microbatch], device=self.device)
+            return torch.tensor([self.step_key, microbatch])  # on the cpu, where the draws read it
         return self.state[binding.name]
 
     def _crossing(self, name: str, microbatch: int) -> Tensor:
         split = next(crossing.split for crossing in self.program.stage.crossings if crossing.name == name)
         value = self.crossings[name]
-        return value if split is None else take(value, split, self.program.microbatches, microbatch)
+        return value if split is None else take(value, split, self.program.microbatches, microbatch).contiguous()
 
     def _backward(self, action: Action) -> None:
         stage, microbatch = self.program.stage, action.microbatch

@@ -79,15 +79,15 @@ def accumulating(stage: StageProgram, *, first: bool, begin: Mapping[Callable[[]
     graph = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
     gradients: Sequence[Any] = graph.graph_copy(stage.backward, copies)  # type: ignore[assignment]
-    last = [node for node in graph.nodes if node.op == "placeholder"][-1]
+    last = next((node for node in reversed(list(graph.nodes)) if node.op == "placeholder"), None)
     sent = [gradient for binding, gradient in zip(stage.backward_outputs, gradients, strict=True) if binding.kind != "parameter"]
     sinks: dict[str, tuple[fx.Node, fx.Node]] = {}
     for binding, gradient in zip(stage.backward_outputs, gradients, strict=True):
         if binding.kind == "parameter" and gradient is not None:
-            with graph.inserting_after(last):
+            with graph.inserting_after(last) if last else graph.inserting_before(next(iter(graph.nodes), None)):
                 last = graph.placeholder(f"buffer_{''.join(c if c.isalnum() else '_' for c in binding.name)}")
             sinks[binding.name] = last, gradient
-    placed = {name: _sink(graph, buffer, gradient, last, first=first) for name, (buffer, gradient) in sinks.items()}
+    placed = {name: _sink(graph, buffer, gradient, last or buffer, first=first) for name, (buffer, gradient) in sinks.items()}
     graph.output(sent)
     _call_when_placed(graph, placed, begin or {})
     return callable_of(graph)

@@ -36,7 +36,7 @@ class _Meeting:
 
     def exchange(self, rank: int, tensor: Tensor) -> list[Tensor]:
         """All ranks' tensors, in their order."""
-        self.slots[self.ranks.index(rank)] = tensor.clone()
+        self.slots[self.ranks.index(rank)] = tensor.clone(memory_format=torch.contiguous_format)
         self.barrier.wait(_PATIENCE_S)
         found = list(self.slots)
         self.barrier.wait(_PATIENCE_S)
@@ -118,7 +118,7 @@ class InProcess:
 
     def reduce_scatter(self, x: Tensor, group: str, dim: int, sizes: Sequence[int], impl: str) -> Tensor:
         every, here = self._exchange(x, group)
-        return _sum(every).split(list(sizes), dim)[here].clone()
+        return _sum(every).split(list(sizes), dim)[here].clone(memory_format=torch.contiguous_format)
 
     def all_to_all(
         self, x: Tensor, group: str, split_dim: int, split_sizes: Sequence[int], cat_dim: int, cat_sizes: Sequence[int], impl: str

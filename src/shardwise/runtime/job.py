@@ -21,6 +21,7 @@ from shardwise.runtime.group import create_groups
 from shardwise.runtime.optimizer import prefer_fused, refuse_unless_elementwise
 from shardwise.runtime.transport import Distributed
 from shardwise.sharding.types import Shard, take
+from shardwise.sharding.types import part as part_of
 
 __all__ = ["Job", "OptimizerFactory", "batch_part", "local_part", "own_part", "step_key"]
 
@@ -138,7 +139,7 @@ def batch_part(
 
     Raises BatchError when names, shapes or dtypes are not those that the plan was made for.
     """
-    part: dict[str, Tensor] = {}
+    found: dict[str, Tensor] = {}
     for name, value in graph.inputs.items():
         if name.startswith("__"):
             continue
@@ -147,23 +148,23 @@ def batch_part(
         dim = graph.batch_dims.get(name)
         tensor = batch[name].to(device)
         expected = list(value.shape)
+        cut = _batch_slice(plan, program)
         if dim is not None and local:
-            expected[dim] //= plan.dp
+            expected[dim] = cut.stop - cut.start
         if list(tensor.shape) != expected or tensor.dtype != value.dtype:
             whose = "this rank's part of the batch" if local else "the global batch"
             raise BatchError(
                 f"{name} in {whose} is {tensor.dtype} {list(tensor.shape)}, the plan was made for {value.dtype} {expected}; "
                 "plan for this shape or pad the batch to it"
             )
-        cut = _batch_slice(plan, program)
-        part[name] = tensor if dim is None or local else tensor.narrow(dim, cut.start, cut.stop - cut.start)
-    return part
+        mine = tensor if dim is None or local else tensor.narrow(dim, cut.start, cut.stop - cut.start)
+        found[name] = mine.contiguous()  # programs are made for tensors without gaps, in the usual order of dims
+    return found
 
 
 def _batch_slice(plan: Plan, program: Program) -> slice:
-    each = plan.global_batch // plan.dp
-    first = program.coordinates["dp"] * each
-    return slice(first, first + each)
+    mine = part_of(plan.global_batch, Shard(0), plan.dp, program.coordinates["dp"])
+    return slice(mine.start, mine.stop)
 
 
 def _checked_rank(plan: Plan) -> int:

@@ -26,12 +26,13 @@ __all__ = ["batch_choices", "microbatch_obstacle", "prelude_of", "split_batch"]
 
 
 def prelude_of(graph: Graph) -> set[Op]:
-    """The operators that depend on batch inputs and fixed buffers alone."""
+    """The operators that depend on batch inputs and fixed buffers alone. What changes a buffer is no part of it."""
     known = {value for name, value in graph.inputs.items() if name != RANDOM_STATE}
     known |= {value for name, value in graph.buffers.items() if name not in graph.updates}
     found: set[Op] = set()
+    changing = set(graph.updates.values())
     for op in graph.ops:
-        if not op.requires_grad and all(value in known for value in op.inputs):
+        if not op.requires_grad and all(value in known for value in op.inputs) and changing.isdisjoint(op.outputs):
             found.add(op)
             known.update(op.outputs)
     return found

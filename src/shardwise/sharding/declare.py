@@ -12,8 +12,8 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from functools import lru_cache, partial
+from dataclasses import dataclass, replace
+from functools import partial
 from itertools import combinations
 from math import prod
 from typing import Any
@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from shardwise.capture.graph import Op, Value, operator_name
+from shardwise.capture.opaque import Opaque
 from shardwise.errors import RuleError, ShardwiseWarning
 from shardwise.sharding.dealing import Mismatch
 from shardwise.sharding.discover import check, ways
@@ -37,6 +38,7 @@ __all__ = ["Declared", "declare_rule", "declared_signature"]
 _MANY, _MANY_SETS = 4, 64  # inputs that are summands together, and sets of them, that are tried
 _EXAMPLE = 'declare_rule("mylib::linear", "b k, n k -> b n", whole="k")'
 _DECLARED: dict[str, Declared] = {}
+_found: dict[tuple[Declared, str, tuple[tuple[int, ...], ...]], Finding | str] = {}  # of this process: what came of trying them
 _FACTOR = re.compile(r"[A-Za-z_]\w*|\.\.\.|1")
 
 
@@ -119,7 +121,10 @@ def declared_signature(op: Op) -> Signature | None:
     if given is None:
         return None
     fitted = _fitted(given, op)
-    found = _tried(_Key(given=fitted, text=call_key(op), shapes=tuple(value.shape for value in op.inputs), op=op))
+    key = (fitted, call_key(op), tuple(value.shape for value in op.inputs))
+    if key not in _found or isinstance(op.target, Opaque):  # whose code may hold constants that its key does not tell
+        _found[key] = _tried(fitted, op)
+    found = _found[key]
     return whole(op, found) if isinstance(found, str) else found.on(op, "declared")
 
 
@@ -183,21 +188,12 @@ def _broadcast(tensor: Dims, value: Value, sizes: Mapping[str, int]) -> Dims:
     return tuple(() if size == 1 and len(dim) == 1 and sizes[dim[0]] > 1 else dim for dim, size in zip(tensor, value.shape, strict=True))
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Key:
-    given: Declared
-    text: str
-    shapes: tuple[tuple[int, ...], ...]
-    op: Op = field(compare=False)
-
-
-@lru_cache(maxsize=1024)
-def _tried(key: _Key) -> Finding | str:
+def _tried(given: Declared, op: Op) -> Finding | str:
     """The rule as it was found to work, or why it is dropped."""
     try:
-        return patient(partial(_finding, key.given, key.op))
+        return patient(partial(_finding, given, op))
     except (Mismatch, Misfit, Random, Trouble) as error:
-        warnings.warn(f"the {key.given} is dropped and the operator kept whole: {error}", ShardwiseWarning, stacklevel=2)
+        warnings.warn(f"the {given} is dropped and the operator kept whole: {error}", ShardwiseWarning, stacklevel=2)
         return f"its declared rule is wrong: {error}"
 
 

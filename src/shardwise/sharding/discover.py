@@ -12,13 +12,14 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache, partial
+from functools import partial
 from itertools import chain, count
 from math import prod
 from pathlib import Path
 from string import ascii_lowercase
 
 from shardwise.capture.graph import Op
+from shardwise.capture.opaque import Opaque
 from shardwise.environment import cache_directory
 from shardwise.errors import ShardwiseWarning
 from shardwise.sharding.dealing import Mismatch
@@ -35,8 +36,15 @@ __all__ = ["Findings", "Way", "check", "discover", "resolved", "ways"]
 
 _MANY = 4  # tensors: with more of them not every combination of splits is tried
 _REAL_CHECK = 1 << 18  # elements of a call up to which the rule is checked on the call's own sizes, too
+_UNSAFE = {  # on parts of inconsistent sizes these end the process
+    *("aten.as_strided.default", "aten.as_strided_scatter.default", "aten._unsafe_index.Tensor", "aten._unsafe_index_put.default"),
+    *("aten.lstm.data", "aten.gru.data", "aten.rnn_tanh.data", "aten.rnn_relu.data"),
+}
 _UNSTEADY = "the rule found for it fails on other numbers"
 _NOTHING = "no way of splitting it was found by running it on parts"
+
+# Of this process: call, shapes and cache directory → what was found. It holds no operators, for these hold whole models.
+_found: dict[tuple[str, tuple[tuple[int, ...], ...], Path], Entry] = {}
 
 
 def discover(op: Op, directory: Path | None = None) -> Signature | None:
@@ -50,22 +58,26 @@ def discover(op: Op, directory: Path | None = None) -> Signature | None:
 
 def resolved(op: Op, directory: Path | None = None) -> Signature:
     """`discover`, or the call kept whole, with the reason. Equal calls are tried once."""
-    entry = _remembered(_Key(text=call_key(op), shapes=tuple(value.shape for value in op.inputs), op=op, directory=directory))
+    if (reason := _untriable(op)) is not None:
+        return whole(op, reason)
+    key = (call_key(op), tuple(value.shape for value in op.inputs), directory or cache_directory())
+    if key not in _found or isinstance(op.target, Opaque):  # whose code may hold constants that its key does not tell
+        _found[key] = _looked_up(op, key[2])
+    entry = _found[key]
     return whole(op, entry.reason) if entry.finding is None else entry.finding.on(op, "discovered")
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Key:
-    text: str
-    shapes: tuple[tuple[int, ...], ...]
-    directory: Path | None
-    op: Op = field(compare=False)
+def _untriable(op: Op) -> str | None:
+    """Why running the call on parts would tell nothing, or do harm."""
+    if isinstance(op.target, Opaque) and not op.target.pure:
+        return "its control flow may depend on values"
+    if op.name in _UNSAFE:
+        return "it reads memory without looking at sizes"
+    return None
 
 
-@lru_cache(maxsize=4096)
-def _remembered(key: _Key) -> Entry:
-    directory = key.directory or cache_directory()
-    op = key.op
+def _looked_up(op: Op, directory: Path) -> Entry:
+    """What an earlier run found, checked again, else what is found now."""
     kept = cached(op, directory)
     try:
         if kept is not None and (kept.finding is None or patient(partial(_still_right, op, kept.finding))):

@@ -6,6 +6,7 @@ thread.
 
 from __future__ import annotations
 
+import faulthandler
 import multiprocessing
 import signal
 import sys
@@ -40,7 +41,8 @@ class _Overdue(Exception):
 def patient(work: Callable[[Clock], _Found]) -> _Found:
     """What `work` returns. Raises Trouble, and what `work` raises.
 
-    `work` has none of the caller's modes (no gradients, fake tensors, devices). Its warnings are not shown.
+    `work` has none of the caller's modes (no gradients, fake tensors, devices), and random numbers of its own, the same each time. Its
+    warnings are not shown.
     """
     if _may_fork():
         _warm()
@@ -103,6 +105,7 @@ def _signal(code: int | None) -> str:
 
 def _child(work: Callable[[Clock], Any], parent: Connection) -> None:
     parent.send("begun")
+    faulthandler.disable()  # a crash is reported by us
     torch.set_num_threads(1)  # the threads that torch had are not here
     outcome = _in_thread(work, PATIENCE_S + _GRACE_S)
     try:
@@ -122,8 +125,9 @@ def _in_thread(work: Callable[[Clock], Any], wait_s: float) -> tuple[str, Any]:
 
     def run() -> None:
         try:
-            with warnings.catch_warnings():
+            with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
                 warnings.simplefilter("ignore")
+                torch.default_generator.manual_seed(0)  # every rank finds the same
                 outcomes.append(("made", work(clock)))
         except _Overdue:
             outcomes.append(("failed", Trouble(f"trying it takes more than {PATIENCE_S:.0f} s")))

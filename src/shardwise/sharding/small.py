@@ -24,6 +24,7 @@ Shapes = tuple[tuple[int, ...], ...]
 Sizes = Callable[[Sequence[int]], Shapes]  # distinct small numbers → the shapes of the inputs
 
 REAL_ELEMENTS = 1 << 22  # of all tensors together: an operator that takes no other sizes is run on its own up to here
+_MANY_RANKS = (2, 3, 4, 8, 16)  # on which an operator that takes no other sizes is tried: constants of its may ask for large parts
 _EVENS = tuple(range(4, 64, 2))
 _THREES = tuple(range(3, 93, 3))
 _NEITHER = tuple(number for number in range(5, 80) if number % 2 and number % 3)
@@ -83,7 +84,7 @@ def trials(op: Op, sizes: Sizes | None, seed: int = 0) -> list[Trial]:
     """Calls in several sizes; none when the operator refuses such sizes. Raises Random."""
     if sizes is None:
         real = tuple(value.shape for value in op.inputs)
-        needed = [trial(op, real, (2, 3), seed=seed), trial(op, real, (2,), seed=seed + 1, wide=True)]
+        needed = [trial(op, real, _MANY_RANKS, seed=seed), trial(op, real, (2,), seed=seed + 1, wide=True)]
         more = []
     else:
         few = len({size for value in op.inputs for size in value.shape}) <= _FEW

@@ -12,11 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from shardwise.cluster.model import Cluster
-from shardwise.errors import ShardwiseError
+from shardwise.errors import BatchError, LayoutError, ShardwiseError
 from shardwise.planner.apply import apply_plan
 from shardwise.planner.layout import Layout
 from shardwise.planner.plan import Infeasible, Plan
 from shardwise.planner.search import search
+from shardwise.program.trace import Tracer
 from shardwise.verify.one_device import Reference, prepare
 from shardwise.verify.verify import Lowered, check_lowered, lowered
 from shardwise.verify.work_share import block_flops, block_shares
@@ -36,7 +37,7 @@ Status = Literal["verified", "differs", "infeasible", "failed"]
 class Row:
     """What became of one layout.
 
-    layout: what was asked for; plan: the whole layout that was verified; error: the largest relative error of loss, gradients and their norm.
+    layout: what was asked for; plan: the whole layout that was verified; error: the largest relative error of all that was compared.
     replicated: operators that every rank of the tensor axis does whole though they multiply matrices or have no rule → how many.
     parameters, flops: the largest share of the repeated blocks that a rank holds and computes (tensor axis alone), else None.
     why: what was wrong.
@@ -145,6 +146,7 @@ class _Trial:
     dtype: torch.dtype
     processes: bool
     signatures: list[tuple[str, str]] = field(default_factory=list)
+    tracer: Tracer = field(default_factory=lambda: Tracer(device=torch.device("cpu")))
     whole_flops: float | None = None
 
     def row(self, layout: str) -> Row:
@@ -154,16 +156,22 @@ class _Trial:
             if isinstance(found, Infeasible):
                 return Row(layout=layout, status="infeasible", why=found.reasons[0] if found.reasons else str(found))
             return self._verified(layout, found, start)
+        except (LayoutError, BatchError) as error:
+            return Row(layout=layout, status="infeasible", why=str(error))
         except ShardwiseError as error:
             return Row(layout=layout, status="failed", why=str(error), seconds=time.perf_counter() - start)
 
     def _plan(self, layout: str) -> Plan | Infeasible:
-        pinned = None if layout == CHOSEN else layout
-        ranks = 4 if pinned is None else _ranks(pinned)
-        return search(self.reference.graph, Cluster.parse(f"local:{ranks}"), Layout.parse(pinned), "adamw", self.reference.name)
+        """A pinned layout is planned in the precision of the proof, so that what was traced for one serves the next."""
+        reference = self.reference
+        if layout == CHOSEN:
+            return search(reference.graph, Cluster.parse("local:4"), Layout(), "adamw", reference.name)
+        graph = reference.cast(reference.widest if self.dtype is torch.float64 else self.dtype)
+        cluster = Cluster.parse(f"local:{_ranks(layout)}")
+        return search(graph, cluster, Layout.parse(layout), "adamw", reference.name, tracer=self.tracer)
 
     def _verified(self, layout: str, plan: Plan, start: float) -> Row:
-        built = lowered(self.reference, plan, self.dtype)
+        built = lowered(self.reference, plan, self.dtype, self.tracer)
         parameters, flops = self._shares(built) if plan.tp > 1 and plan.dp == plan.pp == 1 else (None, None)
         report = check_lowered(self.reference, plan, built, processes=self.processes)
         return Row(
@@ -180,11 +188,11 @@ class _Trial:
 
     def _shares(self, built: Lowered) -> tuple[float, float]:
         if self.whole_flops is None:
-            self.whole_flops = block_flops(built.graph)
+            self.whole_flops = block_flops(built.graph, self.tracer)
         return block_shares(built.graph, built.programs, self.whole_flops)
 
     def _replicated(self, plan: Plan) -> dict[str, int]:
-        applied = apply_plan(plan, self.reference.graph)
+        applied = apply_plan(plan, self.reference.graph, same_fingerprint=False)
         assignment = applied.assignment
         if not self.signatures:
             self.signatures.extend((op.name, assignment.signatures[op].source) for op in self.reference.graph.ops)

@@ -48,13 +48,20 @@ class Reference:
     widest: torch.dtype
     captured: list[Difference]
     steps: dict[torch.dtype, Step] = field(default_factory=dict)
+    graphs: dict[torch.dtype, Graph] = field(default_factory=dict)
+
+    def cast(self, dtype: torch.dtype) -> Graph:
+        """The graph in this precision."""
+        if dtype not in self.graphs:
+            self.graphs[dtype] = cast_graph(self.graph, dtype)
+        return self.graphs[dtype]
 
     def step(self, dtype: torch.dtype) -> Step:
         """One device's step in this precision."""
         if dtype is self.widest:
             return self.exact
         if dtype not in self.steps:
-            self.steps[dtype] = _step(cast_graph(self.graph, dtype), self.state, self.batch, dtype, self.seed)
+            self.steps[dtype] = _step(self.cast(dtype), self.state, self.batch, dtype, self.seed)
         return self.steps[dtype]
 
 

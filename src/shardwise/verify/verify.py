@@ -17,14 +17,16 @@ import torch
 from torch import Tensor, nn
 
 from shardwise.capture.graph import Graph
+from shardwise.capture.normalize import RANDOM_STATE
 from shardwise.cluster.model import Cluster
+from shardwise.errors import VerifyError
 from shardwise.planner.layout import Layout
 from shardwise.planner.plan import Infeasible, Plan
 from shardwise.planner.preflight import preflight
 from shardwise.planner.search import search
 from shardwise.program.program import Program
+from shardwise.program.trace import Tracer
 from shardwise.sharding.types import Shard, join
-from shardwise.verify.cast import cast_graph
 from shardwise.verify.compare import (
     FLOAT32_BOUND,
     FLOAT64_BOUND,
@@ -107,7 +109,7 @@ def verify(
     dtype: float64 is the proof (bound 1e-10); float32 is held to max(1e-5, 4 × one device's own float32 error), as is a model with an
     operator that has no float64. plan: verify this one; else one is made for `layout` on `cluster`.
     processes: every rank is a process that talks over torch.distributed; False: a thread of this process, which starts faster.
-    Raises what capture and planning raise, VerifyError for a model that is not deterministic, and RankFailed.
+    Raises what capture and planning raise, VerifyError for a model that is not deterministic or a plan with random="fast", and RankFailed.
     """
     reference = prepare(model, batch, loss=loss, batch_dims=batch_dims, seed=seed)
     if plan is None:
@@ -120,6 +122,11 @@ def verify(
 
 def check_plan(reference: Reference, plan: Plan, *, dtype: torch.dtype = torch.float64, processes: bool = True) -> Report:
     """Runs one step of the plan on ranks and compares it with one device's; arguments as of `verify`."""
+    if plan.random == "fast" and RANDOM_STATE in reference.graph.inputs:
+        raise VerifyError(
+            f"the plan of {plan.model} says random='fast': its random numbers are meant to differ from one device's. Verify it with "
+            "random='keyed'; all else is computed alike"
+        )
     return check_lowered(reference, plan, lowered(reference, plan, dtype), processes=processes)
 
 
@@ -132,11 +139,11 @@ class Lowered:
     programs: Mapping[int, Program]
 
 
-def lowered(reference: Reference, plan: Plan, dtype: torch.dtype = torch.float64) -> Lowered:
+def lowered(reference: Reference, plan: Plan, dtype: torch.dtype = torch.float64, tracer: Tracer | None = None) -> Lowered:
     """All ranks' programs, checked against each other. Raises what `preflight` does."""
     dtype = reference.widest if dtype is torch.float64 else dtype
-    graph = cast_graph(reference.graph, dtype)
-    return Lowered(dtype=dtype, graph=graph, programs=preflight(plan, graph, same_fingerprint=False))
+    graph = reference.cast(dtype)
+    return Lowered(dtype=dtype, graph=graph, programs=preflight(plan, graph, same_fingerprint=False, tracer=tracer))
 
 
 def check_lowered(reference: Reference, plan: Plan, built: Lowered, *, processes: bool = True) -> Report:
@@ -175,10 +182,12 @@ def _compare(split: list[Part], exact: Step, reference: Step, dtype: torch.dtype
     found.append(
         Difference(name="gradient norm", error=abs(norm - expected) / max(expected, 1e-300), bound=bound(max(own.values(), default=0.0)))
     )
+    least = 1e-3 * gradient_norm({name: buffer for name, buffer in exact.buffers.items() if buffer.is_floating_point()})
     for name, buffer in exact.buffers.items():
         for part in split:
             if name in part.buffers:
-                found.append(Difference(name=f"buffer {name}", error=relative_error(part.buffers[name], buffer, 1e-30), bound=bound(1e-6)))
+                error = relative_error(part.buffers[name], buffer, least if buffer.is_floating_point() else 1e-30)
+                found.append(Difference(name=f"buffer {name}", error=error, bound=bound(1e-6)))
     found.append(Difference(name="the optimizer's step", error=max(part.update_error for part in split), bound=bound(0.0)))
     return found
 

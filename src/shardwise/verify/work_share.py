@@ -15,6 +15,7 @@ from shardwise.planner.intra import whole_on_one_rank
 from shardwise.program.build import build_programs
 from shardwise.program.lower import Cut
 from shardwise.program.program import Program
+from shardwise.program.trace import Tracer
 
 __all__ = ["Shares", "block_flops", "block_shares"]
 
@@ -31,13 +32,13 @@ def block_parameters(graph: Graph) -> set[str]:
     return {value.name for op in graph.ops if op.module in modules for value in op.inputs if value.kind == "parameter"}
 
 
-def block_flops(graph: Graph) -> float:
+def block_flops(graph: Graph, tracer: Tracer) -> float:
     """Flops of the blocks' matrix products, forward and backward, of one microbatch of the whole batch on one device."""
     analysis = analyse(graph)
     assignment = assign(analysis, 1, 1, 1)
     whole_on_one_rank(assignment)
     cut = Cut(stage_of={op: 0 for op in graph.ops if op not in analysis.prelude}, prelude=frozenset(analysis.prelude))
-    programs = build_programs(assignment, cut, "1f1b", lambda kind, size, ranks: "native", device=torch.device("cpu"))
+    programs = build_programs(assignment, cut, "1f1b", lambda kind, size, ranks: "native", device=torch.device("cpu"), tracer=tracer)
     return _flops(programs[0], block_modules(graph))
 
 

@@ -30,10 +30,19 @@ _ANGLES = (  # the derivative of polar assumes a positive radius, which a summan
 )
 _SPECIAL = (
     *("digamma", "erf", "erfc", "erfinv", "i0", "igamma", "igammac", "lgamma", "mvlgamma", "polygamma", "special_airy_ai"),
-    *("special_bessel_j0", "special_bessel_j1", "special_bessel_y0", "special_bessel_y1", "special_digamma", "special_erf"),
-    *("special_erfc", "special_erfcx", "special_erfinv", "special_gammainc", "special_gammaincc", "special_gammaln", "special_i0"),
-    *("special_i0e", "special_i1", "special_i1e", "special_log_ndtr", "special_multigammaln", "special_ndtr", "special_ndtri"),
-    *("special_polygamma", "special_psi", "special_zeta"),
+    *("special_digamma", "special_erf", "special_erfc", "special_erfcx", "special_erfinv", "special_gammainc", "special_gammaincc"),
+    *("special_gammaln", "special_i0", "special_i0e", "special_i1", "special_i1e", "special_log_ndtr", "special_multigammaln"),
+    *("special_ndtr", "special_ndtri", "special_polygamma", "special_psi", "special_zeta"),
+)
+_BESSEL = (
+    *("special_bessel_j0", "special_bessel_j1", "special_bessel_y0", "special_bessel_y1", "special_modified_bessel_i0"),
+    *("special_modified_bessel_i1", "special_modified_bessel_k0", "special_modified_bessel_k1", "special_scaled_modified_bessel_k0"),
+    *("special_scaled_modified_bessel_k1", "special_spherical_bessel_j0"),
+)
+_POLYNOMIALS = (
+    *(f"special_{kind}_polynomial_{letter}" for kind in ("chebyshev", "shifted_chebyshev") for letter in "tuvw"),
+    *("special_hermite_polynomial_h", "special_hermite_polynomial_he", "special_laguerre_polynomial_l"),
+    "special_legendre_polynomial_p",
 )
 _ACTIVATIONS = (
     *("_prelu_kernel", "celu", "elu", "gelu", "hardshrink", "hardsigmoid", "hardswish", "hardtanh", "leaky_relu", "log_sigmoid"),
@@ -49,7 +58,7 @@ _BITS = (
 )
 _WITH_NUMBER = ("add.Scalar", "rsub.Scalar", "sub.Scalar", "subtract.Scalar")
 _REMAINDERS = ("copysign", "floor_divide", "fmod", "frexp", "heaviside", "nextafter", "remainder")
-_CONSTANTS = ("empty_like", "fill.Scalar", "full_like", "ones_like", "zeros_like")
+_CONSTANTS = ("empty_like", "fill.Scalar", "full_like", "ones_like", "zero", "zeros_like")
 
 _FIRST = (  # linear in the first tensor alone, if that is the first argument
     *("deg2rad", "div", "divide", "ldexp", "neg", "negative", "positive", "rad2deg", "true_divide"),
@@ -75,7 +84,8 @@ def elementwise(op: Op, linear: tuple[frozenset[int], ...] = ()) -> Signature:
     )
 
 
-@rule(*overloads(*_ROUNDING, *_LIMITS, *_POWERS, *_ANGLES, *_SPECIAL, *_ACTIVATIONS, *_LOGIC, *_BITS, *_WITH_NUMBER, *_REMAINDERS))
+@rule(*overloads(*_ROUNDING, *_LIMITS, *_POWERS, *_ANGLES, *_SPECIAL, *_BESSEL, *_POLYNOMIALS))
+@rule(*overloads(*_ACTIVATIONS, *_LOGIC, *_BITS, *_WITH_NUMBER, *_REMAINDERS))
 def nonlinear(op: Op) -> Signature:
     return elementwise(op)
 
@@ -150,7 +160,13 @@ def masked_fill_tensor(op: Op) -> Signature:
 @rule(aten.fill.Tensor, aten.copy.default)
 def overwrite(op: Op) -> Signature:
     """The second tensor in the shape and dtype of the first, whose values are not read."""
-    return elementwise(op, (frozenset({1}), frozenset({0, 1})) if _keeps_sums(op, 1) else ())
+    linear = (frozenset({1}), frozenset({0, 1})) if _keeps_sums(op, 1) else ()
+    return replace(elementwise(op, linear), local=_overwrite)
+
+
+def _overwrite(call: Call, tensors: Sequence[Tensor]) -> Any:
+    """Written out, for torch has no derivative of `copy`."""
+    return tensors[1].to(tensors[0].dtype).expand(call.shapes[0])
 
 
 @rule(aten.type_as.default, aten.to.other)

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from shardwise.capture.graph import Op
+from shardwise.capture.recurrent import recurrent
 from shardwise.sharding.rules.build import given, positions
 from shardwise.sharding.rules.registry import rule
 from shardwise.sharding.signature import Dim, Signature, Split
@@ -15,11 +16,11 @@ aten = torch.ops.aten
 _DEPENDS = "each step reads all of the one before it"
 
 
-@rule(aten.lstm.input, aten.gru.input, aten.rnn_tanh.input, aten.rnn_relu.input)
+@rule(recurrent)
 def layers(op: Op) -> Signature:
     """t n i (or n t i), states l n h, weights -> t n o, states l n h"""
     place = 0 if given(op, "batch_first") else 1
-    return _samples(op, {"input": place, "hx": 1}, [place, *(1 for _ in op.outputs[1:])])
+    return _samples(op, {"x": place, "states": 1}, [place, *(1 for _ in op.outputs[1:])])
 
 
 @rule(aten.lstm_cell.default, aten.gru_cell.default, aten.rnn_tanh_cell.default, aten.rnn_relu_cell.default)

@@ -50,9 +50,8 @@ def signature_of(op: Op) -> Signature:
             raise
         except Exception as error:  # a rule that was not made for such a call; it is no use to the user to stop here
             trouble = f"{type(error).__name__}: {error}"
-        warnings.warn(
-            f"the rule of {op.name} does not fit its call in {op.module or 'the model'} ({trouble})", ShardwiseWarning, stacklevel=2
-        )
+        where = f"{op.name} in {op.module or 'the model'}"
+        warnings.warn(f"the rule of {where} does not fit the call and is not used: {trouble}", ShardwiseWarning, stacklevel=2)
     declared = declared_signature(op)
     return resolved(op) if declared is None else declared
 

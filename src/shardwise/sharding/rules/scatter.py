@@ -6,6 +6,7 @@ Into sums the values may be split: each rank adds its own, and the base is one m
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from shardwise.capture.graph import Op, Slot
 from shardwise.sharding.rules.build import ALONE, apart, broadcast, from_ranks, given, over, overloads, positions, simple_dims, wrap
 from shardwise.sharding.rules.indexing import any_row, asks_for_true, indexed_dims, recounted
 from shardwise.sharding.rules.registry import rule
-from shardwise.sharding.signature import Call, Dim, Dims, Signature, Split
+from shardwise.sharding.signature import Call, Dim, Dims, Signature, Split, run_as_is
 
 aten = torch.ops.aten
 
@@ -66,7 +67,16 @@ def _put_where(op: Op, slots: Sequence[Any], linear: tuple[frozenset[int], ...])
     names = simple_dims(op.inputs[0].shape)
     inputs: dict[int, Sequence[Dim]] = {0: names, mask: names[start : start + len(op.inputs[mask].shape)]}
     inputs[values] = [()] * len(op.inputs[values].shape)
-    return over(op, [inputs[number] for number in sorted(inputs)], [names], linear=linear)
+    return over(op, [inputs[number] for number in sorted(inputs)], [names], linear=linear, local=partial(_where, start=start, mask=mask))
+
+
+def _where(call: Call, tensors: Sequence[Tensor], start: int, mask: int) -> Tensor:
+    """Without asking how many elements the mask has: a program is traced on descriptions of tensors."""
+    x, chosen = tensors[0], tensors[mask]
+    (values,) = positions(call.op, "values")
+    chosen = chosen.reshape(chosen.shape + (1,) * (x.dim() - start - chosen.dim())).to(torch.bool)
+    value = tensors[values].reshape(())
+    return torch.where(chosen, x + value if given(call.op, "accumulate") else value, x)
 
 
 # -- along one dim: whole rows -----------------------------------------------------------------------------------------------------------
@@ -87,7 +97,16 @@ def put_rows(op: Op) -> Signature:
     whole = {f"d{dim}": _ANY_PLACE} | ({} if adds else {"r": "each place is filled once" if filled else _OVERWRITES})
     splits = {"r": Split(addends=frozenset({0}))} if adds and row else {}
     inputs: list[Sequence[Dim]] = [names, row, *([source] if op.inputs[2:] else [])]
-    return over(op, inputs, [names], splits=splits, whole=whole, linear=_linear_rows(op))
+    local = _fill_rows if op.target is aten.index_fill.int_Tensor else run_as_is
+    return over(op, inputs, [names], splits=splits, whole=whole, linear=_linear_rows(op), local=local)
+
+
+def _fill_rows(call: Call, tensors: Sequence[Tensor]) -> Tensor:
+    """With a mask, for the operator itself looks at the indices, and a program is traced on descriptions of tensors."""
+    x, index, value = tensors
+    dim = wrap(given(call.op, "dim"), x.dim())
+    rows = index.new_zeros(x.shape[dim], dtype=torch.bool).index_fill(0, index, True)
+    return torch.where(rows.reshape([-1 if d == dim else 1 for d in range(x.dim())]), value.to(x.dtype), x)
 
 
 def _linear_rows(op: Op) -> tuple[frozenset[int], ...]:
