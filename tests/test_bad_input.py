@@ -46,8 +46,8 @@ def test_a_batch_that_the_microbatches_do_not_divide() -> None:
 
 
 def test_a_batch_that_the_copies_do_not_divide() -> None:
-    with pytest.raises(sw.BatchError, match=r"a batch of 6 cannot be split over dp=4; change the global batch or dp"):
-        sw.plan(*mlp(samples=6), made_up(4), "dp=4")
+    with pytest.raises(sw.BatchError, match=r"a batch of 3 cannot be split over dp=4; change the global batch or dp"):
+        sw.plan(*mlp(samples=3), made_up(4), "dp=4")
 
 
 def test_microbatches_that_would_change_the_numbers() -> None:

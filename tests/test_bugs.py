@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -189,3 +190,36 @@ def test_inputs_in_another_order_of_memory() -> None:
             return self.last(self.conv(image).relu().flatten(1)).square().mean()
 
     proven(Convolved(), {"image": image}, "dp=2")
+
+
+class Times(torch.autograd.Function):
+    """x · w, with a gradient of its own; the power of w is a constant."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, w: Tensor, power: int) -> Tensor:
+        ctx.save_for_backward(x, w)
+        ctx.power = power
+        return x * w**power
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
+        x, w = ctx.saved_tensors
+        return gradient * w**ctx.power, (gradient * x * ctx.power * w ** (ctx.power - 1)).sum(0), None
+
+
+class WithConstants(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(6, 8), nn.Linear(8, 4)
+        self.w = nn.Parameter(torch.full((8,), 2.0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = Times.apply(self.first(x), self.w, 2)
+        return self.last(Times.apply(hidden, self.w, -1)).square().mean()
+
+
+@pytest.mark.parametrize("layout", ["tp=2", "dp=2"])
+def test_calls_of_one_function_with_unlike_constants(layout: str) -> None:
+    """Both calls had one name, so that the second got the first one's trace: gradients wrong by 90 %."""
+    torch.manual_seed(0)
+    proven(WithConstants(), {"x": rows(4, 6)}, layout)

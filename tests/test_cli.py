@@ -102,7 +102,7 @@ def test_a_plan_is_explained_and_saved(interface: Interface, model: str, tmp_pat
     assert result.exit_code == 0, result.output
     assert "tp=2: because" in result.output
     assert json.loads(out.read_text()) == {"format_version": 1}
-    assert interface.calls == [("plan", {"cluster": "local:4", "layout": "tp=2", "global_batch": 8})]
+    assert interface.calls == [("plan", {"cluster": "local:4", "layout": "tp=2", "global_batch": 8, "random": "keyed"})]
 
 
 def test_a_plan_as_json_is_nothing_but_json(interface: Interface, model: str, tmp_path: Path) -> None:

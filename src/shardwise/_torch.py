@@ -7,12 +7,39 @@ from typing import Any
 
 import torch
 from torch._library.custom_ops import OPDEFS
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx
 from torch.fx.graph import CodeGen
 from torch.utils._python_dispatch import _disable_current_modes as without_modes
 
-__all__ = ["BoxedCodeGen", "FakeTensorMode", "find_group", "functions_behind", "make_fx", "register_group", "traced_names", "without_modes"]
+__all__ = [
+    "BoxedCodeGen",
+    "FaithfulFakeMode",
+    "FakeTensorMode",
+    "find_group",
+    "functions_behind",
+    "make_fx",
+    "register_group",
+    "traced_names",
+    "without_modes",
+]
+
+
+class FaithfulFakeMode(FakeTensorMode):
+    """Describes tensors as torch's kernels make them, where torch's own descriptions say other strides."""
+
+    _CONTIGUOUS = (torch.ops.aten.native_layer_norm_backward.default,)
+
+    def dispatch(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result: Any = super().dispatch(func, types, args, kwargs or {})
+        if func in self._CONTIGUOUS:
+            return tuple(None if each is None else self._contiguous(each) for each in result)
+        return result
+
+    def _contiguous(self, tensor: Any) -> Any:
+        if tensor.is_contiguous():
+            return tensor
+        return FakeTensor(self, torch.empty(tensor.shape, dtype=tensor.dtype, device="meta"), tensor.fake_device)
 
 
 def traced_names() -> set[str]:

@@ -95,10 +95,11 @@ def _state(model: nn.Module, graph: Graph) -> dict[str, Tensor]:
 
 
 def _release(model: nn.Module, job: Any) -> None:
-    """Empties the model's parameters that this rank does not keep as they are."""
+    """Empties the model's parameters that this rank does not keep as they are; what no operator reads stays."""
     kept = {tensor.untyped_storage().data_ptr() for tensor in job.state.values()}
-    for parameter in model.parameters():
-        if parameter.untyped_storage().data_ptr() not in kept:
+    read = {value.name for op in job.graph.ops for value in op.inputs}
+    for name, parameter in model.named_parameters():
+        if name in read and parameter.untyped_storage().data_ptr() not in kept:
             parameter.data = parameter.data.new_empty(0)
 
 
@@ -109,7 +110,7 @@ def _device() -> torch.device:
 
 
 def _resized(batch: Mapping[str, Any], samples: int | None, batch_dims: BatchDims) -> dict[str, Any]:
-    """The batch's description with so many samples."""
+    """The batch with so many samples."""
     if samples is None:
         return dict(batch)
     if samples < 1:
@@ -118,8 +119,8 @@ def _resized(batch: Mapping[str, Any], samples: int | None, batch_dims: BatchDim
     for name, value in batch.items():
         dim = batch_dims.get(name, 0)
         if isinstance(value, torch.Tensor) and dim is not None and value.dim() > dim:
-            shape = list(value.shape)
-            shape[dim] = samples
-            value = torch.empty(shape, dtype=value.dtype, device=value.device)
+            have = value.shape[dim]
+            if have != samples:  # the samples that there are, again and again: capturing may have to look at them
+                value = value.index_select(dim, torch.arange(samples, device=value.device) % max(have, 1))
         resized[name] = value
     return resized

@@ -80,7 +80,7 @@ def test_one_microbatch_where_more_would_change_the_numbers() -> None:
             BatchError,
             "a batch of 8 cannot be cut into microbatches=8 on dp=2: 8 is no multiple of 16",
         ),
-        ("dp=4", 4, 6, "", BatchError, "a batch of 6 cannot be split over dp=4; change the global batch or dp"),
+        ("dp=4", 4, 3, "", BatchError, "a batch of 3 cannot be split over dp=4; change the global batch or dp"),
     ],
 )
 def test_what_contradicts_itself(layout: str, ranks: int, samples: int, obstacle: str, error: type[Exception], message: str) -> None:

@@ -86,7 +86,7 @@ def test_a_layout_that_does_not_fit_says_why() -> None:
     found = coverage(*net(nn.ReLU(), samples=1), layouts=("dp=2", "pp=9"))
     assert found.ok, "a layout that is refused with a reason is no fault"
     assert [row.status for row in found.rows] == ["infeasible", "infeasible"]
-    assert "a batch of 1 cannot be split over dp=2" in found.rows[0].why
+    assert "a batch of 1 cannot be" in found.rows[0].why and "dp=2" in found.rows[0].why
     assert "stages" in found.rows[1].why
     assert found.rows[0].error is None and found.rows[0].plan == ""
 

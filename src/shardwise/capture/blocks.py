@@ -51,7 +51,7 @@ def _shape(sequence: list[Op]) -> list[Any]:
     """What must be equal in two blocks: operators, constants (but for a random operator's key), and the kinds and shapes of all tensors."""
     return [
         (
-            op.name,
+            block_pattern(op.name),
             repr(op.args),
             repr({**op.kwargs, "key": 0}),
             [(v.shape, v.dtype, v.kind, v.requires_grad) for v in (*op.inputs, *op.outputs)],

@@ -254,7 +254,8 @@ def _drawn(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], metas: li
         made = target(*filled_args, **filled_kwargs)
         return made if isinstance(made, (tuple, list)) else (made,)
 
-    return Opaque(name=str(target), version=torch.__version__, code=code, results=results, random=True, number=number)
+    name = f"{target}{[repr(each) for each in (*args, *kwargs.values()) if not isinstance(each, Slot)]}"
+    return Opaque(name=name, version=torch.__version__, code=code, results=results, random=True, number=number)
 
 
 class _Converter:
@@ -403,7 +404,8 @@ class _Converter:
         kept: Opaque = opaque_of(args[1])
         inputs = tuple(args[0])
         if kept.random:
-            inputs, kept = (*inputs, builder.random_state()), replace(kept, number=builder.random_key())
+            number = builder.random_key()
+            inputs, kept = (*inputs, builder.random_state()), replace(kept, number=number, name=f"{kept.name}, draw {number}")
         return builder.add(kept, inputs, {}, list(node.meta["val"]))
 
     def _check(self, node: torch.fx.Node) -> None:

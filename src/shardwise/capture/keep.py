@@ -12,6 +12,8 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -99,19 +101,32 @@ class _Answering(TorchFunctionMode):
 
 @contextmanager
 def _keeping_functions(kept: list[Opaque]) -> Iterator[None]:
-    original = torch.autograd.Function.__dict__["apply"]
+    """`Function.apply` gets other code, not another function: `relu = MyRelu.apply` at the top of a module holds the one that is there."""
+    shared: FunctionType = torch.autograd.Function.__dict__["apply"].__func__
+    code, defaults = shared.__code__, shared.__kwdefaults__
+    original = FunctionType(code, shared.__globals__, shared.__name__, shared.__defaults__, shared.__closure__)
 
-    def apply(cls: type, *args: Any, **kwargs: Any) -> Any:
-        bound = original.__get__(None, cls)
+    def keep(cls: type, *args: Any, **kwargs: Any) -> Any:
+        apply = partial(original, cls)
         if cls.__module__.startswith("torch."):
-            return bound(*args, **kwargs)
-        return _kept_call(bound, args, kwargs, f"{cls.__module__}.{cls.__qualname__}", _version(cls), kept)
+            return apply(*args, **kwargs)
+        return _kept_call(apply, args, kwargs, f"{cls.__module__}.{cls.__qualname__}", _version(cls), kept)
 
-    torch.autograd.Function.apply = classmethod(apply)  # type: ignore[method-assign, assignment]
+    shared.__code__, shared.__kwdefaults__ = _handing_over(type).__code__, {"_keep": keep}
     try:
         yield
     finally:
-        torch.autograd.Function.apply = original  # type: ignore[method-assign]
+        shared.__code__, shared.__kwdefaults__ = code, defaults
+
+
+def _handing_over(__class__: type) -> FunctionType:
+    """A method that calls its `_keep`. It reads __class__, as every method that calls super() does: code goes with what it reads."""
+
+    def apply(cls: type, *args: Any, _keep: Callable[..., Any], **kwargs: Any) -> Any:
+        _ = __class__
+        return _keep(cls, *args, **kwargs)
+
+    return apply  # type: ignore[return-value]
 
 
 class _CapturableLosses(TorchFunctionMode):
@@ -172,10 +187,22 @@ class _Whole:
         return self.function(*args, **kwargs)
 
     def kept(self, name: str, version: str, results: tuple[Result, ...], kept: list[Opaque], **more: bool) -> tuple[Tensor, ...]:
-        """Its results as those of an opaque operator."""
-        function, structure, constants = self.function, self.structure, self.constants
-        again = _Whole(function=function, structure=structure, constants=constants, tensors=[])  # holds none of the capture's tensors
-        kept.append(Opaque(name=name, version=version, code=lambda tensors: _tensors(again(tensors)), results=results, **more))
+        """Its results as those of an opaque operator. Calls with unlike constants are unlike code: they are numbered."""
+        again = _Whole(function=self.function, structure=self.structure, constants=self.constants, tensors=[])  # none of the capture's
+        constants = repr((self.structure, ["tensor" if each is TENSOR else each for each in self.constants]))
+        known = list(dict.fromkeys(each.constants for each in kept if each.of == name))
+        number = known.index(constants) if constants in known else len(known)
+        kept.append(
+            Opaque(
+                name=f"{name}.{number}" if number else name,
+                of=name,
+                constants=constants,
+                version=version,
+                code=lambda tensors: _tensors(again(tensors)),
+                results=results,
+                **more,
+            )
+        )
         return kept[-1](*self.tensors)
 
 

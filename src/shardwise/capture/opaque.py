@@ -23,7 +23,7 @@ from torch.overrides import TorchFunctionMode
 
 from shardwise.errors import BatchError
 
-__all__ = ["EXPECT", "OPERATOR", "Opaque", "Result", "opaque_of"]
+__all__ = ["EXPECT", "OPERATOR", "InFloat64", "Opaque", "Result", "opaque_of"]
 
 _LIBRARY = torch.library.Library("shardwise", "FRAGMENT")
 _LIBRARY.define("opaque(Tensor[] inputs, str key, int[] sizes, int[] dims) -> Tensor[]")
@@ -57,7 +57,8 @@ class Result:
 class Opaque:
     """Code that is called with tensors and returns tensors.
 
-    name: what it is, for people. version: changes when the code does. code: the function; results: what it made of the example batch.
+    name: what it is, for people, and unlike that of any code which does something else. version: changes when the code does.
+    code: the function; results: what it made of the example batch. of: what was called; constants: with what beside tensors.
     random: it draws random numbers; then the last of its inputs is the graph's random state, from which it is seeded, and `number` tells it
     from the graph's other random operators. pure: it treats all numbers alike, so that running it on parts tells how it may be split; code
     whose control flow depends on values may go another way next time.
@@ -67,6 +68,8 @@ class Opaque:
     version: str
     code: Callable[[Sequence[Tensor]], Sequence[Tensor]]
     results: tuple[Result, ...]
+    of: str = ""
+    constants: str = ""
     random: bool = False
     number: int = 0
     pure: bool = False
@@ -99,21 +102,24 @@ class Opaque:
         """The code itself, on real tensors, differentiable."""
         state, tensors = (inputs[-1], inputs[:-1]) if self.random else (None, inputs)
         seeded = nullcontext() if state is None else _seeded(state, self.number, {each.device for each in tensors if each.is_cuda})
-        with _alone, seeded, _InFloat64() if self.float64 else nullcontext():
+        with _alone, seeded, InFloat64() if self.float64 else nullcontext():
             made = self.code(tensors)
         return [each.to(result.dtype) for each, result in zip(made, self.results, strict=True)]
 
 
 @contextmanager
 def _seeded(state: Tensor, number: int, devices: Iterable[torch.device]) -> Iterator[None]:
-    """torch's generator as a function of the step, the microbatch and which operator this is; as it was before, afterwards."""
-    step, microbatch = state.tolist()
+    """torch's generator as a function of the step and which operator this is; as it was before, afterwards.
+
+    Not of the microbatch: code that draws for samples is not split over microbatches, and what it draws for all is the same in each.
+    """
+    step, _ = state.tolist()
     with torch.random.fork_rng(devices=list(devices)):
-        torch.manual_seed((step * 1_000_003 + microbatch * 8191 + number) & (2**63 - 1))
+        torch.manual_seed((step * 1_000_003 + number) & (2**63 - 1))
         yield
 
 
-class _InFloat64(TorchFunctionMode):
+class InFloat64(TorchFunctionMode):
     """Casts to smaller floats become casts to float64."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from shardwise._torch import FakeTensorMode, make_fx, traced_names
+from shardwise._torch import FaithfulFakeMode, FakeTensorMode, make_fx, traced_names
 
 __all__ = ["Traced", "Tracer", "describe", "differentiable"]
 
@@ -52,7 +52,7 @@ class Tracer:
     """Traces calls on descriptions of tensors on `device`, remembering what it has traced."""
 
     device: torch.device
-    mode: FakeTensorMode = field(default_factory=lambda: FakeTensorMode(allow_non_fake_inputs=True))
+    mode: FakeTensorMode = field(default_factory=lambda: FaithfulFakeMode(allow_non_fake_inputs=True))
     known: dict[Hashable, Traced] = field(default_factory=dict)
     shapes: dict[Hashable, list[Tensor | None]] = field(default_factory=dict)
 

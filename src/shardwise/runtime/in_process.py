@@ -55,7 +55,10 @@ class Meetings:
     def of(self, group: str) -> _Meeting:
         """The meeting of a group."""
         with self.lock:
-            return self.groups.setdefault(group, _Meeting(group_ranks(group)))
+            meeting = self.groups.setdefault(group, _Meeting(group_ranks(group)))
+        if self.ended.is_set():
+            meeting.barrier.abort()
+        return meeting
 
     def box(self, source: int, target: int) -> queue.Queue[Tensor]:
         """Messages from one rank to another, in their order."""

@@ -108,7 +108,10 @@ class Job:
 
     def evaluate(self, batch: Mapping[str, Tensor], *, local: bool = False) -> float:
         """The loss on a batch, nothing changed."""
-        return self._total(self.executor.evaluate(self._part(batch, local), step_key(self.seed, self.steps)))
+        part = self._part(batch, local)
+        if self.graph.checks and not local:
+            self._check_answers(batch)
+        return self._total(self.executor.evaluate(part, step_key(self.seed, self.steps)))
 
     def gradient(self) -> dict[str, Tensor]:
         """This rank's part of each gradient of the last step."""

@@ -107,12 +107,19 @@ class Reshard:
         return part.flatten(shard.dim, shard.dim + 1)
 
     def _exchange(self, x: Tensor, source: Shard, target: Shard) -> Tensor:
-        if source.dim == target.dim or source.blocks > 1 or target.blocks > 1:
+        if source.dim == target.dim:
             return take(self._gather(x, source), target, self.axis.ranks, self.axis.rank)
         ranks = self.axis.ranks
         give, get = lengths(self._size(target), target, ranks), lengths(self._size(source), source, ranks)
         impl = self.choose("all_to_all", _resized_bytes(x, source.dim, sum(get)) // ranks, ranks)
-        return all_to_all(x, self.axis.group, target.dim, give, source.dim, get, self.axis.rank, impl)
+        for shard in sorted((source, target), key=lambda each: -each.dim):  # every dim as (blocks, pieces)
+            x = x.unflatten(shard.dim, (shard.blocks, -1))
+        places = {shard: shard.dim + (2 if shard.dim > min(source.dim, target.dim) else 1) for shard in (source, target)}
+        gives, gets = [size // target.blocks for size in give], [size // source.blocks for size in get]
+        x = all_to_all(x, self.axis.group, places[target], gives, places[source], gets, self.axis.rank, impl)
+        for shard in sorted((source, target), key=lambda each: each.dim):
+            x = x.flatten(shard.dim, shard.dim + 1)
+        return x
 
     def _pad(self, x: Tensor, shard: Shard) -> Tensor:
         """The whole tensor, zero outside this rank's part."""
@@ -166,7 +173,7 @@ def collective_of(source: Placement, target: Placement) -> str:
         case Shard(), Shard():
             if source == target:
                 return ""
-            return "all_gather" if source.dim == target.dim or source.blocks > 1 or target.blocks > 1 else "all_to_all"
+            return "all_gather" if source.dim == target.dim else "all_to_all"
         case Shard(), _:
             return "" if target == P else "all_gather"
         case _, Shard():

@@ -44,7 +44,7 @@ def cast_graph(graph: Graph, dtype: torch.dtype) -> Graph:
         ops[op] = Op(
             target=op.target.cast(dtype) if isinstance(op.target, Opaque) else op.target,
             args=_cast(op.args, dtype),
-            kwargs=_cast(op.kwargs, dtype),
+            kwargs=_cast(op.kwargs, dtype) | _made_in(op, dtype),
             inputs=inputs,
             outputs=outputs,
             module=op.module,
@@ -66,6 +66,16 @@ def cast_graph(graph: Graph, dtype: torch.dtype) -> Graph:
         kept=graph.kept,
         checks=[Check(value=value_of(each.value), expected=each.expected, module=each.module) for each in graph.checks],
     )
+
+
+def _made_in(op: Op, dtype: torch.dtype) -> dict[str, torch.dtype]:
+    """The dtype of an operator that makes real numbers from none and was not told in which: torch's default is no cast."""
+    if not isinstance(op.target, torch._ops.OpOverload) or not op.outputs[0].dtype.is_floating_point:
+        return {}
+    if any(value.dtype.is_floating_point or value.dtype.is_complex for value in op.inputs):
+        return {}
+    place = next((place for place, each in enumerate(op.target._schema.arguments) if each.name == "dtype"), None)
+    return {} if place is None or op.argument(place, "dtype") is not None else {"dtype": _exchanged(op.outputs[0].dtype, dtype)}
 
 
 def _sources(graph: Graph) -> dict[str, dict[str, Value]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -13,11 +13,12 @@ from torch import Tensor, nn
 
 from shardwise.cluster.model import Cluster
 from shardwise.errors import BatchError, LayoutError, ShardwiseError
-from shardwise.planner.apply import apply_plan
+from shardwise.planner.apply import analyse, apply_plan
 from shardwise.planner.layout import Layout
 from shardwise.planner.plan import Infeasible, Plan
 from shardwise.planner.search import search
 from shardwise.program.trace import Tracer
+from shardwise.sharding.data import microbatch_obstacle
 from shardwise.verify.one_device import Reference, prepare
 from shardwise.verify.verify import Lowered, check_lowered, lowered
 from shardwise.verify.work_share import block_flops, block_shares
@@ -87,17 +88,18 @@ class Coverage:
             lines.append(f"  without a rule, done whole by every rank: {_counted(self.without_rule)}")
         if self.found:
             lines.append(f"  rule found by running the operator: {', '.join(self.found)}")
-        lines.append(f"{'layout':<13}{'status':<12}{'error':>9}  {'parameters':>10} {'flops':>6}  not split over tp, or why not")
-        return "\n".join(lines + [_line(row) for row in self.rows])
+        width = max(13, *(len(row.layout) + 2 for row in self.rows))
+        lines.append(f"{'layout':<{width}}{'status':<12}{'error':>9}  {'parameters':>10} {'flops':>6}  not split over tp, or why not")
+        return "\n".join(lines + [_line(row, width) for row in self.rows])
 
 
-def _line(row: Row) -> str:
+def _line(row: Row, width: int) -> str:
     error = f"{row.error:.1e}" if row.error is not None else ""
     parameters, flops = (f"{share:.0%}" if share is not None else "" for share in (row.parameters, row.flops))
     more = row.why or _counted(row.replicated)
     if row.layout == CHOSEN and row.plan:
         more = f"{row.plan}  {more}"
-    return f"{row.layout:<13}{row.status:<12}{error:>9}  {parameters:>10} {flops:>6}  {more}".rstrip()
+    return f"{row.layout:<{width}}{row.status:<12}{error:>9}  {parameters:>10} {flops:>6}  {more}".rstrip()
 
 
 def _counted(names: Mapping[str, int]) -> str:
@@ -148,6 +150,7 @@ class _Trial:
     signatures: list[tuple[str, str]] = field(default_factory=list)
     tracer: Tracer = field(default_factory=lambda: Tracer(device=torch.device("cpu")))
     whole_flops: float | None = None
+    obstacle: str | None = None
 
     def row(self, layout: str) -> Row:
         start = time.perf_counter()
@@ -168,7 +171,21 @@ class _Trial:
             return search(reference.graph, Cluster.parse("local:4"), Layout(), "adamw", reference.name)
         graph = reference.cast(reference.widest if self.dtype is torch.float64 else self.dtype)
         cluster = Cluster.parse(f"local:{_ranks(layout)}")
-        return search(graph, cluster, Layout.parse(layout), "adamw", reference.name, tracer=self.tracer)
+        return search(graph, cluster, self._with_microbatches(Layout.parse(layout)), "adamw", reference.name, tracer=self.tracer)
+
+    def _with_microbatches(self, layout: Layout) -> Layout:
+        """As many microbatches as stages, where the batch may be cut so: how many is fastest does not matter here."""
+        if layout.microbatches:
+            return layout
+        if self.obstacle is None:
+            analysis = analyse(self.reference.graph)
+            self.obstacle = microbatch_obstacle(analysis.graph, analysis.signatures, analysis.batch, analysis.prelude)
+        stages = layout.pp or 1
+        samples = self.reference.graph.global_batch
+        if samples < (layout.dp or 1):
+            return layout  # refused, with that as the reason
+        fits = not self.obstacle and samples % (stages * (layout.dp or 1)) == 0
+        return replace(layout, microbatches=stages if fits else 1)
 
     def _verified(self, layout: str, plan: Plan, start: float) -> Row:
         built = lowered(self.reference, plan, self.dtype, self.tracer)

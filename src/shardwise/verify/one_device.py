@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,10 +13,19 @@ from torch import Tensor, nn
 from shardwise.capture.export import capture, loss_of
 from shardwise.capture.graph import Graph
 from shardwise.capture.normalize import RANDOM_STATE
+from shardwise.capture.opaque import InFloat64
 from shardwise.errors import VerifyError
 from shardwise.runtime.job import step_key
 from shardwise.verify.cast import cast_graph, cast_tensor
-from shardwise.verify.compare import FLOAT32_BOUND, TIMES_REFERENCE, Difference, compare_gradients, gradient_norm, relative_error
+from shardwise.verify.compare import (
+    FLOAT32_BOUND,
+    FLOAT64_BOUND,
+    TIMES_REFERENCE,
+    Difference,
+    compare_gradients,
+    gradient_norm,
+    relative_error,
+)
 
 __all__ = ["Reference", "Step", "prepare"]
 
@@ -83,6 +93,8 @@ def prepare(
     tensors = {name: value for name, value in batch.items() if isinstance(value, Tensor)}
     exact, widest = _exact(graph, state, tensors, seed)
     captured = [] if RANDOM_STATE in graph.inputs else _check_capture(eager, graph, state, tensors, exact, seed)
+    if not all(each.ok for each in captured) and widest is torch.float64:
+        captured = _check_capture_in_float64(model, batch, loss, exact, seed) or captured
     return Reference(
         name=type(model).__name__, graph=graph, state=state, batch=tensors, seed=seed, exact=exact, widest=widest, captured=captured
     )
@@ -187,3 +199,23 @@ def _check_capture(
     )
     found = {name: captured.gradients.get(name, torch.zeros_like(gradient)) for name, gradient in eager.gradients.items()}
     return [loss, *compare_gradients(found, eager.gradients, bounds, "captured graph: gradient of ")]
+
+
+def _check_capture_in_float64(
+    model: nn.Module, batch: Mapping[str, Any], loss: Loss | None, exact: Step, seed: int
+) -> list[Difference] | None:
+    """The graph against the model, both in float64, for gradients that are all rounding in float32; None where the model cannot run so."""
+    try:
+        double = copy.deepcopy(model).double()
+        inputs = {name: cast_tensor(value, torch.float64) if isinstance(value, Tensor) else value for name, value in batch.items()}
+        with InFloat64():
+            eager = _eager(double, inputs, loss, seed)
+    except (RuntimeError, TypeError, ValueError):
+        return None
+    error = abs(exact.loss - eager.loss) / max(abs(eager.loss), 1e-300)
+    found = {name: exact.gradients.get(name, torch.zeros_like(gradient)) for name, gradient in eager.gradients.items()}
+    prefix = "captured graph, in float64: "
+    return [
+        Difference(name=f"{prefix}loss", error=error, bound=FLOAT64_BOUND),
+        *compare_gradients(found, eager.gradients, FLOAT64_BOUND, f"{prefix}gradient of "),
+    ]

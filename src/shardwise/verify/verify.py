@@ -20,6 +20,7 @@ from shardwise.capture.graph import Graph
 from shardwise.capture.normalize import RANDOM_STATE
 from shardwise.cluster.model import Cluster
 from shardwise.errors import VerifyError
+from shardwise.planner.apply import apply_plan
 from shardwise.planner.layout import Layout
 from shardwise.planner.plan import Infeasible, Plan
 from shardwise.planner.preflight import preflight
@@ -117,6 +118,7 @@ def verify(
         if isinstance(found, Infeasible):
             return found
         plan = found
+    apply_plan(plan, reference.graph)  # a plan for another model is refused here
     return check_plan(reference, plan, dtype=dtype, processes=processes)
 
 

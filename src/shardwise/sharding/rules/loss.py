@@ -267,8 +267,11 @@ def _as_a_whole(op: Op) -> Signature:
 
 
 def _loss(call: Call, tensors: Sequence[Tensor]) -> Any:
-    """reduction: 0 none, 1 mean, 2 sum. A mean's count is a product of the factors that are summed away."""
-    result = call.run(tensors)
+    """reduction: 0 none, 1 mean, 2 sum. A mean's count is a product of the factors that are summed away.
+
+    Of contiguous tensors: for others torch describes gradients with other strides than its kernels give them.
+    """
+    result = call.run([tensor.contiguous() for tensor in tensors])
     if given(call.op, "reduction") != 1:
         return result
     share = 1.0

@@ -59,10 +59,11 @@ def group_norm(op: Op) -> Signature:
 
 
 def _group_norm(call: Call, tensors: Sequence[Tensor]) -> Any:
+    """Contiguous: for a batch of one torch takes some other orders of memory for channels-last, its kernel does not."""
     groups = call.sizes["g"]
     for split in call.splits.get("g", ()):
         groups = split.part.length
-    return call.run(tensors, {1: groups})
+    return call.run([tensors[0].contiguous(), *tensors[1:]], {1: groups})
 
 
 @rule(aten.instance_norm.default)
