@@ -52,8 +52,12 @@ class Entry:
 
     @property
     def splits(self) -> bool:
-        """Whether a rank at tp=2 has little enough of the blocks."""
-        return self.shares is None or (self.shares[0] <= MOST_PARAMETERS and self.shares[1] <= MOST_FLOPS)
+        """Whether a rank at tp=2 has little enough of the blocks (where no part of them is kept as one operator)."""
+        return (
+            self.shares is None
+            or any(note.endswith(" whole") for note in self.notes)
+            or (self.shares[0] <= MOST_PARAMETERS and self.shares[1] <= MOST_FLOPS)
+        )
 
 
 def load(family: str) -> ModuleType:

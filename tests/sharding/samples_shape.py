@@ -10,6 +10,8 @@ import torch
 from tests.sharding.brute_force import Sample, sample
 from tests.sharding.make import complex_numbers, ints, x
 
+from shardwise.capture import operators
+
 __all__ = ["shape_samples"]
 
 aten = torch.ops.aten
@@ -25,6 +27,8 @@ def shape_samples() -> Iterator[Sample]:
     yield from _ends()
     yield from _diagonals()
     yield from _windows()
+    yield sample(operators.strided, x(4, 10), [4, 4, 4], [10, 2, 1], 0)
+    yield sample(operators.strided, x(5, 6), [4, 3], [6, 2], 1)
 
 
 def _moved() -> Iterator[Sample]:

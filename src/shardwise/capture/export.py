@@ -26,6 +26,7 @@ from shardwise.capture.graph import Check, Graph, Op, Slot, Value, fill, operato
 from shardwise.capture.keep import Treatment, keeping
 from shardwise.capture.normalize import NOISE, RANDOM_STATE, is_random, normalize, passes_through
 from shardwise.capture.opaque import EXPECT, OPERATOR, Opaque, Result, opaque_of
+from shardwise.capture.operators import strided
 from shardwise.capture.record import Recording, record
 from shardwise.errors import BatchError, CaptureError
 
@@ -376,8 +377,27 @@ class _Converter:
         value = node.meta["val"]
         metas = list(value) if isinstance(value, (tuple, list)) else [value]
         builder = _Builder(converter=self, module=_module_path(node), grad=grad)
+        if target is torch.ops.aten.as_strided.default:
+            return self._strided(node, args, builder)
         outputs = normalize(target, args, kwargs, metas, builder)
         return outputs if isinstance(value, (tuple, list)) else outputs[0]
+
+    def _strided(self, node: torch.fx.Node, args: tuple[Any, ...], builder: _Builder) -> Value:
+        """A view of memory as one of the tensor whose memory that is, its dims in the order of the memory."""
+        source = node.args[0]
+        assert isinstance(source, torch.fx.Node), "as_strided reads a tensor"
+        meta: torch.Tensor = source.meta["val"]
+        order = sorted(range(meta.dim()), key=lambda dim: (-meta.stride()[dim], dim))
+        turned = meta.permute(order)
+        reach = sum((size - 1) * stride for size, stride in zip(args[1], args[2], strict=True)) + (args[3] or 0 if len(args) > 3 else 0)
+        if meta.storage_offset() or not turned.is_contiguous() or reach >= meta.numel():
+            where = _module_path(node)
+            raise _NotFollowed(f"{where or 'the model'}: as_strided reads memory beside its tensor's", self._around(where))
+        value = args[0]
+        if order != list(range(meta.dim())):
+            (value,) = builder.add(torch.ops.aten.permute.default, (value, order), {}, [turned])
+        offset = args[3] if len(args) > 3 and args[3] is not None else 0
+        return builder.add(strided, (value, list(args[1]), list(args[2]), offset), {}, [node.meta["val"]])[0]
 
     def _made(self, value: Value) -> Value:
         """The value as an operator's result."""

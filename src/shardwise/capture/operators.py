@@ -31,6 +31,7 @@ __all__ = [
     "keyed_permutation",
     "nll_each",
     "nll_sum",
+    "strided",
     "valid_count",
     "weight_norm",
 ]
@@ -222,3 +223,11 @@ def keyed_permutation(random_state: Tensor, count: int, dtype: torch.dtype, *, k
 
 # Operators that draw random numbers → which of their inputs is the random state.
 KEYED: dict[Any, int] = {keyed_dropout: 1, keyed_draw: 0, keyed_multinomial: 1, keyed_permutation: 0}
+
+
+def strided(x: Tensor, size: Sequence[int], stride: Sequence[int], offset: int) -> Tensor:
+    """A tensor of `size` whose element (i, j, …) is element offset + i·stride[0] + j·stride[1] + … of x, counted in the order of its dims.
+
+    What `as_strided` says of the memory, said of the tensor: how a rank's part lies in memory is its own matter.
+    """
+    return x.contiguous().view(-1).as_strided(list(size), list(stride), offset)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from shardwise.capture import operators
 from shardwise.capture.graph import Op
 from shardwise.sharding.rules.build import ALONE, apart, given, over, overloads, simple_dims, wrap
 from shardwise.sharding.rules.registry import rule
@@ -291,3 +292,32 @@ def channel_shuffle(op: Op) -> Signature:
 def _channel_shuffle(call: Call, tensors: Sequence[Tensor]) -> Any:
     held = [split.part.length for split in call.splits.get("g", ())]
     return call.run(tensors, {1: held[-1] if held else call.sizes["g"]})
+
+
+# -- elements by their number ------------------------------------------------------------------------------------------------------------
+
+
+@rule(operators.strided)
+def strided(op: Op) -> Signature:
+    """The outermost dim may be split where it stays what it is: each index of it is read from its own elements alone."""
+    shape, (size, stride, offset) = op.inputs[0].shape, op.args[1:4]
+    inner = prod(shape[1:])
+    reach = offset + sum((count - 1) * step for count, step in zip(size[1:], stride[1:], strict=True))
+    alone = bool(shape) and bool(size) and size[0] == shape[0] and stride[0] == inner and reach < inner
+    names = [("d0",) if alone and dim == 0 else (f"s{dim}",) for dim in range(len(shape))]
+    results = [("d0",) if alone and dim == 0 else (f"z{dim}",) for dim in range(len(size))]
+    sizes = {name[0]: count for name, count in (*zip(names, shape, strict=True), *zip(results, size, strict=True))}
+    reasons = {name: "elements are read by their number in the whole tensor" for name in sizes if name != "d0"}
+    return Signature(
+        inputs=(tuple(names),),
+        outputs=(tuple(results),),
+        sizes=sizes,
+        splits={"d0": Split()} if alone else {},
+        linear=ALONE,
+        local=_strided,
+        reasons=reasons,
+    )
+
+
+def _strided(call: Call, tensors: Sequence[Tensor]) -> Tensor:
+    return operators.strided(tensors[0], call.shapes[0], call.op.args[2], call.op.args[3])
