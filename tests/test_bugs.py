@@ -223,3 +223,19 @@ def test_calls_of_one_function_with_unlike_constants(layout: str) -> None:
     """Both calls had one name, so that the second got the first one's trace: gradients wrong by 90 %."""
     torch.manual_seed(0)
     proven(WithConstants(), {"x": rows(4, 6)}, layout)
+
+
+class TwoTerms(nn.Module):
+    """Two parameters with one gradient."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Parameter(rows(4, 6)), nn.Parameter(rows(4, 6) / 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.a + self.b).square().mean()
+
+
+def test_two_parameters_may_have_one_gradient() -> None:
+    """The product was computed in the first one's buffer and taken out of the graph, where the second one still read it."""
+    proven(TwoTerms(), {"x": rows(4, 6)}, "dp=2")

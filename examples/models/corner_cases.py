@@ -37,7 +37,6 @@ __all__ = [
     "folded",
     "frozen",
     "gated_experts",
-    "grad_of_inputs",
     "gru_cells",
     "in_place",
     "integer_inputs",
@@ -857,26 +856,6 @@ def detached() -> Example:
     """torch.no_grad and torch.enable_grad regions, detach; a parameter used with and without gradient."""
     torch.manual_seed(0)
     return _regression(Detached())
-
-
-class GradientPenalty(nn.Module):
-    """Forces are derivatives of an energy: torch.autograd.grad inside the forward pass."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.net = nn.Sequential(nn.Linear(3, HIDDEN), nn.Tanh(), nn.Linear(HIDDEN, 1))
-
-    def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        places = x.detach().requires_grad_(True)
-        energy = self.net(places).sum()
-        (slope,) = torch.autograd.grad(energy, places, create_graph=True)
-        return F.mse_loss(-slope, y)
-
-
-def grad_of_inputs() -> Example:
-    """A gradient taken in the forward pass, and differentiated again (forces from an energy)."""
-    torch.manual_seed(0)
-    return GradientPenalty().train(), _batch(6, 3, outputs=(6, 3))
 
 
 class Teacher(nn.Module):

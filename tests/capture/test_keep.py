@@ -321,3 +321,21 @@ class Stuck(nn.Module):
 def test_module_and_line_are_named_where_nothing_helps() -> None:
     with pytest.raises(CaptureError, match=r"Stuck cannot be captured in Stuck.*Move that code into a submodule"):
         capture(Stuck(), {"x": inputs(5, 4)})
+
+
+class Forces(nn.Module):
+    """Takes a gradient in its forward pass, to be differentiated again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        places = x.detach().requires_grad_(True)
+        (slope,) = torch.autograd.grad(self.net(places).sum(), places, create_graph=True)
+        return slope.square().mean()
+
+
+def test_gradients_within_the_forward_pass_are_refused() -> None:
+    with pytest.raises(CaptureError, match=r"Forces cannot be captured.*takes gradients in its forward pass"):
+        capture(Forces(), {"x": inputs(5, 3)})

@@ -159,7 +159,7 @@ def _quiet() -> Iterator[None]:
     logging.disable(logging.WARNING)
     try:
         with redirect_stderr(io.StringIO()), warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)
+            warnings.simplefilter("ignore")
             yield
     finally:
         logging.disable(before)
@@ -193,6 +193,8 @@ class _NotFollowed(Exception):
                 if not frame.f_code.co_filename.startswith(torch.__path__[0]):
                     place = f"{frame.f_code.co_filename}:{line}"
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        if "fake tensor in the exported program constant" in reason:
+            reason = "it takes gradients in its forward pass (torch.autograd.grad), or reads .data or a tensor kept from an earlier line"
         kind = type(error).__name__
         return _NotFollowed(f"{kind}: {reason}", list(dict.fromkeys(inside[::-1])), place, is_question="DataDependent" in kind)
 

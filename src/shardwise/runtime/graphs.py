@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -87,21 +88,26 @@ def accumulating(stage: StageProgram, *, first: bool, begin: Mapping[Callable[[]
             with graph.inserting_after(last) if last else graph.inserting_before(next(iter(graph.nodes), None)):
                 last = graph.placeholder(f"buffer_{''.join(c if c.isalnum() else '_' for c in binding.name)}")
             sinks[binding.name] = last, gradient
-    placed = {name: _sink(graph, buffer, gradient, last or buffer, first=first) for name, (buffer, gradient) in sinks.items()}
+    read = Counter([*(gradient for _, gradient in sinks.values()), *(gradient for gradient in sent if gradient is not None)])
+    placed = {name: _sink(graph, buffer, gradient, last or buffer, read, first=first) for name, (buffer, gradient) in sinks.items()}
     graph.output(sent)
     _call_when_placed(graph, placed, begin or {})
     return callable_of(graph)
 
 
-def _sink(graph: fx.Graph, buffer: fx.Node, gradient: fx.Node, last_placeholder: fx.Node, *, first: bool) -> fx.Node:
+def _sink(
+    graph: fx.Graph, buffer: fx.Node, gradient: fx.Node, last_placeholder: fx.Node, read: Mapping[fx.Node, int], *, first: bool
+) -> fx.Node:
     """Puts a gradient into its buffer: a matrix product that nothing else reads is computed there, others are copied or added.
 
+    read: how often the backward graph returns each node, as gradients of parameters and of what was received.
     Returns the node after which it is there.
     """
     product, turned = gradient, False
     while product.target is aten.t.default and len(product.users) <= 1:
         product, turned = product.args[0], not turned  # type: ignore[assignment]
-    if product.target is aten.mm.default and len(product.users) <= 1:
+    alone = read[gradient] == 1 and (product is gradient or product not in read)
+    if product.target is aten.mm.default and len(product.users) <= 1 and alone:
         with graph.inserting_before(product):
             place = graph.call_function(aten.t.default, (buffer,)) if turned else buffer
             if first:
