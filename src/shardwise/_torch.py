@@ -29,11 +29,15 @@ class FaithfulFakeMode(FakeTensorMode):
     """Describes tensors as torch's kernels make them, where torch's own descriptions say other strides."""
 
     _CONTIGUOUS = (torch.ops.aten.native_layer_norm_backward.default,)
+    _LIKE_FIRST = (torch.ops.aten.softplus_backward.default,)
 
     def dispatch(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result: Any = super().dispatch(func, types, args, kwargs or {})
         if func in self._CONTIGUOUS:
             return tuple(None if each is None else self._contiguous(each) for each in result)
+        if func in self._LIKE_FIRST and torch._prims_common.is_non_overlapping_and_dense_or_false(args[0]):
+            like = torch.empty_strided(args[0].shape, args[0].stride(), dtype=result.dtype, device="meta")
+            return FakeTensor(self, like, result.fake_device)
         return result
 
     def _contiguous(self, tensor: Any) -> Any:
