@@ -185,7 +185,7 @@ def _factor(op: Op, sig: Signature, name: str) -> Factor:
     how = "split" if held else "summed" if split.others == "P" else "made whole"
     if size < _RANKS:
         return Factor(name=name, size=size, how=how, note="of this size it cannot be")
-    types = variant(op, sig, Choice("split", name), sig.sizes, _RANKS)
+    types = variant(op, sig, Choice("split", name, owner=None if split.ranges else 0), sig.sizes, _RANKS)
     return Factor(
         name=name, size=size, how=how, inputs=list(map(repr, types.inputs)), outputs=list(map(repr, types.outputs)), note=_limits(split)
     )
@@ -194,6 +194,8 @@ def _factor(op: Op, sig: Signature, name: str) -> Factor:
 def _limits(split: Split) -> str:
     said = {
         "equal parts only": not split.uneven,
+        "or all of it on one rank": split.owned and split.ranges,
+        "only all of it on one rank": not split.ranges,
         "the ranks communicate": not split.microbatches,
         f"{'inputs' if len(split.addends) > 1 else 'input'} {', '.join(map(str, sorted(split.addends)))} summed": bool(split.addends),
     }

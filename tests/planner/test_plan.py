@@ -96,7 +96,7 @@ def set_operator(text: str) -> Callable[[dict[str, Any]], None]:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (set_operator("n;"), r"choice 'n;' of net\.\S+ is not understood; write a factor, `factor blocks=3`, I, R or P"),
+        (set_operator("n;"), r"choice 'n;' of net\.\S+ is not understood; write a factor, `factor blocks=3`, `factor owner=0`, I, R or P"),
         (set_operator("z"), r"net\.\S+ cannot be split over 'z': it is none of its splittable factors; it can over b0, n, k"),
         (set_operator("n blocks=7"), r"n of 256 in 7 blocks by 1 has \d+ pieces, which tp=2 does not divide"),
         (set_operator("P9"), r"net\.\S+ is not linear in its inputs: it cannot work on summands; choose I or R"),

@@ -28,6 +28,8 @@ PLACEMENTS: tuple[Placement, ...] = (
     Shard(1, blocks=2),
     Shard(0, unit=2),
     Shard(1, 2, 2),
+    Shard(0, owner=1),
+    Shard(1, owner=0),
 )
 PAIRS = list(permutations(PLACEMENTS, 2))
 

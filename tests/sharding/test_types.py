@@ -19,13 +19,20 @@ def split_dims(draw: st.DrawFn) -> tuple[int, Shard, int]:
     return blocks * pieces * unit, Shard(draw(st.integers(0, 2)), blocks, unit), draw(st.integers(1, 5))
 
 
+@st.composite
+def owned_dims(draw: st.DrawFn) -> tuple[int, Shard, int]:
+    """The same for a dim that one rank has all of."""
+    ranks = draw(st.integers(1, 5))
+    return draw(st.integers(0, 9)), Shard(draw(st.integers(0, 2)), owner=draw(st.integers(0, ranks - 1))), ranks
+
+
 def whole_tensor(size: int, dim: int) -> torch.Tensor:
     shape = [3, 2, 4]
     shape[dim] = size
     return torch.arange(shape[0] * shape[1] * shape[2]).reshape(shape)
 
 
-@given(split_dims())
+@given(split_dims() | owned_dims())
 def test_every_element_is_on_one_rank(case: tuple[int, Shard, int]) -> None:
     size, shard, ranks = case
     held = [part(size, shard, ranks, rank).indices() for rank in range(ranks)]
@@ -43,7 +50,7 @@ def test_pieces_are_spread_evenly_and_never_cut(case: tuple[int, Shard, int]) ->
         assert held.start % shard.unit == held.stop % shard.unit == 0
 
 
-@given(split_dims())
+@given(split_dims() | owned_dims())
 def test_take_follows_the_indices_and_join_reverses_it(case: tuple[int, Shard, int]) -> None:
     size, shard, ranks = case
     whole = whole_tensor(size, shard.dim)
@@ -53,7 +60,7 @@ def test_take_follows_the_indices_and_join_reverses_it(case: tuple[int, Shard, i
     assert torch.equal(join(parts, shard), whole)
 
 
-@given(split_dims())
+@given(split_dims() | owned_dims())
 def test_canonical_describes_the_same_parts(case: tuple[int, Shard, int]) -> None:
     size, shard, ranks = case
     simple = canonical(shard, size, ranks)

@@ -94,8 +94,10 @@ def _check_placement(value: Value, kept: Placement, ranks: int) -> None:
     if not isinstance(kept, Shard):
         return
     size = value.shape[kept.dim] if kept.dim < len(value.shape) else 0
+    if kept.owner is not None and kept.owner >= ranks:
+        raise PlanError(f"{value.name} cannot be kept as {kept!r} on tp={ranks}: its ranks are 0 to {ranks - 1}")
     pieces, rest = divmod(size, kept.blocks * kept.unit)
-    if rest or pieces < ranks:
+    if kept.owner is None and (rest or pieces < ranks):
         raise PlanError(f"{value.name} {list(value.shape)} cannot be kept as {kept!r} on tp={ranks}: that dim has no {ranks} such pieces")
 
 
@@ -111,7 +113,12 @@ def _check_choice(assignment: Assignment, op: Op, choice: Choice) -> None:
         raise PlanError(f"{op.key} cannot be split over {choice.factor!r}: {reason}; it can over {', '.join(sig.splits) or 'nothing'}")
     size, ranks = split_sizes(assignment, op, "tp")[choice.factor], assignment.mesh["tp"]
     pieces, rest = divmod(size, choice.blocks * choice.unit)
-    if rest or pieces < ranks or (pieces % ranks and not split.uneven):
+    if choice.owner is not None and not split.allows(pieces, 1, ranks, choice.owner):
+        why = f"its ranks on tp={ranks} are 0 to {ranks - 1}" if split.owned else "only a table's rows can be"
+        raise PlanError(f"{op.key}: {choice.factor} cannot be on rank {choice.owner} alone: {why}")
+    if choice.owner is None and not split.ranges:
+        raise PlanError(f"{op.key}: {choice.factor} cannot be divided: {sig.reasons.get(choice.factor, 'it can only be on one rank')}")
+    if rest or not split.allows(pieces, choice.blocks, ranks, choice.owner):
         raise PlanError(
             f"{op.key}: {choice.factor} of {size} in {choice.blocks} blocks by {choice.unit} has {pieces} pieces, which "
             f"tp={ranks} does not divide; "

@@ -22,9 +22,13 @@ Representative = Callable[[Op], Op]
 
 
 def candidates(
-    assignment: Assignment, ops: Iterable[Op], batch: Mapping[Op, Choice], representative: Representative
+    assignment: Assignment,
+    ops: Iterable[Op],
+    batch: Mapping[Op, Choice],
+    representative: Representative,
+    owners: Mapping[Op, int],
 ) -> dict[Op, list[Variant]]:
-    """The variants on axis `tp` of the given operators (one of each group of equal ones)."""
+    """The variants on axis `tp` of the given operators (one of each group of equal ones). owners: `shardwise.planner.tables`."""
     chosen = list(ops)
     sizes = {op: split_sizes(assignment, op, "tp") for op in chosen}
     ranks = assignment.mesh["tp"]
@@ -42,8 +46,10 @@ def candidates(
             pending.append((op, made))
 
     for op in chosen:
-        for name in assignment.signatures[op].splits:
+        for name, split in assignment.signatures[op].splits.items():
             offer(op, Choice("split", name))
+            if split.owned and op in owners:
+                offer(op, Choice("split", name, owner=owners[op]))
     while pending:
         op, made = pending.popleft()
         for index, placement in enumerate((*made.inputs, *made.outputs)):
@@ -66,7 +72,7 @@ def _possible(sig: Signature, choice: Choice, sizes: Mapping[str, int], ranks: i
     split = sig.splits[choice.factor]
     size = sizes[choice.factor]
     pieces, rest = divmod(size, choice.blocks * choice.unit)
-    if rest or pieces < ranks or (pieces % ranks and not split.uneven) or (choice.blocks > 1 and not split.blocked):
+    if rest or not split.allows(pieces, choice.blocks, ranks, choice.owner):
         return False
     if batch is not None and batch.factor == choice.factor:  # the data axes' part of the factor is not this axis'
         samples = size // batch.unit

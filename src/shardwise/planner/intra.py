@@ -16,12 +16,13 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from shardwise.capture.graph import Graph, Op, Value
 from shardwise.planner.candidates import candidates
 from shardwise.planner.ilp import Problem, Solution
-from shardwise.sharding.assignment import Assignment
+from shardwise.planner.tables import table_owners
+from shardwise.sharding.assignment import Assignment, set_choice
 from shardwise.sharding.reshard import collective_of, dual
 from shardwise.sharding.signature import Choice, Variant
 from shardwise.sharding.types import I, P, Placement, R, Shard
@@ -108,7 +109,8 @@ class _Intra:
             self.count[self.first[op]] += 1
         self.ops = [op for op in self.graph.ops if self.first[op] is op and op not in self.prelude]
         self.parameter_of = parameter_representatives(self.graph, self.first)
-        self.variants = candidates(self.assignment, self.ops, self.batch, self.first.__getitem__)
+        self.owners = table_owners(self.graph, self.assignment.signatures, self.ranks)
+        self.variants = candidates(self.assignment, self.ops, self.batch, self.first.__getitem__, self.owners)
 
     def solve(self) -> Tensor | None:
         self._operators()
@@ -235,10 +237,17 @@ class _Intra:
                 continue
             first = self.first[op]
             best = max(range(len(self.choose[first])), key=lambda k: solution.values[self.choose[first][k]])
-            self.assignment.variants[op]["tp"] = self.variants[first][best]
+            chosen = self.variants[first][best]
+            if chosen.choice.owner is None:
+                self.assignment.variants[op]["tp"] = chosen
+            else:  # equal tables share their variables, not their ranks
+                set_choice(self.assignment, op, "tp", replace(chosen.choice, owner=self.owners[op]))
         for value in self.graph.parameters.values():
             options = self.keep[self.parameter_of[value]]
-            self.assignment.sources.setdefault(value, {})["tp"] = max(options, key=lambda t: solution.values[options[t]])
+            kept = max(options, key=lambda t: solution.values[options[t]])
+            if isinstance(kept, Shard) and kept.owner is not None:
+                kept = replace(kept, owner=next(self.owners[op] for op, _ in self.readers[value] if op in self.owners))
+            self.assignment.sources.setdefault(value, {})["tp"] = kept
 
 
 def representatives(graph: Graph) -> dict[Op, Op]:

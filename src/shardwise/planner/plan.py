@@ -195,9 +195,11 @@ def simulate(plan: Plan) -> Simulation:
 
 
 def choice_text(choice: Choice) -> str:
-    """`n`, `n blocks=3`, `I`, `R`, `P`."""
+    """`n`, `n blocks=3`, `v owner=1`, `I`, `R`, `P`."""
     if choice.mode != "split":
         return choice.mode if choice.linear == 0 else f"{choice.mode}{choice.linear}"
+    if choice.owner is not None:
+        return f"{choice.factor} owner={choice.owner}"
     extra = "".join(f" {name}={value}" for name, value in (("blocks", choice.blocks), ("unit", choice.unit)) if value != 1)
     return f"{choice.factor}{extra}"
 
@@ -206,9 +208,11 @@ def read_choice(text: str, key: str) -> Choice:
     """The choice that `choice_text` wrote. Raises PlanError."""
     if match := re.fullmatch(r"([IR])|P(\d*)", text):
         return Choice(match.group(1)) if match.group(1) else Choice("P", linear=int(match.group(2) or 0))  # type: ignore[arg-type]
+    if match := re.fullmatch(r"(\w+) owner=(\d+)", text):
+        return Choice("split", match.group(1), owner=int(match.group(2)))
     if match := re.fullmatch(r"(\w+)(?: blocks=(\d+))?(?: unit=(\d+))?", text):
         return Choice("split", match.group(1), int(match.group(2) or 1), int(match.group(3) or 1))
-    raise PlanError(f"choice {text!r} of {key} is not understood; write a factor, `factor blocks=3`, I, R or P")
+    raise PlanError(f"choice {text!r} of {key} is not understood; write a factor, `factor blocks=3`, `factor owner=0`, I, R or P")
 
 
 def read_placement(text: str, key: str) -> Placement:
@@ -216,9 +220,11 @@ def read_placement(text: str, key: str) -> Placement:
     if text in ("I", "R", "P"):
         known: dict[str, Placement] = {"I": I, "R": R, "P": P}
         return known[text]
+    if match := re.fullmatch(r"S\((\d+), owner=(\d+)\)", text):
+        return Shard(int(match.group(1)), owner=int(match.group(2)))
     if match := re.fullmatch(r"S\((\d+)(?:, blocks=(\d+))?(?:, unit=(\d+))?\)", text):
         return Shard(int(match.group(1)), int(match.group(2) or 1), int(match.group(3) or 1))
-    raise PlanError(f"type {text!r} of {key} is not understood; write S(0), S(1, blocks=3), R or I")
+    raise PlanError(f"type {text!r} of {key} is not understood; write S(0), S(1, blocks=3), S(0, owner=1), R or I")
 
 
 def by_pattern(entries: Iterable[tuple[str, str]]) -> dict[str, str]:

@@ -65,6 +65,8 @@ def parameter_words(placement: str, operator: str | None, text: str | None) -> s
 
 
 def _factor_words(operator: str, choice: Choice) -> str:
+    if choice.owner is not None:
+        return f"whole table on rank {choice.owner}; the others add zeros"
     known = _FACTORS.get((_SAME.get(operator, operator), choice.factor))
     if known is not None:
         return known

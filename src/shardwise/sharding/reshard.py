@@ -22,6 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import torch
@@ -93,7 +94,7 @@ class Reshard:
         impl = self.choose("all_gather", _resized_bytes(x, shard.dim, sum(sizes)), self.axis.ranks)
         if shard.blocks == 1:
             return all_gather(x, self.axis.group, shard.dim, sizes, impl)
-        opened = x.unflatten(shard.dim, (shard.blocks, -1))
+        opened = _opened(x, shard)
         whole = all_gather(opened, self.axis.group, shard.dim + 1, [size // shard.blocks for size in sizes], impl)
         return whole.flatten(shard.dim, shard.dim + 1)
 
@@ -102,7 +103,7 @@ class Reshard:
         impl = self.choose("reduce_scatter", x.nbytes, self.axis.ranks)
         if shard.blocks == 1:
             return reduce_scatter(x, self.axis.group, shard.dim, sizes, self.axis.rank, impl)
-        opened = x.unflatten(shard.dim, (shard.blocks, -1))
+        opened = _opened(x, shard)
         part = reduce_scatter(opened, self.axis.group, shard.dim + 1, [size // shard.blocks for size in sizes], self.axis.rank, impl)
         return part.flatten(shard.dim, shard.dim + 1)
 
@@ -113,7 +114,7 @@ class Reshard:
         give, get = lengths(self._size(target), target, ranks), lengths(self._size(source), source, ranks)
         impl = self.choose("all_to_all", _resized_bytes(x, source.dim, sum(get)) // ranks, ranks)
         for shard in sorted((source, target), key=lambda each: -each.dim):  # every dim as (blocks, pieces)
-            x = x.unflatten(shard.dim, (shard.blocks, -1))
+            x = _opened(x, shard)
         places = {shard: shard.dim + (2 if shard.dim > min(source.dim, target.dim) else 1) for shard in (source, target)}
         gives, gets = [size // target.blocks for size in give], [size // source.blocks for size in get]
         x = all_to_all(x, self.axis.group, places[target], gives, places[source], gets, self.axis.rank, impl)
@@ -126,17 +127,23 @@ class Reshard:
         shape = list(x.shape)
         shape[shard.dim] = self._size(shard)
         whole = x.new_zeros(shape)
-        take_view = whole if shard.blocks == 1 else whole.unflatten(shard.dim, (shard.blocks, -1))
+        take_view = whole if shard.blocks == 1 else _opened(whole, shard)
         sizes = lengths(self._size(shard), shard, self.axis.ranks)
         start = sum(sizes[: self.axis.rank]) // shard.blocks
         dim = shard.dim if shard.blocks == 1 else shard.dim + 1
-        source = x if shard.blocks == 1 else x.unflatten(shard.dim, (shard.blocks, -1))
+        source = x if shard.blocks == 1 else _opened(x, shard)
         return torch.slice_scatter(take_view, source, dim, start, start + source.shape[dim]).reshape(shape)
 
 
 def _resized_bytes(x: Tensor, dim: int, size: int) -> int:
     """Bytes of x, were its dim `size` long: the same on ranks with uneven parts, so that all choose one implementation."""
-    return x.nbytes // x.shape[dim] * size
+    others = prod(length for place, length in enumerate(x.shape) if place != dim)
+    return x.element_size() * others * size
+
+
+def _opened(x: Tensor, shard: Shard) -> Tensor:
+    """With the shard's dim as (blocks, what a block has); ranks may hold nothing of it."""
+    return x.unflatten(shard.dim, (shard.blocks, x.shape[shard.dim] // shard.blocks))
 
 
 class _Function(torch.autograd.Function):

@@ -41,6 +41,7 @@ class Split:
     addends: inputs without the factor that are terms of the sum over it; they are P.
     others: the type of outputs that do not hold the factor: "P" when it is summed away, "I" when the local code makes them whole on all
     ranks. uneven: ranks may get unequal ranges; blocked: the range may be taken inside each of several blocks.
+    ranges: ranks may get a range each; owned: one rank may get the whole factor, and the others nothing.
     microbatches: may be split over microbatches, one after the other (no: local code that communicates).
     """
 
@@ -48,7 +49,15 @@ class Split:
     others: Literal["P", "I"] = "P"
     uneven: bool = True
     blocked: bool = True
+    ranges: bool = True
+    owned: bool = False
     microbatches: bool = True
+
+    def allows(self, pieces: int, blocks: int, ranks: int, owner: int | None) -> bool:
+        """Whether `ranks` ranks may divide so many pieces of each of `blocks` blocks, or `owner` have them all."""
+        if owner is not None:
+            return self.owned and blocks == 1 and owner < ranks
+        return self.ranges and pieces >= ranks and (self.uneven or pieces % ranks == 0) and (blocks == 1 or self.blocked)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,7 +141,8 @@ def _text(tensor: Dims) -> str:
 
 @dataclass(frozen=True)
 class Choice:
-    """What an axis does to a call: splits `factor`, read as (blocks, pieces, unit); or, without a factor, keeps it whole.
+    """What an axis does to a call: splits `factor`, read as (blocks, pieces, unit), or gives it to the rank `owner`; or, without a
+    factor, keeps it whole.
 
     mode: "split", "I", "R", or "P" with the number of the set of `linear` inputs that are summands.
     """
@@ -142,10 +152,13 @@ class Choice:
     blocks: int = 1
     unit: int = 1
     linear: int = 0
+    owner: int | None = None
 
     def __str__(self) -> str:
         if self.mode != "split":
             return {"I": "whole", "R": "whole (gradients pending)", "P": "on summands"}[self.mode]
+        if self.owner is not None:
+            return f"{self.factor} on rank {self.owner}"
         return self.factor + (f" in {self.blocks} blocks" if self.blocks > 1 else "") + (f" by {self.unit}" if self.unit > 1 else "")
 
 
@@ -218,6 +231,8 @@ def _placement(tensor: Dims, choice: Choice, sizes: Mapping[str, int], ranks: in
             place = dim.index(choice.factor)
             outer, inner = prod(sizes[name] for name in dim[:place]), prod(sizes[name] for name in dim[place + 1 :])
             whole = outer * sizes[choice.factor] * inner
+            if choice.owner is not None:
+                return Shard(index, owner=choice.owner)
             return canonical(Shard(index, outer * choice.blocks, choice.unit * inner), whole, ranks)
     return None
 
@@ -225,6 +240,9 @@ def _placement(tensor: Dims, choice: Choice, sizes: Mapping[str, int], ranks: in
 def choice_for(sig: Signature, tensor: Dims, shard: Shard, sizes: Mapping[str, int]) -> Choice | None:
     """The choice that splits this tensor (of the call) as `shard` says, if one factor does."""
     dim = tensor[shard.dim]
+    if shard.owner is not None:
+        owned = len(dim) == 1 and dim[0] in sig.splits and sig.splits[dim[0]].owned
+        return Choice("split", dim[0], owner=shard.owner) if owned else None
     total = prod(sizes[name] for name in dim)
     pieces = total // (shard.blocks * shard.unit)
     outer = 1
@@ -233,11 +251,11 @@ def choice_for(sig: Signature, tensor: Dims, shard: Shard, sizes: Mapping[str, i
         fits = shard.blocks % outer == 0 and shard.unit % inner == 0 and name in sig.splits
         if fits and (shard.blocks // outer) * pieces * (shard.unit // inner) == sizes[name] and pieces > 1:
             blocks, unit = shard.blocks // outer, shard.unit // inner
-            return Choice("split", name, blocks, unit) if blocks == 1 or sig.splits[name].blocked else None
+            return Choice("split", name, blocks, unit) if sig.splits[name].ranges and (blocks == 1 or sig.splits[name].blocked) else None
         outer *= sizes[name]
     return None
 
 
 def factor_part(choice: Choice, size: int, ranks: int, rank: int) -> Part:
     """The range of a factor of `size` that `rank` has under the choice."""
-    return part(size, Shard(0, choice.blocks, choice.unit), ranks, rank)
+    return part(size, Shard(0, choice.blocks, choice.unit, choice.owner), ranks, rank)

@@ -157,8 +157,10 @@ def choices(sig: Signature, ranks: int) -> Iterator[Choice]:
     for name, split in sig.splits.items():
         size = sig.sizes[name]
         for blocks, unit in _readings(size, ranks, split.blocked):
-            if split.uneven or size // (blocks * unit) % ranks == 0:
+            if split.allows(size // (blocks * unit), blocks, ranks, None):
                 yield Choice("split", name, blocks, unit)
+        if split.owned:
+            yield from (Choice("split", name, owner=owner) for owner in range(ranks))
 
 
 def _readings(size: int, ranks: int, blocked: bool) -> list[tuple[int, int]]:
@@ -175,14 +177,20 @@ def pairs(sig: Signature) -> Iterator[tuple[Choice, Choice]]:
     The outer axis splits a factor unevenly only where that leaves all ranks the same strides: where it is not one of several in a dim.
     """
     mixed = {name for tensor in (*sig.inputs, *sig.outputs) for dim in tensor if len(dim) > 1 for name in dim}
-    outer = [name for name, size in sig.sizes.items() if name in sig.splits and size > 1 and (size % 2 == 0 or name not in mixed)]
+    outer = [
+        name
+        for name, size in sig.sizes.items()
+        if name in sig.splits and sig.splits[name].ranges and size > 1 and (size % 2 == 0 or name not in mixed)
+    ]
     for first in outer:
         if sig.sizes[first] % 2 and not sig.splits[first].uneven:
             continue
         for second, split in sig.splits.items():
             size = sig.sizes[second] // 2 if first == second else sig.sizes[second]
-            if size >= 2 and (split.uneven or size % 2 == 0) and (first != second or split.blocked):
+            if split.allows(size, 1, 2, None) and (first != second or split.blocked):
                 yield Choice("split", first), Choice("split", second)
+            if split.owned and first != second:
+                yield Choice("split", first), Choice("split", second, owner=1)
         for number in range(len(sig.linear)):
             yield Choice("split", first), Choice("P", linear=number)
 

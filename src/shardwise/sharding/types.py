@@ -14,6 +14,7 @@ A part need not be one run of indices. A dim is read as (blocks, pieces, unit), 
     Shard(0)                     0 1 2 | 3 4 5
     Shard(0, blocks=2)           0 1 2 3 4 5 6 7  →  0 1 4 5 | 2 3 6 7      (a fused q,k,v weight has blocks=3)
     Shard(0, unit=2), 3 pieces   0 1 2 3 | 4 5                              (heads of 2 over 2 ranks: never half a head)
+    Shard(0, owner=1)            – | 0 1 2 3                                (a whole table on one rank)
 
 Pieces that the ranks do not divide are spread evenly, the first ranks getting one more.
 """
@@ -31,14 +32,16 @@ __all__ = ["I", "Invariant", "P", "Part", "Partial", "Placement", "R", "Replicat
 
 @dataclass(frozen=True)
 class Shard:
-    """Dim `dim`, read as (blocks, pieces, unit), with its pieces divided among the ranks."""
+    """Dim `dim`, read as (blocks, pieces, unit), with its pieces divided among the ranks; or all of it on the rank `owner`."""
 
     dim: int
     blocks: int = 1
     unit: int = 1
+    owner: int | None = None
 
     def __repr__(self) -> str:
         extra = "".join(f", {name}={value}" for name, value in (("blocks", self.blocks), ("unit", self.unit)) if value != 1)
+        extra += "" if self.owner is None else f", owner={self.owner}"
         return f"S({self.dim}{extra})"
 
 
@@ -98,6 +101,9 @@ class Part:
 
 def part(size: int, shard: Shard, ranks: int, rank: int) -> Part:
     """What `rank` of `ranks` holds of a dim of `size` elements."""
+    if shard.owner is not None:
+        assert shard.blocks == shard.unit == 1 and shard.owner < ranks, f"{shard} among {ranks} ranks"
+        return Part(size=size, blocks=1, start=0 if rank <= shard.owner else size, stop=0 if rank < shard.owner else size)
     pieces, rest = divmod(size, shard.blocks * shard.unit)
     assert rest == 0, f"a dim of {size} does not consist of {shard.blocks} blocks of pieces of {shard.unit}"
     each, more = divmod(pieces, ranks)
@@ -113,6 +119,8 @@ def lengths(size: int, shard: Shard, ranks: int) -> list[int]:
 
 def canonical(shard: Shard, size: int, ranks: int) -> Shard:
     """The simplest equal description: the unit is dropped where the ranks divide the pieces evenly anyway."""
+    if shard.owner is not None:
+        return shard
     pieces = size // (shard.blocks * shard.unit)
     return Shard(shard.dim, shard.blocks, 1) if pieces % ranks == 0 else shard
 
