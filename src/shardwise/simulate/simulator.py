@@ -1,17 +1,18 @@
 """Performs all ranks' actions on virtual clocks.
 
 Computing takes a core: where more ranks compute than there are cores, each is slowed accordingly, and a rank that waits leaves its core
-to the
-others. A send costs its rank nothing and arrives after the message's time; a receive ends when its message is there; a reduction begins
+to the others. A send costs its rank nothing and arrives after the message's time; a receive ends when its message is there; a reduction begins
 when the last rank of its group is there.
 """
 
 from __future__ import annotations
 
+import heapq
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Literal
 
 from shardwise.program.actions import Action, Kind
 from shardwise.program.build import rank_of
@@ -22,6 +23,7 @@ from shardwise.simulate.profile import Profile, StageProfile
 __all__ = ["Mesh", "Simulation", "Span", "simulate_profile", "trace_of"]
 
 _TINY_S = 1e-12
+_DRAWN = 64  # ranks that have a timeline each; of more, the first of each stage has one
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +52,8 @@ class Span:
 class Simulation:
     """A simulated step.
 
-    step_time_s: of the slowest rank; timeline: every action of every rank; memory: each rank's bytes by kind at its peak.
+    step_time_s: of the slowest rank; timeline: every action of every rank (of more than 64 ranks on devices of their own: of the first of
+    each stage, the others doing as it does); memory: each rank's bytes by kind at its peak.
     bubble: share of the ranks' time spent waiting; communication_s: of the busiest rank.
     """
 
@@ -93,22 +96,32 @@ def trace_of(timeline: list[Span], name: str = "") -> dict[str, object]:
 
 
 def simulate_profile(profile: Profile, mesh: Mesh) -> Simulation:
-    """One step of all ranks of a plan."""
+    """One step of all ranks of a plan. Ranks of a stage that share no cores with others do alike: one of them is simulated."""
+    shared = profile.cores is not None
+    places = [(d, t) for d in range(mesh.dp) for t in range(mesh.tp)] if shared else [(0, 0)]
     ranks = {
         rank_of(stage, d, t, mesh.dp, mesh.tp): _Rank(stage=stage, place=(d, t), actions=actions)
         for stage, actions in _actions(profile, mesh).items()
-        for d in range(mesh.dp)
-        for t in range(mesh.tp)
+        for d, t in places
     }
     timeline = _Clock(profile=profile, mesh=mesh, ranks=dict(sorted(ranks.items()))).play()
     total = max(span.end_s for span in timeline)
     busy = {rank: _busy(state, profile.stages[state.stage]) for rank, state in ranks.items()}
     crowd = max(1.0, len(ranks) / profile.cores) if profile.cores else 1.0
     waiting = 1 - min(1.0, sum(sum(each) for each in busy.values()) * crowd / (total * len(ranks)))
-    memory = [profile.stages[ranks[rank].stage].memory for rank in sorted(ranks)]
+    each = mesh.dp * mesh.tp
+    memory = [profile.stages[stage].memory for stage in range(mesh.pp) for _ in range(each)]
+    if not shared and len(memory) <= _DRAWN:
+        timeline = [_on_rank(span, each, offset) for offset in range(each) for span in timeline]
     return Simulation(
         step_time_s=total, timeline=timeline, memory=memory, bubble=waiting, communication_s=max(talk for _, talk in busy.values())
     )
+
+
+def _on_rank(span: Span, each: int, offset: int) -> Span:
+    """The same on another rank of the stage; it talks to the ranks at its own place."""
+    action = replace(span.action, peer=span.action.peer + offset) if span.action.peer >= 0 else span.action
+    return replace(span, rank=span.stage * each + offset, action=action) if offset else span
 
 
 def _actions(profile: Profile, mesh: Mesh) -> dict[int, list[Action]]:
@@ -128,97 +141,130 @@ def _busy(state: _Rank, stage: StageProfile) -> tuple[float, float]:
 
 @dataclass(kw_only=True)
 class _Rank:
+    """at: the action that it stands at; phase: what it does there."""
+
     stage: int
     place: tuple[int, int]
     actions: list[Action]
     at: int = 0
-    begun: bool = False
+    phase: Literal["", "computing", "waiting", "communicating"] = ""
     start_s: float = 0.0
     compute_s: float = 0.0  # left of the action
-    until_s: float | None = None  # a wait or a communication in progress ends then
 
     @property
     def done(self) -> bool:
         return self.at >= len(self.actions)
 
-    @property
-    def computing(self) -> bool:
-        return not self.done and self.begun and self.compute_s > _TINY_S
-
 
 @dataclass(kw_only=True)
 class _Clock:
+    """events: (when, which in order of making, rank whose computing or communicating ends then). Computing on shared cores has no event
+    of its own: how long it takes depends on who else computes."""
+
     profile: Profile
     mesh: Mesh
     ranks: dict[int, _Rank]
     now_s: float = 0.0
-    arrivals: dict[tuple[int, tuple[int, int], Action], float] = field(default_factory=dict)
+    events: list[tuple[float, int, int]] = field(default_factory=list)
+    computing: dict[int, _Rank] = field(default_factory=dict)
+    arrivals: dict[tuple[int, Action], float] = field(default_factory=dict)
+    reducing: dict[int, list[int]] = field(default_factory=dict)
     timeline: list[Span] = field(default_factory=list)
+    made: int = 0
 
     def __post_init__(self) -> None:
         self.transfer_s: Mapping[str, float] = {edge.name: edge.transfer_s for edge in self.profile.edges}
+        self.of_stage: dict[int, int] = {}
+        for state in self.ranks.values():
+            self.of_stage[state.stage] = self.of_stage.get(state.stage, 0) + 1
 
     def play(self) -> list[Span]:
-        while not all(state.done for state in self.ranks.values()):
-            moved = True
-            while moved:
-                moved = sum(self._advance(rank, state) for rank, state in self.ranks.items()) > 0
-            self._tick()
+        for rank in self.ranks:
+            self._go_on(rank)
+        while self.events or self.computing:
+            for rank in self._next():
+                self._go_on(rank)
+        stuck = {rank: str(state.actions[state.at]) for rank, state in self.ranks.items() if not state.done}
+        assert not stuck, f"the simulated ranks wait for each other: {stuck}"
         return self.timeline
 
-    def _advance(self, rank: int, state: _Rank) -> bool:
-        """Begins or ends what can begin or end now; whether anything happened."""
-        if state.done:
-            return False
-        action = state.actions[state.at]
-        if not state.begun:
-            self._begin(state, action)
-            return True
-        if state.computing or not self._ready(state, action):
-            return False
-        if state.until_s is None:
-            state.until_s = max(self.now_s + self._seconds(state, action)[1], self.arrivals.get((state.stage, state.place, action), 0.0))
-        if state.until_s > self.now_s + _TINY_S:
-            return False
-        self.timeline.append(
-            Span(rank=rank, stage=state.stage, action=self._between_ranks(state, action), start_s=state.start_s, end_s=self.now_s)
-        )
-        state.at, state.begun, state.until_s = state.at + 1, False, None
+    def _go_on(self, rank: int) -> None:
+        """Lets a rank do what it can without time passing."""
+        state = self.ranks[rank]
+        while not state.done:
+            action = state.actions[state.at]
+            if state.phase == "":
+                self._begin(rank, state, action)
+                if state.compute_s > _TINY_S:
+                    return self._compute(rank, state)
+                state.phase = "waiting"
+            if state.phase == "waiting":
+                if not self._ready(rank, state, action):
+                    return None
+                state.phase = "communicating"
+                until_s = max(self.now_s + self._seconds(state, action)[1], self.arrivals.get((rank, action), 0.0))
+                if until_s > self.now_s + _TINY_S:
+                    return self._wake(rank, until_s)
+            self._end(rank, state, action)
+        return None
+
+    def _begin(self, rank: int, state: _Rank, action: Action) -> None:
+        state.start_s, state.compute_s = self.now_s, self._seconds(state, action)[0]
+        if action.sends:
+            peer = rank_of(action.peer, *state.place, self.mesh.dp, self.mesh.tp)
+            self.arrivals[peer, matching(action, state.stage)] = self.now_s + self.transfer_s[action.edge]
+            other = self.ranks[peer]
+            if other.phase == "waiting" and other.actions[other.at] == matching(action, state.stage):
+                self._wake(peer, self.now_s)
+
+    def _compute(self, rank: int, state: _Rank) -> None:
+        state.phase = "computing"
+        if self.profile.cores:
+            self.computing[rank] = state
+        else:
+            self._wake(rank, self.now_s + state.compute_s)
+
+    def _ready(self, rank: int, state: _Rank, action: Action) -> bool:
+        if action.receives:
+            return (rank, action) in self.arrivals
+        if action.kind is Kind.REDUCE and self.profile.stages[state.stage].reduces:
+            here = self.reducing.setdefault(state.stage, [])
+            if rank not in here:
+                here.append(rank)
+                if len(here) == self.of_stage[state.stage]:
+                    for other in here:
+                        if other != rank:
+                            self._wake(other, self.now_s)
+            return len(here) == self.of_stage[state.stage]
         return True
 
-    def _between_ranks(self, state: _Rank, action: Action) -> Action:
-        """With the rank in place of the stage that it sends to or receives from."""
-        if action.peer < 0:
-            return action
-        return replace(action, peer=rank_of(action.peer, *state.place, self.mesh.dp, self.mesh.tp))
+    def _end(self, rank: int, state: _Rank, action: Action) -> None:
+        if action.peer >= 0:
+            action = replace(action, peer=rank_of(action.peer, *state.place, self.mesh.dp, self.mesh.tp))
+        self.timeline.append(Span(rank=rank, stage=state.stage, action=action, start_s=state.start_s, end_s=self.now_s))
+        state.at, state.phase = state.at + 1, ""
+
+    def _wake(self, rank: int, when_s: float) -> None:
+        heapq.heappush(self.events, (when_s, self.made, rank))
+        self.made += 1
+
+    def _next(self) -> list[int]:
+        """Lets time pass until the next end; whose."""
+        rate = min(1.0, self.profile.cores / len(self.computing)) if self.profile.cores and self.computing else 1.0
+        soonest = min((state.compute_s for state in self.computing.values()), default=float("inf")) / rate
+        passed = min(soonest, self.events[0][0] - self.now_s if self.events else float("inf"))
+        self.now_s += max(passed, 0.0)
+        for state in self.computing.values():
+            state.compute_s -= passed * rate
+        ended = [rank for rank, state in self.computing.items() if state.compute_s <= _TINY_S]
+        for rank in ended:
+            self.computing.pop(rank).phase = "waiting"
+        while self.events and self.events[0][0] <= self.now_s:
+            rank = heapq.heappop(self.events)[2]
+            if self.ranks[rank].phase == "computing":
+                self.ranks[rank].phase = "waiting"
+            ended.append(rank)
+        return ended
 
     def _seconds(self, state: _Rank, action: Action) -> tuple[float, float]:
         return self.profile.stages[state.stage].seconds.get(action.kind.value, (0.0, 0.0))
-
-    def _begin(self, state: _Rank, action: Action) -> None:
-        state.begun, state.start_s = True, self.now_s
-        state.compute_s = self._seconds(state, action)[0]
-        if action.sends:
-            self.arrivals[action.peer, state.place, matching(action, state.stage)] = self.now_s + self.transfer_s[action.edge]
-
-    def _ready(self, state: _Rank, action: Action) -> bool:
-        if action.receives:
-            return (state.stage, state.place, action) in self.arrivals
-        if action.kind is Kind.REDUCE and self.profile.stages[state.stage].reduces:
-            return all(other.at >= state.at for other in self.ranks.values() if other.stage == state.stage)
-        return True
-
-    def _tick(self) -> None:
-        """Lets time pass until the next end."""
-        computing = [state for state in self.ranks.values() if state.computing]
-        rate = min(1.0, self.profile.cores / len(computing)) if self.profile.cores and computing else 1.0
-        ends = [state.compute_s / rate for state in computing]
-        ends += [state.until_s - self.now_s for state in self.ranks.values() if state.until_s is not None]
-        if not ends:
-            stuck = {rank: str(state.actions[state.at]) for rank, state in self.ranks.items() if not state.done}
-            assert not stuck, f"the simulated ranks wait for each other: {stuck}"
-            return
-        passed = max(min(ends), 0.0)
-        self.now_s += passed
-        for state in computing:
-            state.compute_s -= passed * rate
