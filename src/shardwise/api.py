@@ -10,9 +10,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from shardwise.capture.export import capture
-from shardwise.capture.graph import Graph
+from shardwise.capture.state import state_of
 from shardwise.cluster.model import Cluster
-from shardwise.errors import BatchError, CaptureError, PlanError
+from shardwise.errors import BatchError, PlanError
 from shardwise.planner.apply import apply_plan
 from shardwise.planner.layout import Layout
 from shardwise.planner.plan import Infeasible, Plan, Random
@@ -78,20 +78,9 @@ def parallelize(
     join_group(timeout_s)
     graph = capture(model, _resized(batch, plan.global_batch, batch_dims or {}), loss=loss, batch_dims=batch_dims)
     applied = apply_plan(plan, graph)
-    job = Job(graph, plan, applied, _state(model, graph), optimizer, device=_device(), seed=seed, timeout_s=timeout_s)
+    job = Job(graph, plan, applied, state_of(model, graph), optimizer, device=_device(), seed=seed, timeout_s=timeout_s)
     _release(model, job)
     return job
-
-
-def _state(model: nn.Module, graph: Graph) -> dict[str, Tensor]:
-    named = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers(remove_duplicate=False))}
-    found = {name: named[name].detach() for name in (*graph.parameters, *graph.buffers) if name in named} | dict(graph.constants)
-    if missing := [name for name, tensor in found.items() if tensor.is_meta]:
-        raise CaptureError(
-            f"{missing[0]} and {len(missing) - 1} more tensors of the model are on the meta device: they have no "
-            f"values; build the model on cpu"
-        )
-    return found
 
 
 def _release(model: nn.Module, job: Any) -> None:

@@ -16,9 +16,9 @@ from torch.nn import functional as F
 from typer.testing import CliRunner
 
 import shardwise as sw
-from shardwise.api import _state
 from shardwise.capture.export import capture
 from shardwise.capture.graph import Graph, Op
+from shardwise.capture.state import state_of
 from shardwise.cli import app
 from shardwise.errors import PlanError, VerifyError
 from shardwise.planner.apply import Applied, apply_plan
@@ -102,7 +102,7 @@ def run(example: Model, plan: sw.Plan, steps: int, learning_rate: float = 0.0) -
     graph = capture(model, batch)
     applied = apply_plan(plan, graph)
     programs = build_programs(applied.assignment, applied.cut, plan.schedule, plan.chooser(), device=CPU)
-    whole = _state(model, graph)
+    whole = state_of(model, graph)
 
     def rank(number: int, transport: Transport) -> Ran:
         program = programs[number]

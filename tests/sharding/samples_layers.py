@@ -6,17 +6,15 @@ from collections.abc import Iterator
 
 import torch
 from tests.sharding.brute_force import Sample, sample
+from tests.sharding.make import bools, distinct, ints, positive, x
 from torch import Tensor
 
 from shardwise.capture import experts, operators
 
 aten = torch.ops.aten
-_generator = torch.Generator()
 
 
 def layer_samples() -> list[Sample]:
-    """All of them, the same in every run."""
-    _generator.manual_seed(1)
     return [
         *einsums(),
         *products(),
@@ -34,23 +32,6 @@ def layer_samples() -> list[Sample]:
         *entropies(),
         *losses(),
     ]
-
-
-def x(*shape: int) -> Tensor:
-    """Normal numbers in float64."""
-    return torch.randn(shape, dtype=torch.float64, generator=_generator)
-
-
-def positive(*shape: int) -> Tensor:
-    return x(*shape).abs() + 0.5
-
-
-def ints(high: int, *shape: int) -> Tensor:
-    return torch.randint(0, high, shape, generator=_generator)
-
-
-def bools(*shape: int) -> Tensor:
-    return torch.rand(shape, generator=_generator) > 0.4
 
 
 def einsums() -> Iterator[Sample]:
@@ -272,7 +253,7 @@ def losses() -> Iterator[Sample]:
 def _several(classes: int, rows: int) -> Tensor:
     """For each row two labels, then −1."""
     found = torch.full((rows, classes), -1)
-    found[:, :2] = torch.rand((rows, classes), generator=_generator).argsort(1)[:, :2]
+    found[:, :2] = distinct(classes, rows, 2)
     return found
 
 

@@ -1,8 +1,13 @@
-"""Finds the code that must be kept as one operator while a model is exported, and keeps it so.
+"""What stands in for code that exporting cannot follow, or would change, while a model is exported.
 
-torch.autograd.Function of the user's     always: exporting would trace through it and lose its backward
-F.ctc_loss                                always: with lengths in tensors its result has a shape that depends on the data
-a submodule                               when exporting it failed; the shapes of its results are those of a run on the example batch
+    torch.autograd.Function    the user's own: always kept as one operator; exporting would go through it and lose its backward
+    F.ctc_loss                 always an operator of ours (`ctc`): torch's makes a table whose shape depends on the data
+    a question about values    (`if mask.any()`) is answered as on the example batch, and becomes a check of the graph
+    the end of a submodule     from the end of its last child on, kept as one operator: where exporting failed in the submodule's own code
+    a whole submodule          kept as one operator: where it has no child, or keeping its end did not help
+
+The first two are found here. A `Treatment` names the others; their answers, and the shapes of their results, are those of a run on the
+example batch (`record`).
 """
 
 from __future__ import annotations
@@ -28,8 +33,6 @@ from shardwise.capture.record import QUESTIONS, TENSOR, Answer, Call, Recording
 from shardwise.errors import CaptureError
 
 __all__ = ["Treatment", "keeping"]
-
-Code = Callable[[Sequence[Tensor]], Sequence[Tensor]]
 
 
 @dataclass(kw_only=True)

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from shardwise.capture import rerun
 from shardwise.errors import BatchError
 
 __all__ = ["EXPECT", "OPERATOR", "InFloat64", "Opaque", "Result", "opaque_of"]
@@ -153,20 +154,7 @@ def _opaque(inputs: Sequence[Tensor], key: str, sizes: Sequence[int], dims: Sequ
 
 @torch.library.impl(_LIBRARY, "opaque_backward", "CompositeExplicitAutograd")
 def _opaque_backward(inputs: Sequence[Tensor], gradients: Sequence[Tensor], wanted: Sequence[int], key: str) -> list[Tensor]:
-    with torch.enable_grad():
-        leaves = [each.detach().requires_grad_(index in wanted) for index, each in enumerate(inputs)]
-        made = _known[key].run(leaves)
-    live = [(result, gradient) for result, gradient in zip(made, gradients, strict=True) if result.requires_grad]
-    asked = [leaves[index] for index in wanted]
-    if not live:
-        return [torch.zeros_like(each) for each in asked]
-    found = torch.autograd.grad([result for result, _ in live], asked, [gradient for _, gradient in live], allow_unused=True)
-    return [
-        torch.zeros_like(leaf, memory_format=torch.contiguous_format)
-        if gradient is None
-        else gradient.clone(memory_format=torch.contiguous_format)
-        for leaf, gradient in zip(asked, found, strict=True)
-    ]
+    return rerun.gradients(_known[key].run, inputs, gradients, wanted)
 
 
 @torch.library.impl(_LIBRARY, "expect", "CompositeExplicitAutograd")
@@ -183,27 +171,17 @@ def _fake_opaque(inputs: Sequence[Tensor], key: str, sizes: Sequence[int], dims:
 
 @torch.library.register_fake("shardwise::opaque_backward", lib=_LIBRARY)
 def _fake_opaque_backward(inputs: Sequence[Tensor], gradients: Sequence[Tensor], wanted: Sequence[int], key: str) -> list[Tensor]:
-    return [torch.empty_like(inputs[index], memory_format=torch.contiguous_format) for index in wanted]
+    return rerun.described(inputs, wanted)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Sequence[Tensor]) -> None:
-    tensors, ctx.key = inputs[0], inputs[1]
-    ctx.wanted = [index for index, each in enumerate(tensors) if each.requires_grad]
-    ctx.results = [(each.shape, each.dtype, each.device) for each in output]
-    ctx.save_for_backward(*tensors)
+    ctx.key = inputs[1]
+    rerun.remember(ctx, inputs[0], output)
     ctx.mark_non_differentiable(*(each for each in output if not each.is_floating_point()))
 
 
 def _gradient(ctx: Any, gradients: Sequence[Tensor | None]) -> tuple[Any, ...]:
-    tensors = ctx.saved_tensors
-    whole = [
-        torch.zeros(shape, dtype=dtype, device=device) if gradient is None else gradient
-        for gradient, (shape, dtype, device) in zip(gradients, ctx.results, strict=True)
-    ]
-    found = torch.ops.shardwise.opaque_backward(list(tensors), whole, ctx.wanted, ctx.key)
-    each: list[Tensor | None] = [None] * len(tensors)
-    for index, gradient in zip(ctx.wanted, found, strict=True):
-        each[index] = gradient
+    each = rerun.backward(ctx, gradients, lambda *call: torch.ops.shardwise.opaque_backward(*call, ctx.key))
     return each, None, None, None
 
 

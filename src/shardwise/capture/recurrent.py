@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from shardwise.capture import rerun
+
 __all__ = ["KINDS", "recurrent"]
 
 aten = torch.ops.aten
@@ -53,15 +55,10 @@ def _forward(x: Tensor, states: Sequence[Tensor], weights: Sequence[Tensor], *co
 def _backward(
     gradients: Sequence[Tensor], x: Tensor, states: Sequence[Tensor], weights: Sequence[Tensor], wanted: Sequence[int], *constants: Any
 ) -> list[Tensor]:
-    tensors = [x, *states, *weights]
-    with torch.enable_grad():
-        leaves = [each.detach().requires_grad_(index in wanted) for index, each in enumerate(tensors)]
-        split = 1 + len(states)
-        made = _run(leaves[0], leaves[1:split], leaves[split:], *constants)
-    asked = [leaves[index] for index in wanted]
-    live = [(result, gradient) for result, gradient in zip(made, gradients, strict=True) if result.requires_grad]
-    found = torch.autograd.grad([result for result, _ in live], asked, [gradient for _, gradient in live], allow_unused=True)
-    return [torch.zeros_like(leaf) if each is None else each.contiguous() for leaf, each in zip(asked, found, strict=True)]
+    split = 1 + len(states)
+    return rerun.gradients(
+        lambda given: _run(given[0], given[1:split], given[split:], *constants), [x, *states, *weights], gradients, wanted
+    )
 
 
 @torch.library.register_fake("shardwise::recurrent", lib=_LIBRARY)
@@ -75,30 +72,23 @@ def _described(x: Tensor, states: Sequence[Tensor], weights: Sequence[Tensor], *
 def _backward_described(
     gradients: Sequence[Tensor], x: Tensor, states: Sequence[Tensor], weights: Sequence[Tensor], wanted: Sequence[int], *constants: Any
 ) -> list[Tensor]:
-    tensors = [x, *states, *weights]
-    return [torch.empty_like(tensors[index], memory_format=torch.contiguous_format) for index in wanted]
+    return rerun.described([x, *states, *weights], wanted)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Sequence[Tensor]) -> None:
     x, states, weights, *ctx.constants = inputs
-    tensors = [x, *states, *weights]
-    ctx.states = len(states)
-    ctx.wanted = [index for index, each in enumerate(tensors) if each.requires_grad]
-    ctx.results = [(each.shape, each.dtype, each.device) for each in output]
-    ctx.save_for_backward(*tensors)
+    ctx.split = 1 + len(states)
+    rerun.remember(ctx, [x, *states, *weights], output)
 
 
 def _differentiate(ctx: Any, gradients: Sequence[Tensor | None]) -> tuple[Any, ...]:
-    tensors = list(ctx.saved_tensors)
-    whole = [
-        torch.zeros(shape, dtype=dtype, device=device) if gradient is None else gradient
-        for gradient, (shape, dtype, device) in zip(gradients, ctx.results, strict=True)
-    ]
-    split = 1 + ctx.states
-    call = (whole, tensors[0], tensors[1:split], tensors[split:], ctx.wanted, *ctx.constants)
-    each: list[Tensor | None] = [None] * len(tensors)
-    for index, gradient in zip(ctx.wanted, torch.ops.shardwise.recurrent_backward(*call), strict=True):
-        each[index] = gradient
+    split = ctx.split
+
+    def operator(given: list[Tensor], whole: list[Tensor], wanted: list[int]) -> list[Tensor]:
+        parts = given[0], given[1:split], given[split:]
+        return torch.ops.shardwise.recurrent_backward(whole, *parts, wanted, *ctx.constants)
+
+    each = rerun.backward(ctx, gradients, operator)
     return each[0], each[1:split], each[split:], *(None,) * 5
 
 

@@ -111,13 +111,17 @@ def _all_gather(x: Tensor, group: str, dim: int, sizes: Sequence[int], impl: str
 
 
 def _reduce_scatter(x: Tensor, group: str, dim: int, sizes: Sequence[int], rank: int, impl: str) -> Tensor:
-    return _current.get().reduce_scatter(x, group, dim, sizes, impl)
+    part = _current.get().reduce_scatter(x, group, dim, sizes, impl)
+    assert part.shape[dim] == sizes[rank], f"{group}: a part of {part.shape[dim]}, declared as that of rank {rank} of {sizes}"
+    return part
 
 
 def _all_to_all(
     x: Tensor, group: str, split_dim: int, split_sizes: Sequence[int], cat_dim: int, cat_sizes: Sequence[int], rank: int, impl: str
 ) -> Tensor:
-    return _current.get().all_to_all(x, group, split_dim, split_sizes, cat_dim, cat_sizes, impl)
+    part = _current.get().all_to_all(x, group, split_dim, split_sizes, cat_dim, cat_sizes, impl)
+    assert part.shape[split_dim] == split_sizes[rank], f"{group}: {part.shape[split_dim]}, declared as rank {rank}'s of {split_sizes}"
+    return part
 
 
 for _name, _function in (

@@ -14,6 +14,7 @@ from shardwise.capture.export import capture, loss_of
 from shardwise.capture.graph import Graph
 from shardwise.capture.normalize import RANDOM_STATE
 from shardwise.capture.opaque import InFloat64
+from shardwise.capture.state import state_of
 from shardwise.errors import VerifyError
 from shardwise.runtime.job import step_key
 from shardwise.verify.cast import cast_graph, cast_tensor
@@ -89,7 +90,7 @@ def prepare(
     """
     eager = _repeatable(model, batch, loss, seed)
     graph = capture(model, batch, loss=loss, batch_dims=batch_dims)
-    state = {**_state(model), **graph.constants}
+    state = state_of(model, graph)
     tensors = {name: value for name, value in batch.items() if isinstance(value, Tensor)}
     exact, widest = _exact(graph, state, tensors, seed)
     captured = [] if RANDOM_STATE in graph.inputs else _check_capture(eager, graph, state, tensors, exact, seed)
@@ -98,11 +99,6 @@ def prepare(
     return Reference(
         name=type(model).__name__, graph=graph, state=state, batch=tensors, seed=seed, exact=exact, widest=widest, captured=captured
     )
-
-
-def _state(model: nn.Module) -> dict[str, Tensor]:
-    named = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers(remove_duplicate=False))}
-    return {name: tensor.detach() for name, tensor in named.items()}
 
 
 def _exact(graph: Graph, state: Mapping[str, Tensor], batch: Mapping[str, Tensor], seed: int) -> tuple[Step, torch.dtype]:
@@ -191,14 +187,7 @@ def _check_capture(
     own = {name: relative_error(captured.gradients[name], gradient, floor) for name, gradient in exact.gradients.items()}
     bound = TIMES_REFERENCE * FLOAT32_BOUND
     bounds = {name: max(bound, TIMES_REFERENCE * own.get(name, 0.0)) for name in eager.gradients}
-    own_loss = abs(captured.loss - exact.loss) / max(abs(exact.loss), 1e-300)
-    loss = Difference(
-        name="captured graph: loss",
-        error=abs(captured.loss - eager.loss) / max(abs(eager.loss), 1e-300),
-        bound=max(bound, TIMES_REFERENCE * own_loss),
-    )
-    found = {name: captured.gradients.get(name, torch.zeros_like(gradient)) for name, gradient in eager.gradients.items()}
-    return [loss, *compare_gradients(found, eager.gradients, bounds, "captured graph: gradient of ")]
+    return _compared(captured, eager, max(bound, TIMES_REFERENCE * _loss_error(captured, exact)), bounds, "captured graph: ")
 
 
 def _check_capture_in_float64(
@@ -212,10 +201,17 @@ def _check_capture_in_float64(
             eager = _eager(double, inputs, loss, seed)
     except (RuntimeError, TypeError, ValueError):
         return None
-    error = abs(exact.loss - eager.loss) / max(abs(eager.loss), 1e-300)
-    found = {name: exact.gradients.get(name, torch.zeros_like(gradient)) for name, gradient in eager.gradients.items()}
-    prefix = "captured graph, in float64: "
+    return _compared(exact, eager, FLOAT64_BOUND, FLOAT64_BOUND, "captured graph, in float64: ")
+
+
+def _compared(graph: Step, eager: Step, bound: float, bounds: float | Mapping[str, float], prefix: str) -> list[Difference]:
+    """The graph's loss and gradients against the model's own."""
+    found = {name: graph.gradients.get(name, torch.zeros_like(gradient)) for name, gradient in eager.gradients.items()}
     return [
-        Difference(name=f"{prefix}loss", error=error, bound=FLOAT64_BOUND),
-        *compare_gradients(found, eager.gradients, FLOAT64_BOUND, f"{prefix}gradient of "),
+        Difference(name=f"{prefix}loss", error=_loss_error(graph, eager), bound=bound),
+        *compare_gradients(found, eager.gradients, bounds, f"{prefix}gradient of "),
     ]
+
+
+def _loss_error(found: Step, reference: Step) -> float:
+    return abs(found.loss - reference.loss) / max(abs(reference.loss), 1e-300)

@@ -1,6 +1,6 @@
 """Sharding rules, one file for each family of operators."""
 
-from shardwise.sharding.rules import (
+from shardwise.sharding.rules import (  # noqa: F401 - each registers its rules
     attention,
     conv,
     create,
@@ -26,27 +26,3 @@ from shardwise.sharding.rules import (
 from shardwise.sharding.rules.registry import RULES, Rule, rule, signature_of
 
 __all__ = ["RULES", "Rule", "rule", "signature_of"]
-
-_ = (
-    attention,
-    conv,
-    create,
-    embedding,
-    experts,
-    fourier,
-    indexing,
-    interpolate,
-    loss,
-    matmul,
-    norm,
-    pieces,
-    pointwise,
-    position,
-    random,
-    recurrent,
-    reduction,
-    scatter,
-    shape,
-    softmax,
-    sorting,
-)
