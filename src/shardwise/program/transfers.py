@@ -7,6 +7,7 @@ the receive of one is moved before its send. What comes out is played again by `
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
@@ -16,6 +17,7 @@ from shardwise.program.schedules import Table
 __all__ = ["matching", "order_transfers", "with_transfers"]
 
 Lists = dict[int, list[Action]]
+Waiting = dict[int, deque[Action]]
 
 
 class Link(Protocol):
@@ -69,31 +71,36 @@ def matching(action: Action, rank: int) -> Action:
 
 def order_transfers(lists: Lists) -> Lists:
     """The lists with receives moved forward until no rank waits for ever."""
-    waiting = {rank: list(actions) for rank, actions in lists.items()}
+    waiting = {rank: deque(actions) for rank, actions in lists.items()}
     done: Lists = {rank: [] for rank in lists}
-    while any(waiting.values()):
-        if not _advance(waiting, done) and not _hoist(waiting):
+    moving = list(waiting)
+    while True:
+        _advance(waiting, done, moving)
+        if not any(waiting.values()):
+            return done
+        moving = _hoist(waiting)
+        if not moving:
             raise AssertionError(f"no receive can be moved to free {[str(a[0]) for a in waiting.values() if a]}")
-    return done
 
 
-def _advance(waiting: Lists, done: Lists) -> bool:
-    moved = False
-    for rank, actions in waiting.items():
+def _advance(waiting: Waiting, done: Lists, moving: list[int]) -> None:
+    """Lets the ranks in `moving`, and those that they meet, go on until each stands at a transfer whose other side is elsewhere."""
+    while moving:
+        rank = moving.pop()
+        actions = waiting[rank]
         while actions:
             first = actions[0]
-            if first.sends or first.receives:
+            if first.edge:
                 other = waiting[first.peer]
                 if not other or other[0] != matching(first, rank):
                     break
-                done[first.peer].append(other.pop(0))
-            done[rank].append(actions.pop(0))
-            moved = True
-    return moved
+                done[first.peer].append(other.popleft())
+                moving.append(first.peer)
+            done[rank].append(actions.popleft())
 
 
-def _hoist(waiting: Lists) -> bool:
-    """Moves one receive, for which a rank stands at its send, to the front of its receiver's list.
+def _hoist(waiting: Waiting) -> list[int]:
+    """Moves one receive, for which a rank stands at its send, to the front of its receiver's list; the two ranks, none where there is none.
 
     Only within a circle of ranks that wait for each other: a rank outside of it waits for something that is still to come, and moving its
     receive forward would make others wait for that, too. Results go before gradients: they keep more stages busy.
@@ -103,14 +110,14 @@ def _hoist(waiting: Lists) -> bool:
         for rank in sorted(circle, reverse=True):
             first = waiting[rank][0]
             wanted, other = matching(first, rank), waiting[first.peer]
-            if first.kind is kind and wanted in other[1:]:
+            if first.kind is kind and wanted in other:
                 other.remove(wanted)
-                other.insert(0, wanted)
-                return True
-    return False
+                other.appendleft(wanted)
+                return [rank, first.peer]
+    return []
 
 
-def _circle(waiting: Lists) -> list[int]:
+def _circle(waiting: Waiting) -> list[int]:
     """Ranks of which each waits for the next and the last for the first."""
     path = [next(rank for rank, actions in waiting.items() if actions)]
     while True:
