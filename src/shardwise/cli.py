@@ -268,6 +268,32 @@ def simulate(
 
 @app.command()
 @_reported
+def cluster(
+    machines: Annotated[
+        str | None,
+        typer.Argument(help='h100:2048x8, "1x8 a100-80g + 2x4 rtx4090, 25 GbE" or a .toml file; without it, all names.'),
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Show a cluster's devices, links, totals and the source of each figure, or list all that can be named.
+
+    [bold]Examples[/bold]
+
+    shardwise cluster h100:2048x8
+
+    shardwise cluster "1x8 a100-80g + 2x4 rtx4090, 25 GbE" --json
+    """
+    from shardwise.cluster import show, specs
+
+    found = None if machines is None else specs.machines(machines)
+    if as_json:
+        typer.echo(json.dumps(show.catalog_json() if found is None else show.as_json(found), indent=2))
+    else:
+        Console().print(show.listing() if found is None else show.show(found))
+
+
+@app.command()
+@_reported
 def doctor(
     as_json: JsonOption = False,
     measure: Annotated[bool, typer.Option(help="Also measure how fast this machine computes and communicates (once; then cached).")] = True,

@@ -72,7 +72,8 @@ def test_wrong_files(tmp_path: Path, old: str, new: str, said: str) -> None:
         ("local:-2", "'-2' is not a number of ranks"),
         ("local:", "'' is not a number of ranks"),
         ("local:²", "'²' is not a number of ranks"),
-        ("8xA100", "cluster '8xA100' is not understood: accepted are a Cluster, \"local:N\""),
+        ("", "cluster '' is not understood: accepted are a Cluster, \"local:N\""),
+        ("h1000:2x8", "h100"),
         ("nowhere.toml", "cluster file nowhere.toml does not exist"),
     ],
 )

@@ -7,12 +7,19 @@ from pathlib import Path
 
 from shardwise.cluster.described import read_machine
 from shardwise.cluster.machine import available_cores, available_memory_bytes
+from shardwise.cluster.machine_files import is_machine_file
 from shardwise.cluster.rates import Rates
+from shardwise.cluster.roofline import device_rates
+from shardwise.cluster.specs import machines
+from shardwise.cluster.topology import Machines
 from shardwise.errors import ClusterError
 
 __all__ = ["Cluster", "Device"]
 
-_ACCEPTED = 'accepted are a Cluster, "local:N" (N ranks sharing this machine) and the path of a .toml file describing a machine'
+_ACCEPTED = (
+    'accepted are a Cluster, "local:N" (N ranks sharing this machine), devices of the catalog ("h100:2048x8": 2,048 nodes of 8; '
+    '"1x8 a100-80g + 2x4 rtx4090, 25 GbE"; `shardwise cluster` lists them) and the path of a .toml file describing a machine'
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +37,7 @@ class Cluster:
 
     name: as it was asked for ("local:4") or as its file says. backend: torch.distributed's ("gloo", "nccl").
     cores: CPU cores that the ranks share, None where each rank has a device of its own.
-    memory_bytes: of each rank. rates: of each rank.
+    memory_bytes: of each rank. rates: of each rank. machines: what they are and what joins them, where they are of the catalog.
     """
 
     name: str
@@ -39,6 +46,7 @@ class Cluster:
     cores: int | None
     memory_bytes: int
     rates: Rates
+    machines: Machines | None = None
 
     @property
     def threads_per_rank(self) -> int:
@@ -63,8 +71,11 @@ class Cluster:
         if text.startswith("local:"):
             return _local(text, refresh)
         if text.endswith(".toml"):
-            return _described(Path(text))
-        raise ClusterError(f"cluster {text!r} is not understood: {_ACCEPTED}")
+            path = Path(text)
+            return _of_machines(machines(path)) if is_machine_file(path) else _described(path)
+        if not text.strip():
+            raise ClusterError(f"cluster {text!r} is not understood: {_ACCEPTED}")
+        return _of_machines(machines(text))
 
 
 def _local(spec: str, refresh: bool) -> Cluster:
@@ -81,6 +92,20 @@ def _local(spec: str, refresh: bool) -> Cluster:
         cores=available_cores(),
         memory_bytes=available_memory_bytes() // ranks,
         rates=local_rates(ranks, refresh=refresh),
+    )
+
+
+def _of_machines(found: Machines) -> Cluster:
+    """Unlike devices are taken as the slowest of them: equal parts wait for it. Memory is that of the smallest."""
+    rates = min((device_rates(device) for device in found.devices), key=lambda each: each.matmul_of("bfloat16").cubes_flops.values[-1])
+    return Cluster(
+        name=found.name,
+        ranks=found.ranks,
+        backend="nccl",
+        cores=None,
+        memory_bytes=min(device.memory_bytes for device in found.devices),
+        rates=rates,
+        machines=found,
     )
 
 

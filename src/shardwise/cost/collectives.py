@@ -21,6 +21,8 @@ from dataclasses import dataclass
 
 from shardwise.cluster.model import Cluster
 from shardwise.cluster.rates import IMPLEMENTATIONS, CollectiveRate
+from shardwise.cluster.topology import Crossing, Machines
+from shardwise.cost.links import link_seconds
 
 __all__ = ["CollectiveCost", "collective_cost", "collective_seconds"]
 
@@ -33,25 +35,37 @@ class CollectiveCost:
     impl: str
 
 
-def collective_cost(kind: str, message_bytes: float, ranks: int, cluster: Cluster) -> CollectiveCost:
-    """The fastest implementation of ``kind`` for this message within groups of ``ranks``; nothing within a group of one."""
+def collective_cost(kind: str, message_bytes: float, ranks: int, cluster: Cluster, stride: int = 1) -> CollectiveCost:
+    """The fastest implementation of ``kind`` for this message within groups of ``ranks``, each ``stride`` after the one before; nothing
+    within a group of one."""
     if ranks <= 1:
         return CollectiveCost(seconds=0.0, impl="native")
+    if cluster.machines is not None:
+        return CollectiveCost(seconds=collective_seconds(kind, "native", message_bytes, ranks, cluster, stride), impl="native")
     costs = {impl: collective_seconds(kind, impl, message_bytes, ranks, cluster) for impl in IMPLEMENTATIONS[kind]}
     impl = min(costs, key=costs.__getitem__)
     assert costs[impl] < float("inf"), f"no {kind} among the rates of {cluster.name}"
     return CollectiveCost(seconds=costs[impl], impl=impl)
 
 
-def collective_seconds(kind: str, impl: str, message_bytes: float, ranks: int, cluster: Cluster) -> float:
+def collective_seconds(kind: str, impl: str, message_bytes: float, ranks: int, cluster: Cluster, stride: int = 1) -> float:
     """Time, s, of one implementation; infinite where the cluster has no figures of it."""
     if ranks <= 1:
         return 0.0
+    if cluster.machines is not None:
+        return link_seconds(kind, message_bytes, _crossing(cluster.machines, ranks, stride))
     measured = [rate for rate in cluster.rates.collectives if rate.kind == kind and rate.impl == impl]
     if not measured:
         return float("inf")
     nearest = min(measured, key=lambda rate: (abs(rate.ranks - ranks), -rate.ranks))
     return _scaled(nearest, message_bytes, ranks)
+
+
+def _crossing(machines: Machines, ranks: int, stride: int) -> Crossing:
+    """Of the slowest group; where groups of that size do not tile all ranks, of the first."""
+    if machines.ranks % (ranks * stride) == 0:
+        return machines.span(stride, ranks)
+    return machines.crossing(range(0, min(ranks * stride, machines.ranks), stride))
 
 
 def _scaled(rate: CollectiveRate, message_bytes: float, ranks: int) -> float:

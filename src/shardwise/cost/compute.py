@@ -25,7 +25,7 @@ from shardwise.cluster.rates import KERNEL_WORKING_SET_BYTES, Rates
 from shardwise.cost.operators import FREE, MATMULS, is_inplace, is_view, kernel_of, name_of, reads_only_rows, writes_only
 from shardwise.cost.tensors import dtype_name, reordered, tensors_in, touched_bytes
 
-__all__ = ["op_bytes", "op_flops", "op_seconds"]
+__all__ = ["op_bytes", "op_flops", "op_seconds", "streaming_seconds"]
 
 _Args = tuple[Any, ...]
 _Kwargs = Mapping[str, Any]
@@ -46,8 +46,15 @@ def op_seconds(target: Any, args: Sequence[Any], kwargs: _Kwargs, output: Any, c
     if compute is None:
         seconds = _SPECIAL.get(name, _streaming_seconds)(name, tuple(args), kwargs, output, rates)
     else:
-        seconds = compute(name, tuple(args), kwargs, output, rates) + _memory_seconds(*_traffic(name, tuple(args), kwargs, output), rates)
+        arithmetic = compute(name, tuple(args), kwargs, output, rates)
+        memory = _memory_seconds(*_traffic(name, tuple(args), kwargs, output), rates)
+        seconds = max(arithmetic, memory) if rates.overlaps_memory else arithmetic + memory
     return seconds + rates.call_s + _fresh_seconds(target, output, rates)
+
+
+def streaming_seconds(read: int, written: int, cluster: Cluster) -> float:
+    """Time, s, of one kernel that does little but read and write so many bytes; nothing for a part of another kernel."""
+    return _memory_seconds(read, written, cluster.rates) + cluster.rates.call_s if read + written else 0.0
 
 
 def op_flops(target: Any, args: Sequence[Any], kwargs: _Kwargs, output: Any) -> float:

@@ -10,7 +10,8 @@ from torch import fx
 
 from shardwise.cluster.model import Cluster
 from shardwise.cost.collectives import collective_cost, collective_seconds
-from shardwise.cost.compute import op_seconds
+from shardwise.cost.compute import op_seconds, streaming_seconds
+from shardwise.cost.fusion import fused_traffic
 from shardwise.cost.memory import bases, liveness, tensor_bytes
 from shardwise.cost.optimizer import optimizer_seconds
 from shardwise.program.actions import Kind
@@ -19,7 +20,7 @@ from shardwise.program.reductions import reductions
 from shardwise.program.schedules import in_flight
 from shardwise.sharding.collectives import COLLECTIVES, group_ranks
 
-__all__ = ["OPTIMIZER_STATES", "MemoryUse", "StageTimes", "graph_seconds", "memory_use", "stage_times"]
+__all__ = ["OPTIMIZER_STATES", "MemoryUse", "StageTimes", "graph_seconds", "memory_use", "node_seconds", "stage_times"]
 
 OPTIMIZER_STATES = {"adamw": 2, "adam": 2, "sgd": 0, "sgd_momentum": 1}
 
@@ -67,16 +68,26 @@ class MemoryUse:
 
 def graph_seconds(graph: fx.Graph, cluster: Cluster) -> Seconds:
     """One run of a graph on a rank."""
-    compute = communicate = 0.0
+    each = node_seconds(graph, cluster)
+    communicate = sum(seconds for node, seconds in each.items() if node.target in COLLECTIVES)
+    return Seconds(compute_s=sum(each.values()) - communicate, communicate_s=communicate)
+
+
+def node_seconds(graph: fx.Graph, cluster: Cluster) -> dict[fx.Node, float]:
+    """Of every call of a graph on a rank."""
+    fused = fused_traffic(graph) if cluster.rates.overlaps_memory else {}
+    found: dict[fx.Node, float] = {}
     for node in graph.nodes:
         if node.op != "call_function":
             continue
         if node.target in COLLECTIVES:
-            communicate += _collective_seconds(node, cluster)
+            found[node] = _collective_seconds(node, cluster)
+        elif node in fused:
+            found[node] = streaming_seconds(*fused[node], cluster)
         else:
             args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta.get("val"))
-            compute += op_seconds(node.target, args, kwargs, node.meta.get("val"), cluster)
-    return Seconds(compute_s=compute, communicate_s=communicate)
+            found[node] = op_seconds(node.target, args, kwargs, node.meta.get("val"), cluster)
+    return found
 
 
 def _collective_seconds(node: fx.Node, cluster: Cluster) -> float:
@@ -84,7 +95,8 @@ def _collective_seconds(node: fx.Node, cluster: Cluster) -> float:
     source = node.args[0]
     assert isinstance(source, fx.Node)
     message = tensor_bytes(node.meta["val"] if kind == "all_gather" else source.meta["val"])
-    return collective_seconds(kind, str(node.args[-1]), message, len(group_ranks(str(node.args[1]))), cluster)
+    ranks = group_ranks(str(node.args[1]))
+    return collective_seconds(kind, str(node.args[-1]), message, len(ranks), cluster, ranks[1] - ranks[0] if len(ranks) > 1 else 1)
 
 
 def stage_times(program: Program, cluster: Cluster, optimizer: str) -> StageTimes:

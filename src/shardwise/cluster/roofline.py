@@ -1,0 +1,100 @@
+"""What a device of the catalog reaches of what its data sheet promises: its figures as a probe would have measured them.
+
+    products     peak × reach of the device × what a product of that size and thinness keeps of it
+    attention    the same, times what fused attention keeps of products (FlashAttention-2 reports 50 to 73 % of an A100's peak)
+    the rest     memory bandwidth × 0.85 (STREAM on HBM reaches 85 to 92 % of the data sheet's)
+
+The constants were fitted on published measurements (`benchmarks/published.py`); each says what it stands for.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+from shardwise.cluster.catalog import DeviceSpec
+from shardwise.cluster.rates import Curve, MatmulRate, OptimizerRate, Rates
+
+__all__ = ["device_rates"]
+
+# Share of the dense 16-bit peak that the largest products reach. Clocks fall under load the more, the more power the peak wants.
+_REACH = {
+    "v100": 0.80,
+    "a100": 0.83,
+    "h100": 0.72,
+    "h200": 0.74,
+    "b200": 0.72,
+    "b300": 0.72,
+    "gb200": 0.75,
+    "gb300": 0.75,
+    "tpu": 0.85,
+    "mi": 0.55,
+}
+_OTHER_REACH = 0.75
+_FP8_REACH = 0.80  # of what 16-bit products reach, for doubled peak: casts and scales
+_BANDWIDTH_REACH = 0.85
+_HALF_PRODUCT_S = 12e-6  # a product that takes this long at full rate runs at half of it: waves of tiles, start and end
+_HALF_THIN = 48.0  # the smallest of m, n, k at which a product reaches half of its rate
+_FORWARD_ATTENTION, _BACKWARD_ATTENTION = 0.72, 0.58  # of products' rate
+_CALL_S = 3e-6  # kernels queue up: what is left is the gap between two
+_OPTIMIZER_BYTES = {
+    "sgd": 12,
+    "sgd_momentum": 20,
+    "adam": 28,
+    "adamw": 28,
+}  # an element, float32: parameter, gradient, states, read and written
+
+
+@cache
+def device_rates(device: DeviceSpec) -> Rates:
+    """All figures of one rank on the device. Collectives are not among them: they depend on where the ranks are."""
+    bandwidth = device.memory_bytes_per_s * _BANDWIDTH_REACH
+    matmul = {dtype: _matmul(_reached(device, dtype)) for dtype in ("float32", "tf32", "float16", "bfloat16", "fp8")}
+    base = _reached(device, "float32")
+    forward, backward = Curve.constant(base * _FORWARD_ATTENTION), Curve.constant(base * _BACKWARD_ATTENTION)
+    convolution = Curve(sizes=(1.0, 64.0), values=(base / 64, base * 0.7))
+    parts = [part + suffix for part in ("forward", "backward_input", "backward_weight") for suffix in ("", "_transposed")]
+    return Rates(
+        matmul=matmul,
+        attention_flops={
+            "forward": forward,
+            "backward": backward,
+            "forward_causal": _doubled(forward),
+            "backward_causal": _doubled(backward),
+        },
+        convolution_flops=dict.fromkeys(parts, convolution),
+        read_bytes_per_s=Curve.constant(bandwidth),
+        write_bytes_per_s=Curve.constant(bandwidth),
+        fresh_bytes_per_s=bandwidth,
+        fresh_from_bytes=float("inf"),
+        element_s={},
+        call_s=_CALL_S,
+        view_s=0.0,
+        collectives=(),
+        optimizers={
+            kind: OptimizerRate(fixed_s=0.0, element_s=Curve.constant(count / bandwidth)) for kind, count in _OPTIMIZER_BYTES.items()
+        },
+        overlaps_memory=True,
+    )
+
+
+def _reached(device: DeviceSpec, dtype: str) -> float:
+    """Flop/s of the largest products."""
+    families = sorted((family for family in _REACH if device.name.startswith(family)), key=len)
+    reach = _REACH[families[-1]] if families else _OTHER_REACH
+    return device.peak(dtype) * reach * (_FP8_REACH if dtype == "fp8" and "fp8" in device.peak_flops else 1.0)
+
+
+def _matmul(flops: float) -> MatmulRate:
+    half = flops * _HALF_PRODUCT_S
+    sizes = [half * 4.0**power for power in range(-6, 8)]
+    cubes = Curve(sizes=tuple(sizes), values=tuple(flops * size / (size + half) for size in sizes))
+    thin = [float(2**power) for power in range(13)]
+    return MatmulRate(
+        cubes_flops=cubes,
+        thinness=Curve(sizes=tuple(thin), values=tuple(size / (size + _HALF_THIN) for size in thin)),
+        batched_flops=Curve(sizes=(2.0 * 64**3, 2.0 * 2048**3), values=(flops / 4, flops * 0.85)),
+    )
+
+
+def _doubled(curve: Curve) -> Curve:
+    return Curve(sizes=curve.sizes, values=tuple(2 * value for value in curve.values))
