@@ -1,5 +1,6 @@
 """Builds the model that a command line names, with an example batch for it.
 
+    gpt3-175b           a preset: a known model at its published size (`python -m shardwise.presets` lists all); random weights
     hf:config.json      a transformers configuration: its `architectures` names the class; random weights
     file.py:function    a function of the user's own that returns (model, batch)
 
@@ -19,17 +20,18 @@ from typing import Any
 import torch
 from torch import nn
 
+from shardwise import presets
 from shardwise.errors import ModelError
+from shardwise.presets import batches
+from shardwise.presets.batches import Batch
 
 __all__ = ["Batch", "load_model"]
 
-Batch = dict[str, torch.Tensor]
-
-_FORMS = "Use hf:CONFIG.json (a transformers configuration) or FILE.py:FUNCTION (a function that returns the model and an example batch)."
+_FORMS = (
+    "Use PRESET (such as gpt3-175b), hf:CONFIG.json (a transformers configuration) "
+    "or FILE.py:FUNCTION (a function that returns the model and an example batch)."
+)
 _DEFAULT_BATCH = 8
-_DEFAULT_SEQUENCE = 256
-_IGNORED = -100  # the label that torch's and transformers' cross-entropy skip
-_MASKED_SHARE = 0.15  # BERT, section 3.1
 
 
 def load_model(
@@ -43,11 +45,14 @@ def load_model(
     """The model that `spec` names, in training mode, and an example batch (int64 and float32 tensors on the CPU, batch dim first).
 
     batch_size: of a configuration's batch, 8 if None; sequence: of a language model, in tokens, 256 or the configuration's limit
-    if None. device="meta" allocates no weights of a configuration's model. Raises ModelError naming the part of `spec` that is wrong.
+    if None; a preset has its published ones. device="meta" allocates no weights of a configuration's or preset's model, and no batch of
+    a preset, which may be huge. Raises ModelError naming the part of `spec` that is wrong.
     """
     if spec.startswith("hf:"):
         return _from_configuration(Path(spec[3:]), batch_size or _DEFAULT_BATCH, sequence, seed, device)
     path, colon, function = spec.rpartition(":")
+    if not colon and not function.endswith(".py"):
+        return _from_preset(function, batch_size, sequence, seed, device)
     if not colon or not path.endswith(".py") or not function:
         raise ModelError(f"cannot read the model specification {spec!r}. {_FORMS}")
     if sequence is not None:
@@ -55,6 +60,15 @@ def load_model(
             f"--sequence {sequence} has no effect with {spec}: its function makes the batch. Leave it out, or change the function."
         )
     return _from_function(Path(path), function, seed)
+
+
+# ---- a preset -------------------------------------------------------------------------------------------------------------------------
+
+
+def _from_preset(name: str, batch_size: int | None, sequence: int | None, seed: int, device: str) -> tuple[nn.Module, Batch]:
+    if not presets.exists(name):
+        raise ModelError(f"cannot read the model specification {name!r}: {presets.unknown(name)} {_FORMS}")
+    return presets.build(name, batch_size=batch_size, sequence=sequence, seed=seed, device=device)
 
 
 # ---- a user's own function ------------------------------------------------------------------------------------------------------------
@@ -119,7 +133,7 @@ def _from_configuration(path: Path, batch_size: int, sequence: int | None, seed:
     torch.manual_seed(seed)
     with torch.device(device):
         model = _model_class(architecture, path)(config)
-    batch = make_batch(config, batch_size, sequence, torch.Generator().manual_seed(seed))
+    batch = make_batch(config, batch_size, sequence, batches.Draw("cpu", seed))
     return model.train(), batch
 
 
@@ -167,10 +181,7 @@ def _model_class(architecture: str, path: Path) -> Callable[[Any], nn.Module]:
     return found
 
 
-BatchMaker = Callable[[Any, int, int | None, torch.Generator], Batch]
-
-
-def _batch_maker(architecture: str, path: Path) -> BatchMaker:
+def _batch_maker(architecture: str, path: Path) -> batches.Maker:
     for suffix, make in _BATCHES.items():
         if architecture.endswith(suffix):
             return make
@@ -180,38 +191,9 @@ def _batch_maker(architecture: str, path: Path) -> BatchMaker:
     )
 
 
-def _causal_batch(config: Any, batch_size: int, sequence: int | None, generator: torch.Generator) -> Batch:
-    tokens = _tokens(config, batch_size, sequence, generator)
-    return {"input_ids": tokens, "labels": tokens.clone()}
-
-
-def _masked_batch(config: Any, batch_size: int, sequence: int | None, generator: torch.Generator) -> Batch:
-    tokens = _tokens(config, batch_size, sequence, generator)
-    masked = torch.rand(tokens.shape, generator=generator) < _MASKED_SHARE
-    return {"input_ids": tokens, "labels": tokens.where(masked, torch.tensor(_IGNORED))}
-
-
-def _image_batch(config: Any, batch_size: int, sequence: int | None, generator: torch.Generator) -> Batch:
-    if sequence is not None:
-        raise ModelError(f"--sequence {sequence} has no effect on an image model. Leave it out.")
-    size = config.image_size
-    height, width = (size, size) if isinstance(size, int) else size
-    pixels = torch.randn(batch_size, config.num_channels, height, width, generator=generator)
-    return {"pixel_values": pixels, "labels": torch.randint(0, config.num_labels, (batch_size,), generator=generator)}
-
-
-def _tokens(config: Any, batch_size: int, sequence: int | None, generator: torch.Generator) -> torch.Tensor:
-    text = config.get_text_config()
-    limit = getattr(text, "max_position_embeddings", None) or _DEFAULT_SEQUENCE
-    if sequence is not None and sequence > limit:
-        raise ModelError(f"--sequence {sequence} is longer than the configuration's max_position_embeddings, {limit}.")
-    length = min(_DEFAULT_SEQUENCE, limit) if sequence is None else sequence
-    return torch.randint(0, text.vocab_size, (batch_size, length), generator=generator)
-
-
-_BATCHES: dict[str, BatchMaker] = {
-    "ForCausalLM": _causal_batch,
-    "LMHeadModel": _causal_batch,
-    "ForMaskedLM": _masked_batch,
-    "ForImageClassification": _image_batch,
+_BATCHES: dict[str, batches.Maker] = {
+    "ForCausalLM": batches.causal,
+    "LMHeadModel": batches.causal,
+    "ForMaskedLM": batches.masked,
+    "ForImageClassification": batches.image_classes,
 }

@@ -1,0 +1,241 @@
+"""What the parts of a deep model take on a rank, from a shallow twin of it.
+
+    thin graph   head │ block │ block │ block │ tail          captured with a few blocks of each run
+    model        head │ block × 96            │ tail          the same blocks, as often as the model has them
+
+Each piece is lowered as a stage of its own, so that what a stage of any blocks takes is the sum of its pieces. A layout for thousands of
+devices is so costed from the Program of a few blocks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from math import prod
+
+import torch
+from torch import fx
+
+from shardwise.capture.graph import Graph, Op
+from shardwise.cluster.model import Cluster
+from shardwise.cost.fusion import is_fused_kernel
+from shardwise.cost.memory import bases, liveness, tensor_bytes
+from shardwise.errors import PlanError
+from shardwise.program.build import build_programs, rank_of
+from shardwise.program.lower import Cut
+from shardwise.program.program import Program
+from shardwise.program.trace import Tracer
+from shardwise.sharding.assignment import Assignment
+from shardwise.sharding.collectives import COLLECTIVES
+from shardwise.simulate.costs import node_seconds
+
+__all__ = ["Outline", "Piece", "PieceCost", "Work", "outline", "piece_costs"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Piece:
+    """A part of the model: its operators in the thin graph, and how many such parts follow one another in the model."""
+
+    name: str
+    ops: tuple[Op, ...] = field(repr=False)
+    count: int = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outline:
+    """The pieces of a model in order. stages: every operator of the thin graph → number of its part there; shown: piece → that number."""
+
+    graph: Graph = field(repr=False)
+    pieces: tuple[Piece, ...]
+    stage_of: dict[Op, int] = field(repr=False)
+    shown: tuple[int, ...]
+
+    @property
+    def blocks(self) -> int:
+        """Of the model, all runs together."""
+        return sum(piece.count for piece in self.pieces if piece.count > 1)
+
+
+def outline(graph: Graph, prelude: set[Op], counts: Sequence[int] = ()) -> Outline:
+    """The pieces of a graph. counts: for each run of repeated blocks how many the model has, as many as the graph where not given.
+
+    PlanError where there are more counts than runs.
+    """
+    body = [op for op in graph.ops if op not in prelude]
+    place = {op: index for index, op in enumerate(body)}
+    runs = sorted(([[op for op in block if op in place] for block in run] for run in graph.blocks), key=lambda run: place[run[0][0]])
+    if len(counts) > len(runs):
+        raise PlanError(f"{len(counts)} numbers of blocks are given, but the model has {len(runs)} runs of equal blocks")
+    pieces: list[Piece] = []
+    stage_of: dict[Op, int] = {}
+    shown: list[int] = []
+    at = stages = 0
+
+    def between(end: int) -> None:
+        nonlocal stages
+        rest = [op for op in body[at:end] if op not in stage_of]
+        if rest:
+            pieces.append(Piece(name=rest[-1].module or rest[0].module or "model", ops=tuple(rest)))
+            stage_of.update(dict.fromkeys(rest, stages))
+            shown.append(stages)
+            stages += 1
+
+    for number, run in enumerate(runs):
+        between(place[run[0][0]])
+        for index, block in enumerate(run):
+            stage_of.update(dict.fromkeys(block, stages + index))
+        at = place[run[-1][-1]] + 1
+        count = counts[number] if number < len(counts) else len(run)
+        pieces.append(Piece(name=run[0][0].module.rsplit(".", 1)[0], ops=tuple(run[0]), count=count))
+        shown.append(stages + min(1, len(run) - 1))
+        stages += len(run)
+    between(len(body))
+    return Outline(graph=graph, pieces=tuple(pieces), stage_of=_in_order(body, stage_of), shown=tuple(shown))
+
+
+def _in_order(body: Sequence[Op], stage_of: dict[Op, int]) -> dict[Op, int]:
+    """An operator that stands outside the blocks, between two of them, belongs to the one before it."""
+    found: dict[Op, int] = {}
+    last = 0
+    for op in body:
+        last = found[op] = max(last, stage_of.get(op, last))
+    return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """Seconds of computing and of communicating among the ranks of the tensor and sequence axes."""
+
+    compute_s: float = 0.0
+    communicate_s: float = 0.0
+
+    def __add__(self, other: Work) -> Work:
+        return Work(compute_s=self.compute_s + other.compute_s, communicate_s=self.communicate_s + other.communicate_s)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PieceCost:
+    """One piece, one microbatch, one rank.
+
+    backward_input, backward_weight: the backward pass in two, what its predecessor waits for and the rest. saved: bytes kept for the
+    backward pass; entered: bytes of what it is given by other pieces and keeps; sent: bytes that go on to the next piece.
+    transient: most bytes beside. parameters: numbers that the rank holds; frozen: of them, without gradient; item: bytes of one.
+    pending: numbers whose gradients are summed over the tensor axis once a step.
+    """
+
+    forward: Work
+    backward_input: Work
+    backward_weight: Work
+    prelude: Work
+    saved: int
+    entered: int
+    sent: int
+    transient: int
+    parameters: int
+    frozen: int
+    item: int
+    pending: int
+
+
+def piece_costs(shape: Outline, assignment: Assignment, prelude: set[Op], cluster: Cluster, tracer: Tracer) -> tuple[PieceCost, ...]:
+    """Of every piece in the assignment, whose mesh has one data rank and one microbatch."""
+    assert assignment.mesh["dp"] == assignment.mesh["mb"] == 1
+    cut = Cut(stage_of=shape.stage_of, prelude=frozenset(prelude))
+    tp = assignment.mesh["tp"]
+    ranks = [rank_of(stage, 0, 0, 1, tp) for stage in shape.shown]
+    programs = build_programs(assignment, cut, "1f1b", lambda *_: "native", device=torch.device("cpu"), tracer=tracer, ranks=ranks)
+    return tuple(_cost(programs[rank], cluster) for rank in ranks)
+
+
+def _cost(program: Program, cluster: Cluster) -> PieceCost:
+    stage = program.stage
+    weights = _only_for_weights(program)
+    forward, backward = node_seconds(stage.forward, cluster), node_seconds(stage.backward, cluster)
+    saved, entered = _saved(program, fuses=cluster.rates.overlaps_memory)
+    trained = [part for part in stage.parameters if part.requires_grad]
+    sizes = [prod(part.local) for part in stage.parameters]
+    peaks = liveness(stage.forward).peak_bytes - saved, liveness(stage.backward).peak_bytes
+    return PieceCost(
+        forward=_work(forward),
+        backward_input=_work({node: seconds for node, seconds in backward.items() if node not in weights}),
+        backward_weight=_work({node: seconds for node, seconds in backward.items() if node in weights}),
+        prelude=_work(node_seconds(stage.prelude, cluster)),
+        saved=saved,
+        entered=entered,
+        sent=sum(edge.nbytes for edge in program.edges if edge.source == stage.stage and edge.target == stage.stage + 1),
+        transient=max(0, *peaks),
+        parameters=sum(sizes),
+        frozen=sum(sizes) - sum(prod(part.local) for part in trained),
+        item=max((part.dtype.itemsize for part in stage.parameters), default=0),
+        pending=sum(prod(part.local) for part in trained if part.reduce),
+    )
+
+
+def _work(seconds: dict[fx.Node, float]) -> Work:
+    talk = sum(each for node, each in seconds.items() if node.target in COLLECTIVES)
+    return Work(compute_s=sum(seconds.values()) - talk, communicate_s=talk)
+
+
+def _only_for_weights(program: Program) -> set[fx.Node]:
+    """The nodes of the backward graph that only gradients of parameters need."""
+    gradients = program.stage.backward.output_node().args[0]
+    assert isinstance(gradients, (list, tuple))
+    bound = zip(gradients, program.stage.backward_outputs, strict=True)
+    needed = [node for node, binding in bound if isinstance(node, fx.Node) and binding.kind != "parameter"]
+    seen: set[fx.Node] = set()
+    while needed:
+        node = needed.pop()
+        if node not in seen:
+            seen.add(node)
+            needed.extend(node.all_input_nodes)
+    return {node for node in program.stage.backward.nodes if node.op == "call_function" and node not in seen}
+
+
+def _saved(program: Program, *, fuses: bool) -> tuple[int, int]:
+    """Bytes that the forward pass keeps for the backward pass, and of these what came in from other pieces.
+
+    Where elementwise chains are fused a value is not kept that such a chain makes again from fewer bytes that are kept.
+    """
+    stage = program.stage
+    base = bases(stage.forward, {})
+    returned = stage.forward.output_node().args[0]
+    assert isinstance(returned, (list, tuple))
+    kept = dict.fromkeys(base[node] for node in returned[len(stage.forward_outputs) :])
+    inputs = [node for node in stage.forward.nodes if node.op == "placeholder"]
+    bindings = dict(zip(inputs, stage.forward_inputs, strict=True))
+    if fuses:
+        kept = _remade(kept, base)
+    arrived = {node for node, binding in bindings.items() if binding.kind == "edge"}
+    lasting = {node for node in inputs if node not in arrived}
+    size = {node: tensor_bytes(node.meta.get("val")) for node in kept if node not in lasting}
+    return sum(size.values()), sum(nbytes for node, nbytes in size.items() if node in arrived)
+
+
+def _remade(kept: dict[fx.Node, None], base: dict[fx.Node, fx.Node]) -> dict[fx.Node, None]:
+    """Without the values that fused kernels make again from what is kept, or from no more bytes than they take themselves."""
+    found = dict(kept)
+    for node in list(kept):
+        sources = _sources(node, base)
+        if sources is None:
+            continue
+        new = [each for each in sources if each not in found and each.op != "placeholder"]
+        if sum(tensor_bytes(each.meta.get("val")) for each in new) <= tensor_bytes(node.meta.get("val")) and node not in sources:
+            del found[node]
+            found |= dict.fromkeys(sources)
+    return found
+
+
+def _sources(node: fx.Node, base: dict[fx.Node, fx.Node]) -> set[fx.Node] | None:
+    """What a chain of fused kernels that ends at `node` reads; None where the node is no such kernel."""
+    if not is_fused_kernel(node):
+        return None
+    found: set[fx.Node] = set()
+    pending, seen = [node], {node}
+    while pending:
+        for parent in {base[each] for each in pending.pop().all_input_nodes} - seen:
+            seen.add(parent)
+            if is_fused_kernel(parent):
+                pending.append(parent)
+            else:
+                found.add(parent)
+    return found
