@@ -252,7 +252,7 @@ def test_an_edge_that_is_wrong_on_both_sides(data: Built) -> None:
     for program in programs.values():
         program.edges[0] = replace(program.edges[0], dtype=torch.float16)
     message = said(data, programs)
-    assert re.match(r"edge \S+ on rank 0 is float16 \[.*\]; \S+ is made as float32 \[", message)
+    assert re.match(r"edge \S+ on rank 0 is float16 \[.*\]; \S+ is sent as float32 \[", message)
 
 
 def test_an_edge_left_out(data: Built) -> None:

@@ -25,6 +25,7 @@ from torch import fx
 from shardwise.capture.graph import Graph, Op, Value
 from shardwise.errors import CheckError
 from shardwise.program.actions import Action, Kind
+from shardwise.program.edges import edge_type
 from shardwise.program.lower import Cut
 from shardwise.program.order import check_order
 from shardwise.program.program import Binding, Edge, ParameterPart, Program
@@ -293,17 +294,18 @@ class _Whole:
 
     def own_edges(self, program: Program) -> None:
         """A rank's edges are those that its stage needs, and its graphs make and read what they say."""
-        expected = {f"{value.name}→{target}": value for value, target in self._crossing(program.stage.stage)}
+        expected = {f"{value.name}→{target}": (value, target) for value, target in self._crossing(program.stage.stage)}
         edges = {edge.name: edge for edge in program.edges}
-        for name, value in expected.items():
+        for name, (value, target) in expected.items():
             if name not in edges:
                 raise CheckError(f"rank {program.rank} has no edge {name}, although {value.name} is made in one stage and read in another")
-            shape = local_shape(value.shape, self.assignment.produced(value), self.mesh, _coordinates(program))
+            type_ = edge_type(self.assignment, self.cut.stage_of, self.readers[value], value, target)
+            shape = local_shape(value.shape, type_, self.mesh, _coordinates(program))
             edge = edges[name]
             if (edge.shape, edge.dtype) != (shape, value.dtype):
-                is_, made = _tensor_text(edge.shape, edge.dtype), _type_text(self.assignment.produced(value))
+                is_, made = _tensor_text(edge.shape, edge.dtype), _type_text(type_)
                 raise CheckError(
-                    f"edge {name} on rank {program.rank} is {is_}; {value.name} is made as {_tensor_text(shape, value.dtype)} ({made})"
+                    f"edge {name} on rank {program.rank} is {is_}; {value.name} is sent as {_tensor_text(shape, value.dtype)} ({made})"
                 )
         if extra := sorted(set(edges) - set(expected)):
             raise CheckError(f"rank {program.rank} has an edge {extra[0]} that no operator of its stage reads or makes")

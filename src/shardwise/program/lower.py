@@ -15,6 +15,7 @@ from torch import fx
 
 from shardwise.capture.graph import Op, Value
 from shardwise.capture.normalize import RANDOM_STATE
+from shardwise.program.edges import edge_type
 from shardwise.program.joint import JointGraph
 from shardwise.program.program import Binding, Crossing, Edge, ParameterPart, StageProgram
 from shardwise.program.trace import Tracer
@@ -176,6 +177,7 @@ class _Stage:
         if value.producer is None:
             self._placeholder(value, made, Binding("parameter" if value.kind == "parameter" else "buffer", value.name))
         elif self.cut.stage_of[value.producer] != self.stage:
+            made = self._edge_type(value, self.stage)
             self._receive(value, made)
         return self._resharded(self.body, self.nodes, value, made, wanted, op.module)
 
@@ -198,12 +200,15 @@ class _Stage:
             name=f"{value.name}→{target}",
             source=source,
             target=target,
-            shape=self._local_shape(value, self.assignment.produced(value)),
+            shape=self._local_shape(value, self._edge_type(value, target)),
             dtype=value.dtype,
             requires_grad=value.requires_grad,
         )
         self.edges.append(edge)
         return edge
+
+    def _edge_type(self, value: Value, target: int) -> Type:
+        return edge_type(self.assignment, self.cut.stage_of, self.readers[value], value, target)
 
     def _crossing(self, value: Value, wanted: Type) -> fx.Node:
         """A prelude value in the body: made in its wanted type over all microbatches, of which the executor hands over one's part."""
@@ -294,7 +299,9 @@ class _Stage:
         return outputs, seeds, loss_axes
 
     def _send(self, value: Value, target: int, outputs: list[Any], seeds: list[Any]) -> None:
-        node = self.nodes[self._named(value, self.assignment.produced(value))]
+        assert value.producer is not None
+        made, sent = self.assignment.produced(value), self._edge_type(value, target)
+        node = self._resharded(self.body, self.nodes, value, made, sent, value.producer.module)
         edge = self._edge(value, self.stage, target)
         outputs.append((Binding("edge", edge.name), node))
         if value.requires_grad:

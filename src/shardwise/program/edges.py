@@ -1,0 +1,28 @@
+"""The type in which a value goes from one stage to another.
+
+It is the type in which the value is made, but for summands of which every reader there wants a part: they are added up before they are
+sent, so that parts travel and not whole tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from shardwise.capture.graph import Op, Value
+from shardwise.sharding.assignment import Assignment
+from shardwise.sharding.types import P, Placement, Shard
+
+__all__ = ["edge_type"]
+
+
+def edge_type(
+    assignment: Assignment, stage_of: Mapping[Op, int], readers: Iterable[tuple[Op, int]], value: Value, target: int
+) -> dict[str, Placement]:
+    """Of `value` on its way to stage `target`. readers: the operators that read it, and as which of their inputs."""
+    found = dict(assignment.produced(value))
+    wanted = [assignment.wanted(op, index) for op, index in readers if stage_of.get(op) == target]
+    for axis, made in found.items():
+        wants = {each[axis] for each in wanted}
+        if made == P and axis != "mb" and len(wants) == 1 and isinstance(part := wants.pop(), Shard):
+            found[axis] = part
+    return found
