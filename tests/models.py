@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-__all__ = ["MODELS", "Batch", "Example", "bert", "gpt2", "llama", "mlp", "unet", "vit"]
+__all__ = ["MODELS", "Batch", "Example", "bert", "gpt2", "llama", "mlp", "t5", "unet", "vit"]
 
 Batch = dict[str, Tensor]
 Example = tuple[nn.Module, Batch]
@@ -76,6 +76,32 @@ def bert(*, layers: int = 2, hidden: int = 64, samples: int = 4, sequence: int =
     batch["attention_mask"] = torch.ones_like(batch["input_ids"])
     batch["attention_mask"][2, sequence // 2 :] = 0
     return BertForMaskedLM(config).train(), batch
+
+
+def t5(*, layers: int = 1, hidden: int = 32, samples: int = 4, read: int = 14, written: int = 9) -> Example:
+    """What is read is longer than what is written; some of both is padding. A bias in buckets of distance."""
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    torch.manual_seed(0)
+    config = T5Config(
+        vocab_size=VOCABULARY,
+        d_model=hidden,
+        d_kv=hidden // 4,
+        d_ff=2 * hidden,
+        num_layers=layers,
+        num_heads=4,
+        dropout_rate=0.0,
+        relative_attention_num_buckets=8,
+        relative_attention_max_distance=16,
+        decoder_start_token_id=0,
+        use_cache=False,
+    )
+    generator = _generator()
+    tokens, labels = (torch.randint(2, VOCABULARY, (samples, length), generator=generator) for length in (read, written))
+    mask = torch.ones_like(tokens)
+    mask[1, read // 2 :] = 0
+    labels[0, 3:] = IGNORED
+    return T5ForConditionalGeneration(config).train(), {"input_ids": tokens, "attention_mask": mask, "labels": labels}
 
 
 def vit(*, layers: int = 2, hidden: int = 64, samples: int = 4) -> Example:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from tests.models import gpt2
 from torch import Tensor, fx, nn
 
 import shardwise as sw
@@ -234,6 +235,11 @@ class TwoTerms(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return nn.functional.linear(x, self.a + self.b).square().mean()
+
+
+def test_unequal_shares_of_the_batch_do_not_break_the_tensor_axis() -> None:
+    """GPT-2's q, k, v of 3 samples on one rank and 2 on the other: blocks were counted on the first, and the second's did not come out."""
+    proven(*gpt2(layers=1, samples=5), "dp=2,tp=2")
 
 
 def test_two_parameters_may_have_one_gradient() -> None:

@@ -34,6 +34,7 @@ def plan(
     random: Random = "keyed",
     loss: Callable[[Any], Tensor] | None = None,
     batch_dims: BatchDims | None = None,
+    sequence_dims: BatchDims | None = None,
 ) -> Plan | Infeasible:
     """The fastest way found to split a training step of the model over the cluster, or why none fits.
 
@@ -43,6 +44,8 @@ def plan(
     layout: what is pinned ("tp=2,pp=2"); the rest is searched. global_batch: samples in a step, the example batch's by default.
     optimizer: "adamw", "adam", "sgd" or "sgd_momentum", for its memory and time. loss: makes the scalar from the module's output.
     random: "keyed", the random numbers are those of one device; "fast", dropout and noise come from torch's generator on each rank.
+    sequence_dims: with cp, input → the dim that it splits (None: has no sequence), where it is not that of [batch, sequence] tokens or
+    [batch, sequence, features]; the plan remembers it.
     Raises CaptureError, RuleError, LayoutError, BatchError, ClusterError; PlanError for a `random` that is neither; ShardwiseError for an
     optimizer without figures; RankFailed when measuring this machine fails.
     """
@@ -51,7 +54,7 @@ def plan(
     pinned = Layout.parse(layout)
     machine = Cluster.parse(cluster)
     graph = capture(model, _resized(batch, global_batch, batch_dims or {}), loss=loss, batch_dims=batch_dims)
-    return search(graph, machine, pinned, optimizer, type(model).__name__, random=random)
+    return search(graph, machine, pinned, optimizer, type(model).__name__, random=random, sequence_dims=sequence_dims)
 
 
 def parallelize(

@@ -268,6 +268,39 @@ def simulate(
 
 @app.command()
 @_reported
+def layouts(
+    model: Annotated[str, typer.Option("--model", help="A known model, such as gpt3-175b; `python -m shardwise.presets` lists them.")],
+    cluster: Annotated[str, typer.Option("--cluster", help='Devices of the catalog, such as h100:128x8; "shardwise cluster" lists them.')],
+    global_batch: GlobalBatchOption = None,
+    sequence: SequenceOption = None,
+    runnable: Annotated[bool, typer.Option("--runnable", help="Only layouts that can be run today.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Rank the layouts of a known model on devices that you need not have: time of a step, memory, use of the devices.
+
+    [bold]Examples[/bold]
+
+    shardwise layouts --model gpt3-175b --cluster a100-80g:128x8
+
+    shardwise layouts --model llama3-70b --cluster h100:32x8 --global-batch 512 --runnable
+    """
+    from shardwise.cluster.model import Cluster
+    from shardwise.outlook import outlook
+
+    console = Console(stderr=True)
+    with console.status(f"costing layouts of {model} on {cluster} …"):
+        found = outlook(model, Cluster.parse(cluster), global_batch, sequence, runnable=runnable)
+    if as_json:
+        typer.echo(json.dumps(found.as_json(), indent=2))
+    elif not found.found:
+        _give_up(f"{model} fits no layout of {cluster} with a batch of {found.global_batch}; take more or larger devices")
+    else:
+        typer.echo(f"{found.model} on {found.cluster.name}: {found.global_batch} samples a step, bfloat16; {len(found.found)} layouts fit")
+        Console().print(found.table())
+
+
+@app.command()
+@_reported
 def cluster(
     machines: Annotated[
         str | None,

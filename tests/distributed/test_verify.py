@@ -11,6 +11,7 @@ from tests.clusters import made_up
 from tests.models import Example, bert, gpt2, llama, mlp, unet
 
 import shardwise as sw
+from shardwise.runtime.launch import launch
 from shardwise.verify.verify import Report
 
 pytestmark = pytest.mark.distributed
@@ -34,6 +35,7 @@ CASES: dict[str, tuple[Callable[[], Example], int, str]] = {
     "unet tp2": (unet, 2, "tp=2"),
     "gpt2 dropout tp2": (lambda: gpt2(layers=1, dropout=0.1), 2, "tp=2"),
     "gpt2 dropout dp2": (lambda: gpt2(layers=1, dropout=0.1), 2, "dp=2,microbatches=2"),
+    "gpt2, 31 tokens, dp2 cp2": (lambda: gpt2(layers=1, sequence=31), 4, "dp=2,cp=2,microbatches=2"),
     "gpt2 tp2 pp2": (lambda: gpt2(layers=1), 4, "tp=2,pp=2"),
 }
 
@@ -47,6 +49,31 @@ def test_same_numbers_as_one_device(case: str) -> None:
     assert report.first_difference is None
     assert report.loss == pytest.approx(report.reference_loss, rel=FLOAT64_BOUND)
     assert "same numbers as one device: yes" in str(report)
+
+
+def _trained(plan: sw.Plan) -> tuple[slice, list[float]]:
+    """Three steps on a rank, the last two on its own samples."""
+    model, batch = gpt2(layers=1, sequence=13)
+    job = sw.parallelize(model, batch, plan=plan, optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=1e-2))
+    mine = {name: tensor[job.batch_slice] for name, tensor in batch.items()}
+    return job.batch_slice, [job.step(batch), job.step(mine, local=True), job.step(mine, local=True)]
+
+
+def test_ranks_that_share_sequences_take_the_same_samples() -> None:
+    model, batch = gpt2(layers=1, sequence=13)
+    plan = sw.plan(model, batch, made_up(4), "dp=2,cp=2,microbatches=1")
+    found = launch(_trained, (plan,), ranks=4, threads=1)
+    assert [samples for samples, _ in found] == [slice(0, 2), slice(0, 2), slice(2, 4), slice(2, 4)]
+    optimizer, losses = torch.optim.AdamW(model.parameters(), lr=1e-2), []
+    for _ in range(3):
+        optimizer.zero_grad()
+        loss = model(**batch).loss
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[2] < losses[0]
+    for _, each in found:
+        assert each == pytest.approx(losses, rel=1e-5)
 
 
 def test_same_numbers_in_float32() -> None:

@@ -27,7 +27,7 @@ def test_text_and_mappings_say_the_same() -> None:
     ("given_", "message"),
     [
         ("tp", "'tp' in layout 'tp' is no NAME=VALUE pair; write for example tp=2,pp=2"),
-        ("zp=2", "'zp' in the layout is unknown; there are dp, tp, pp, microbatches, schedule"),
+        ("zp=2", "'zp' in the layout is unknown; there are dp, cp, tp, pp, microbatches, schedule"),
         ("tp=two", "tp=two in the layout is not a whole number of 1 or more"),
         ("tp=0", "tp=0 in the layout is not a whole number of 1 or more"),
         ("pp=-2", "pp=-2 in the layout is not a whole number of 1 or more"),
@@ -47,7 +47,7 @@ def test_completions_are_all_meshes_that_the_batch_allows(ranks: int, samples: i
     found = completions(Layout(), ranks, samples, "")
     meshes = {layout.mesh for layout in found}
     sizes = range(1, ranks + 1)
-    assert meshes == {(dp, tp, pp) for dp in sizes for tp in sizes for pp in sizes if dp * tp * pp == ranks and samples % dp == 0}
+    assert meshes == {(dp, 1, tp, pp) for dp in sizes for tp in sizes for pp in sizes if dp * tp * pp == ranks and samples % dp == 0}
     for layout in found:
         assert layout.ranks == ranks and layout.microbatches and layout.schedule
         assert samples % (layout.mesh[0] * layout.microbatches) == 0

@@ -106,7 +106,7 @@ def test_a_rank_without_a_program(tensor_and_stages: Built) -> None:
 def test_a_program_in_the_wrong_place(tensor_and_stages: Built) -> None:
     programs = copied_programs(tensor_and_stages.programs)
     programs[0], programs[1] = programs[1], programs[0]
-    assert "rank 0 must be at {'dp': 0, 'tp': 0, 'pp': 0}, its program is rank 1's" in said(tensor_and_stages, programs)
+    assert "rank 0 must be at {'dp': 0, 'cp': 0, 'tp': 0, 'pp': 0}, its program is rank 1's" in said(tensor_and_stages, programs)
 
 
 def spoil_part(built: Built, rank: int, change: Any) -> tuple[str, str]:

@@ -40,6 +40,8 @@ def test_a_printed_program_is_python_with_its_collectives(tensor_and_stages: Bui
 def test_ranks_are_numbered_stage_by_stage() -> None:
     found = [rank_of(stage, d, t, 2, 3) for stage in range(2) for d in range(2) for t in range(3)]
     assert found == list(range(12))
+    axes = [(stage, d, c, t) for stage in range(2) for d in range(2) for c in range(2) for t in range(3)]
+    assert [rank_of(stage, d, t, 2, 3, c=c, cp=2) for stage, d, c, t in axes] == list(range(24))
 
 
 def test_actions_of_a_rank(data: Built) -> None:

@@ -13,7 +13,8 @@ from shardwise.errors import LayoutError
 from shardwise.program import schedules
 from shardwise.program.actions import Action, Kind
 from shardwise.program.schedules import SCHEDULES, Table, in_flight, schedule
-from shardwise.program.transfers import matching, order_transfers, with_transfers
+from shardwise.program.tables import NAMES, placement, rank_tables, splits_backward
+from shardwise.program.transfers import matching, order_transfers, rank_actions, with_transfers
 
 stages_and_microbatches = st.tuples(st.integers(1, 6), st.integers(1, 12))
 
@@ -120,6 +121,65 @@ def test_no_rank_waits_for_ever_where_sends_block(pipeline: tuple[int, int, str,
     blocking(ordered)
 
 
+@st.composite
+def chunked(draw: st.DrawFn) -> tuple[str, int, int, int, list[Link]]:
+    """Schedule, ranks, chunks, microbatches and edges: at least one between neighbouring stages, and any that skip stages."""
+    name = draw(st.sampled_from(NAMES))
+    ranks, chunks = draw(st.integers(2, 5)), {"interleaved": draw(st.integers(2, 3)), "zb-v": 2}.get(name, 1)
+    stages = ranks * chunks
+    pairs = [(source, target) for source in range(stages) for target in range(source + 1, stages)]
+    chosen = [(s, s + 1) for s in range(stages - 1)] + draw(st.lists(st.sampled_from(pairs), max_size=6))
+    links = [Link(f"v{number}", source, target, draw(st.booleans())) for number, (source, target) in enumerate(chosen)]
+    return name, ranks, chunks, draw(st.integers(1, 9)), links
+
+
+@settings(max_examples=200, deadline=None)
+@given(chunked(), st.booleans())
+def test_ranks_with_several_stages_do_not_wait_for_ever_either(pipeline: tuple[str, int, int, int, list[Link]], in_time: bool) -> None:
+    name, ranks, chunks, microbatches, links = pipeline
+    home = placement(name, ranks, chunks)
+    tables = rank_tables(name, ranks, chunks, microbatches)
+    lists = {rank: rank_actions(row, links, home.__getitem__) for rank, row in enumerate(tables)}
+    ordered = order_transfers(lists, in_time=in_time)
+    for rank, actions in ordered.items():
+        assert sorted(map(str, actions)) == sorted(map(str, lists[rank])), "nothing is lost or invented"
+        computed = [(a.kind, a.stage if chunks > 1 else rank, a.microbatch) for a in actions if not a.edge]
+        assert computed == tables[rank]
+        assert all(a.peer != rank for a in actions), "nothing is sent between stages of one rank"
+        for stage in {slot.stage for slot in tables[rank]}:
+            of_stage = [a for a in actions if at_stage(a, links, stage) or (not a.edge and a.stage in (stage, -1))]
+            received_before_use(stage, of_stage, [link for link in links if home[link.source] != home[link.target]])
+    blocking(ordered)
+    assert splits_backward(name) or not any(a.kind is Kind.WEIGHT for actions in lists.values() for a in actions)
+
+
+def at_stage(action: Action, links: list[Link], stage: int) -> bool:
+    ends = {link.name: (link.source, link.target) for link in links}
+    return bool(action.edge) and ends[action.edge][action.kind in (Kind.RECV, Kind.SEND_GRAD)] == stage
+
+
+def test_what_is_made_first_is_received_first() -> None:
+    """Both ranks stand at their sends. Rank 1 makes y later than rank 0 makes x: the receive of x is moved, not that of y."""
+    compute = Action(kind=Kind.FORWARD, microbatch=0)
+    x, y = (Action(kind=Kind.SEND, microbatch=0, edge=name, peer=peer) for name, peer in (("x", 1), ("y", 0)))
+    lists = {0: [compute, x, matching(y, 1)], 1: [compute, compute, y, matching(x, 0)]}
+    assert order_transfers(lists) == {0: [compute, matching(y, 1), x], 1: lists[1]}
+    assert order_transfers(lists, in_time=True) == {0: lists[0], 1: [compute, compute, matching(x, 0), y]}
+
+
+def test_an_action_says_its_stage_where_a_rank_has_several() -> None:
+    assert str(Action(kind=Kind.WEIGHT, microbatch=3, stage=5)) == "weight 3 of stage 5"
+    assert str(Action(kind=Kind.WEIGHT, microbatch=3)) == "weight 3"
+    assert [str(a) for a in rank_actions(rank_tables("zb-v", 1, 2, 1)[0], [Link("h", 0, 1, True)], lambda stage: 0)] == [
+        "forward 0 of stage 0",
+        "forward 0 of stage 1",
+        "backward 0 of stage 1",
+        "weight 0 of stage 1",
+        "backward 0 of stage 0",
+        "weight 0 of stage 0",
+    ]
+
+
 def received_before_use(stage: int, actions: list[Action], links: list[Link]) -> None:
     for number, action in enumerate(actions):
         if action.kind in (Kind.FORWARD, Kind.BACKWARD):
@@ -130,7 +190,7 @@ def received_before_use(stage: int, actions: list[Action], links: list[Link]) ->
                 assert all((Kind.RECV_GRAD, link.name) in before for link in links if link.source == stage and link.requires_grad)
         if action.sends:
             made = Kind.FORWARD if action.kind is Kind.SEND else Kind.BACKWARD
-            assert Action(kind=made, microbatch=action.microbatch) in actions[:number]
+            assert (made, action.microbatch) in [(a.kind, a.microbatch) for a in actions[:number]]
 
 
 def blocking(lists: dict[int, list[Action]]) -> None:

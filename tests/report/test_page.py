@@ -129,6 +129,17 @@ def test_figures_are_plotlys(plan: Plan, simulation: Simulation, measured: Measu
         go.Figure(figure)
 
 
+def test_ranks_that_share_sequences(tmp_path: Path, plan: Plan) -> None:
+    layout = "dp=2,cp=2,tp=2,pp=2,microbatches=2,schedule=1f1b"
+    considered = [plan.considered[0].model_copy(update={"layout": layout})]
+    wide = plan.model_copy(update={"ranks": 16, "dp": 2, "cp": 2, "sequence_dims": {"input_ids": 1}, "considered": considered})
+    write_report(tmp_path / "r.html", wide, simulate_profile(wide.profile, wide.mesh))
+    text = read((tmp_path / "r.html").read_text(encoding="utf-8")).text
+    assert "2 ranks share each sequence (dim 1 of input_ids)" in text and "cp 2" in text
+    assert all(f"dp {d} cp {c}" in text for d in range(2) for c in range(2)), "a row of ranks each"
+    assert wide.layout == layout and "★" in text
+
+
 def test_timelines_share_an_axis(plan: Plan, simulation: Simulation, measured: Measured) -> None:
     figure = timeline_figure(plan, simulation, measured)
     assert len(figure["layout"]["yaxis"]["tickvals"]) == 2 * plan.ranks

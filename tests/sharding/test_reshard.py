@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import permutations
+from itertools import permutations, product
 
 import pytest
 import torch
@@ -12,9 +12,9 @@ from torch import Tensor
 from shardwise.runtime.group import create_groups
 from shardwise.runtime.launch import launch
 from shardwise.sharding.collectives import group_name
-from shardwise.sharding.dealing import combine, distribute, require_same
-from shardwise.sharding.reshard import Axis, Reshard, collective_of, dual, reshard
-from shardwise.sharding.types import I, P, Placement, R, Shard
+from shardwise.sharding.dealing import combine, coordinates, distribute, group_along, require_same
+from shardwise.sharding.reshard import Axis, Reshard, collective_of, dual, moves, reshard
+from shardwise.sharding.types import I, P, Placement, R, Shard, Type, local_shape
 
 SHAPE = (10, 12, 4)  # 10: uneven on 3 ranks; blocks of 5 and 6 on 2 and 3 ranks; 4 uneven on 3
 PLACEMENTS: tuple[Placement, ...] = (
@@ -94,6 +94,55 @@ def test_the_collective_is_the_declared_one(source: Placement, target: Placement
 
 def test_a_gradient_has_a_type() -> None:
     assert [dual(each) for each in (P, R, I, Shard(1, 2))] == [I, P, I, Shard(1, 2)]
+
+
+# -- several axes ------------------------------------------------------------------------------------------------------------------------
+
+MESH = {"cp": 2, "tp": 3}
+PAIRED = (P, R, I, Shard(0), Shard(1), Shard(0, unit=2))
+ON_TWO = [{"cp": cp, "tp": tp} for cp, tp in product(PAIRED, repeat=2) if (cp, tp) != (Shard(0), Shard(0, unit=2))]  # 5 rows: no pairs
+
+
+def through_moves(made: Type, wanted: Type, held: Tensor, seed: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """One rank's result and gradient, one axis after the other."""
+    place = coordinates(MESH)[rank]
+    leaf = held.clone().requires_grad_()
+    now, result = dict(made), leaf.view_as(leaf)
+    for axis, target in moves(made, wanted):
+        source, others = now[axis], {name: each for name, each in now.items() if name != axis}
+        sizes = [local_shape(SHAPE, others, MESH, place)[each.dim] if isinstance(each, Shard) else 0 for each in (source, target)]
+        along = Axis(name=axis, group=group_along(MESH, axis, place), ranks=MESH[axis], rank=place[axis])
+        result = reshard(result, Reshard(source=source, target=target, axis=along, source_size=sizes[0], target_size=sizes[1]))
+        now[axis] = target
+    assert now == wanted
+    (gradient,) = torch.autograd.grad(result, leaf, seed)
+    return result.detach(), gradient
+
+
+@pytest.mark.parametrize("made", ON_TWO, ids=str)
+def test_reshards_of_two_axes(made: Type) -> None:
+    """Also where both split one dim and only the outer one changes, or both change to and from it."""
+    for wanted in ON_TWO:
+        torch.manual_seed(0)
+        whole, seed = torch.randn(SHAPE, dtype=torch.float64), torch.randn(SHAPE, dtype=torch.float64)
+        held = distribute(whole, made, MESH)
+        seeds = distribute(seed, {axis: dual(each) for axis, each in wanted.items()}, MESH)
+        results = run_ranks(6, lambda rank: through_moves(made, wanted, held[rank], seeds[rank], rank))  # noqa: B023
+        label = f"{made} → {wanted}"
+        require_same(combine([result for result, _ in results], wanted, MESH, SHAPE), whole, label)
+        gradients = [gradient for _, gradient in results]
+        require_same(combine(gradients, {axis: dual(each) for axis, each in made.items()}, MESH, SHAPE), seed, f"gradient of {label}")
+
+
+def test_only_an_inner_axis_of_a_dim_that_changes_is_taken_together() -> None:
+    both, outer = {"dp": R, "cp": Shard(0), "tp": Shard(0)}, {"dp": R, "cp": R, "tp": Shard(0)}
+    assert moves(both, outer) == [("tp", I), ("cp", R), ("tp", Shard(0))]
+    assert moves(outer, both) == [("tp", I), ("cp", Shard(0)), ("tp", Shard(0))]
+    assert moves(both, {**both, "tp": R}) == [("tp", R)]
+    assert moves(both, {"dp": Shard(1), "cp": Shard(0), "tp": Shard(0)}) == [("dp", Shard(1))]
+    assert moves({"dp": R, "cp": Shard(0), "tp": P}, outer) == [("cp", R), ("tp", Shard(0))]
+    every = dict.fromkeys(both, Shard(0))
+    assert moves(every, {**every, "dp": R}) == [("tp", I), ("cp", I), ("dp", R), ("cp", Shard(0)), ("tp", Shard(0))]
 
 
 def _on_a_real_rank(ranks: int) -> list[tuple[Tensor, Tensor]]:

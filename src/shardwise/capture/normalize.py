@@ -1,5 +1,6 @@
 """Calls that are rewritten while capturing, so that later parts meet one form of each thing.
 
+- constants that take another tensor's dtype are made of nothing
 - no effect: assertions, casts to the same type, aliases, dropout of nothing
 - mean cross-entropy = sum / count, since the two are split differently (the count depends on inputs alone)
 - every random number is keyed (`keyed`): a function of the step and of where it stands in the whole tensor
@@ -69,6 +70,13 @@ def normalize(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], metas:
 
 def _view(call: Request) -> tuple[Value, ...]:
     return call.builder.add(aten.reshape.default, call.args, call.kwargs, call.metas)
+
+
+def _constant(call: Request) -> Value:
+    """A constant of another tensor's dtype takes none of its values: it is made of nothing, and may be for all microbatches."""
+    size, value = call.get("size"), [call.get("fill_value")] if call.target is aten.new_full.default else []
+    target = {aten.new_zeros.default: aten.zeros.default, aten.new_ones.default: aten.ones.default}.get(call.target, aten.full.default)
+    return call.add(target, list(size), *value, dtype=call.meta.dtype, device=torch.device("cpu"), pin_memory=False)
 
 
 def _broadcast(call: Request) -> tuple[Value, ...]:
@@ -271,6 +279,7 @@ _Rewritten = Value | tuple[Value, ...] | None
 _REWRITES: dict[Any, Callable[[Request], _Rewritten]] = {
     **dict.fromkeys((aten.view.default, aten._unsafe_view.default), _view),
     aten.copy.default: _copy,
+    **dict.fromkeys((aten.new_zeros.default, aten.new_ones.default, aten.new_full.default), _constant),
     aten.broadcast_tensors.default: _broadcast,
     aten.cross_entropy_loss.default: _cross_entropy,
     **dict.fromkeys((aten.nll_loss_nd.default, aten.nll_loss.default, aten.nll_loss2d.default), _negative_log_likelihood),

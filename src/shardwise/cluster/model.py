@@ -14,7 +14,7 @@ from shardwise.cluster.specs import machines
 from shardwise.cluster.topology import Machines
 from shardwise.errors import ClusterError
 
-__all__ = ["Cluster", "Device"]
+__all__ = ["Cluster", "Device", "cluster_of"]
 
 _ACCEPTED = (
     'accepted are a Cluster, "local:N" (N ranks sharing this machine), devices of the catalog ("h100:2048x8": 2,048 nodes of 8; '
@@ -72,10 +72,10 @@ class Cluster:
             return _local(text, refresh)
         if text.endswith(".toml"):
             path = Path(text)
-            return _of_machines(machines(path)) if is_machine_file(path) else _described(path)
+            return cluster_of(machines(path)) if is_machine_file(path) else _described(path)
         if not text.strip():
             raise ClusterError(f"cluster {text!r} is not understood: {_ACCEPTED}")
-        return _of_machines(machines(text))
+        return cluster_of(machines(text))
 
 
 def _local(spec: str, refresh: bool) -> Cluster:
@@ -95,7 +95,7 @@ def _local(spec: str, refresh: bool) -> Cluster:
     )
 
 
-def _of_machines(found: Machines) -> Cluster:
+def cluster_of(found: Machines) -> Cluster:
     """Unlike devices are taken as the slowest of them: equal parts wait for it. Memory is that of the smallest."""
     rates = min((device_rates(device) for device in found.devices), key=lambda each: each.matmul_of("bfloat16").cubes_flops.values[-1])
     return Cluster(

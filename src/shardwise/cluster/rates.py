@@ -158,8 +158,8 @@ class Rates(_Figures):
     call_s, view_s: one ATen call's fixed time, and that of a view.
     collectives: each (kind, implementation, group size) measured.
     optimizers: by ``adamw``, ``adam``, ``sgd``, ``sgd_momentum``.
-    overlaps_memory: whether arithmetic and memory traffic of an operator overlap, and chains of elementwise operators run as one kernel
-        (`shardwise.cost.fusion`).
+    overlaps_memory: whether arithmetic and memory traffic of an operator overlap. fuses: whether chains of elementwise operators run as
+        one kernel (`shardwise.cost.fusion`).
     contention: wall time ÷ CPU time while measuring; well above 1 when other processes disturbed it.
     """
 
@@ -178,6 +178,7 @@ class Rates(_Figures):
     optimizers: Mapping[str, OptimizerRate]
     contention: float = 1.0
     overlaps_memory: bool = False
+    fuses: bool = False
 
     def matmul_of(self, dtype: str) -> MatmulRate:
         """The rate of a dtype; float32's for one that was not measured."""

@@ -18,8 +18,8 @@ __all__ = ["device_rates"]
 
 # Share of the dense 16-bit peak that the largest products reach. Clocks fall under load the more, the more power the peak wants.
 _REACH = {
-    "v100": 0.80,
-    "a100": 0.83,
+    "v100": 0.77,
+    "a100": 0.74,
     "h100": 0.72,
     "h200": 0.74,
     "b200": 0.72,
@@ -30,12 +30,14 @@ _REACH = {
     "mi": 0.55,
 }
 _OTHER_REACH = 0.75
+_POWER_W = {"h100": 700.0, "h200": 700.0, "b200": 1000.0}  # at which the reach was found; a device that may take less is slower
+_POWER_EXPONENT = 0.7  # clocks by power, between proportional and the cube root of a CMOS circuit's
 _FP8_REACH = 0.80  # of what 16-bit products reach, for doubled peak: casts and scales
 _BANDWIDTH_REACH = 0.85
 _HALF_PRODUCT_S = 12e-6  # a product that takes this long at full rate runs at half of it: waves of tiles, start and end
 _HALF_THIN = 48.0  # the smallest of m, n, k at which a product reaches half of its rate
 _FORWARD_ATTENTION, _BACKWARD_ATTENTION = 0.72, 0.58  # of products' rate
-_CALL_S = 3e-6  # kernels queue up: what is left is the gap between two
+_CALL_S = 5e-6  # kernels queue up: what is left is the gap between two
 _OPTIMIZER_BYTES = {
     "sgd": 12,
     "sgd_momentum": 20,
@@ -74,6 +76,7 @@ def device_rates(device: DeviceSpec) -> Rates:
             kind: OptimizerRate(fixed_s=0.0, element_s=Curve.constant(count / bandwidth)) for kind, count in _OPTIMIZER_BYTES.items()
         },
         overlaps_memory=True,
+        fuses=True,
     )
 
 
@@ -81,6 +84,8 @@ def _reached(device: DeviceSpec, dtype: str) -> float:
     """Flop/s of the largest products."""
     families = sorted((family for family in _REACH if device.name.startswith(family)), key=len)
     reach = _REACH[families[-1]] if families else _OTHER_REACH
+    if device.power_w is not None and families and (usual := _POWER_W.get(families[-1])):
+        reach *= min(1.0, device.power_w / usual) ** _POWER_EXPONENT
     return device.peak(dtype) * reach * (_FP8_REACH if dtype == "fp8" and "fp8" in device.peak_flops else 1.0)
 
 

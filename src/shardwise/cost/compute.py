@@ -31,6 +31,7 @@ _Args = tuple[Any, ...]
 _Kwargs = Mapping[str, Any]
 _ATTENTION_BACKWARD: Final = "_scaled_dot_product_flash_attention_for_cpu_backward"
 _PASSES: Final = {"native_batch_norm": 3, "native_batch_norm_backward": 2}  # over what no cache holds: mean, variance, result
+_EXPERTS: Final = ("expert_mm", "expert_outer")
 _CONVOLUTIONS: Final = ("convolution", "conv1d", "conv2d", "conv3d", "convolution_backward")
 _INDEX_OF_CAUSAL: Final = {"scaled_dot_product_attention": 5, "_scaled_dot_product_flash_attention_for_cpu": 4, _ATTENTION_BACKWARD: 7}
 
@@ -63,6 +64,8 @@ def op_flops(target: Any, args: Sequence[Any], kwargs: _Kwargs, output: Any) -> 
     name = name_of(target)
     if name in _INDEX_OF_CAUSAL:
         return _attention_flops(name, args)
+    if name in _EXPERTS:
+        return _expert_flops(name, args, output)
     if name in ("linear", "matmul"):
         return float(2 * args[0].shape[-1] * output.numel())
     formula = flop_registry.get(getattr(target, "overloadpacket", target))
@@ -96,6 +99,24 @@ def _product_seconds(name: str, args: _Args, _kwargs: _Kwargs, output: Tensor, r
         m = output.numel() // max(n, 1)
         speed = rate.flops_per_s(m, n, k)
     return float(2 * output.numel() * k) / speed
+
+
+def _expert_seconds(name: str, args: _Args, _kwargs: _Kwargs, output: Tensor, rates: Rates) -> float:
+    """Rows, each times the matrix of its expert: a product for each expert that has rows, all of one shape on average."""
+    speed = rates.matmul_of(dtype_name([args[0]])).flops_per_s(*_expert_shape(name, args, output))
+    return _expert_flops(name, args, output) / speed
+
+
+def _expert_flops(name: str, args: Sequence[Any], output: Tensor) -> float:
+    return float(2 * args[0].shape[0] * args[0].shape[-1] * output.shape[-1])
+
+
+def _expert_shape(name: str, args: Sequence[Any], output: Tensor) -> tuple[int, int, int]:
+    """(m, n, k) of one expert's product."""
+    rows, inner, last = args[0].shape[0], args[0].shape[-1], output.shape[-1]
+    experts = args[1].shape[0] if name == "expert_mm" else output.shape[0]
+    each = max(1, rows // max(1, experts))
+    return (each, last, inner) if name == "expert_mm" else (inner, last, each)
 
 
 # --- attention ------------------------------------------------------------------------------------------------------------
@@ -202,6 +223,7 @@ _SPECIAL: Final[Mapping[str, _Cost]] = {
 
 _COMPUTE_BOUND: Final[Mapping[str, _Cost]] = {
     **dict.fromkeys(MATMULS, _product_seconds),
+    **dict.fromkeys(_EXPERTS, _expert_seconds),
     **dict.fromkeys(_INDEX_OF_CAUSAL, _attention_seconds),
     **dict.fromkeys(_CONVOLUTIONS, _convolution_seconds),
 }

@@ -21,6 +21,8 @@ _HEAVY = MATMULS | {
     "_scaled_dot_product_flash_attention_for_cpu",
     "_scaled_dot_product_flash_attention_for_cpu_backward",
     "_grouped_mm",
+    "expert_mm",
+    "expert_outer",
 }
 _APART = frozenset(
     {"embedding", "embedding_dense_backward", "index", "index_put", "index_add", "scatter", "scatter_add", "gather", "sort", "topk"}

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 from shardwise.capture.blocks import block_pattern
 from shardwise.capture.graph import Graph, Op, Value
 from shardwise.errors import PlanError
 from shardwise.planner.plan import Plan, Random, looked_up, op_with_key, read_choice, read_placement
 from shardwise.program.lower import Cut
-from shardwise.sharding.assignment import Assignment, set_choice, split_sizes
+from shardwise.sharding.assignment import Assignment, possible, set_choice, split_sizes
 from shardwise.sharding.data import batch_choices, prelude_of, split_batch
 from shardwise.sharding.rules import signature_of
 from shardwise.sharding.rules.random import fast
+from shardwise.sharding.sequence import sequence_choices, sequence_dims, split_sequence
 from shardwise.sharding.signature import Choice, Signature
 from shardwise.sharding.types import I, Placement, Shard
 
@@ -22,12 +24,18 @@ __all__ = ["Applied", "analyse", "apply_plan", "assign"]
 
 @dataclass(frozen=True, kw_only=True)
 class Analysis:
-    """What every layout of a graph has in common."""
+    """What every layout of a graph has in common. sequence_dims: batch input → its sequence dim."""
 
     graph: Graph
     signatures: dict[Op, Signature]
     prelude: set[Op]
     batch: dict[Op, Choice]
+    sequence_dims: dict[str, int]
+
+    @cached_property
+    def sequence(self) -> dict[Op, Choice]:
+        """The operators that hold the sequence, with the factor that it is in them."""
+        return sequence_choices(self.graph, self.signatures, self.sequence_dims)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,19 +46,29 @@ class Applied:
     cut: Cut
 
 
-def analyse(graph: Graph, random: Random = "keyed") -> Analysis:
-    """Signatures, prelude and batch factors. random: as of `Plan`. Raises RuleError for an operator without a rule."""
+def analyse(graph: Graph, random: Random = "keyed", named: Mapping[str, int | None] | None = None) -> Analysis:
+    """Signatures, prelude, batch and sequence factors. random: as of `Plan`; named: input → its sequence dim, as of `sequence_dims`.
+
+    Raises RuleError for an operator without a rule, BatchError for a sequence dim that is not there.
+    """
     signatures = {op: signature_of(op) for op in graph.ops}
     if random == "fast":
         signatures = {op: fast(op, sig) for op, sig in signatures.items()}
-    return Analysis(graph=graph, signatures=signatures, prelude=prelude_of(graph), batch=batch_choices(graph, signatures))
+    return Analysis(
+        graph=graph,
+        signatures=signatures,
+        prelude=prelude_of(graph),
+        batch=batch_choices(graph, signatures),
+        sequence_dims=sequence_dims(graph, named),
+    )
 
 
-def assign(analysis: Analysis, dp: int, microbatches: int, tp: int) -> Assignment:
-    """An assignment whose data axes are decided and whose tensor axis is not."""
-    mesh = {"dp": dp, "mb": microbatches, "tp": tp}
+def assign(analysis: Analysis, dp: int, microbatches: int, tp: int, cp: int = 1) -> Assignment:
+    """An assignment whose data and context axes are decided and whose tensor axis is not."""
+    mesh = {"dp": dp, "mb": microbatches, "cp": cp, "tp": tp}
     assignment = Assignment(graph=analysis.graph, mesh=mesh, signatures=analysis.signatures)
     split_batch(assignment, analysis.batch, analysis.prelude)
+    split_sequence(assignment, analysis.sequence if cp > 1 else {}, analysis.batch, analysis.prelude)
     return assignment
 
 
@@ -67,8 +85,8 @@ def apply_plan(plan: Plan, graph: Graph, *, same_fingerprint: bool = True) -> Ap
         )
     _check_names("operator", plan.operators, (op.key for op in graph.ops))
     _check_names("parameter", plan.parameters, graph.parameters)
-    analysis = analyse(graph, plan.random)
-    assignment = assign(analysis, plan.dp, plan.microbatches, plan.tp)
+    analysis = analyse(graph, plan.random, _sequence_dims(plan, graph))
+    assignment = assign(analysis, plan.dp, plan.microbatches, plan.tp, plan.cp)
     for op in graph.ops:
         text = looked_up(plan.operators, op.key) or "R"
         choice = Choice("R") if op in analysis.prelude else read_choice(text, op.key)
@@ -80,6 +98,11 @@ def apply_plan(plan: Plan, graph: Graph, *, same_fingerprint: bool = True) -> Ap
         _check_placement(value, kept, plan.tp)
         assignment.sources.setdefault(value, {})["tp"] = kept
     return Applied(assignment=assignment, cut=_cut(plan, graph, analysis.prelude))
+
+
+def _sequence_dims(plan: Plan, graph: Graph) -> dict[str, int | None] | None:
+    """What the plan says, of all inputs; None where it says nothing."""
+    return {name: plan.sequence_dims.get(name) for name in (*graph.batch_dims, *plan.sequence_dims)} if plan.sequence_dims else None
 
 
 def _check_names(kind: str, entries: Iterable[str], known: Iterable[str]) -> None:
@@ -124,6 +147,8 @@ def _check_choice(assignment: Assignment, op: Op, choice: Choice) -> None:
             f"tp={ranks} does not divide; "
             "use a tp that divides them"
         )
+    if not possible(assignment, op, "tp", choice):
+        raise PlanError(f"{op.key}: {choice} is not the same part on all ranks of the other axes, whose shares are unequal; choose I or R")
 
 
 def _cut(plan: Plan, graph: Graph, prelude: set[Op]) -> Cut:

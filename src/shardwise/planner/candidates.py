@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 
 from shardwise.capture.graph import Op, Value
-from shardwise.sharding.assignment import Assignment, split_sizes
+from shardwise.sharding.assignment import Assignment, possible, split_sizes
 from shardwise.sharding.signature import Choice, Signature, Variant, choice_for, variant
 from shardwise.sharding.types import Shard
 
@@ -27,8 +27,10 @@ def candidates(
     batch: Mapping[Op, Choice],
     representative: Representative,
     owners: Mapping[Op, int],
+    forbidden: Mapping[Op, Choice],
 ) -> dict[Op, list[Variant]]:
-    """The variants on axis `tp` of the given operators (one of each group of equal ones). owners: `shardwise.planner.tables`."""
+    """The variants on axis `tp` of the given operators (one of each group of equal ones). owners: `shardwise.planner.tables`;
+    forbidden: operator → a factor of it that is not to be split."""
     chosen = list(ops)
     sizes = {op: split_sizes(assignment, op, "tp") for op in chosen}
     ranks = assignment.mesh["tp"]
@@ -37,10 +39,9 @@ def candidates(
     pending: deque[tuple[Op, Variant]] = deque()
 
     def offer(op: Op, choice: Choice) -> None:
-        sig = assignment.signatures[op]
-        if not _possible(sig, choice, sizes[op], ranks, batch.get(op)) or len(found[op]) >= _MOST:
+        if len(found[op]) >= _MOST or not _free(assignment, op, choice, batch.get(op), forbidden.get(op)):
             return
-        made = variant(op, sig, choice, sizes[op], ranks)
+        made = variant(op, assignment.signatures[op], choice, sizes[op], ranks)
         if (made.inputs, made.outputs) not in found[op]:
             found[op][made.inputs, made.outputs] = made
             pending.append((op, made))
@@ -68,16 +69,14 @@ def _whole(op: Op, sig: Signature, sizes: Mapping[str, int], ranks: int) -> list
     return [variant(op, sig, choice, sizes, ranks) for choice in choices]
 
 
-def _possible(sig: Signature, choice: Choice, sizes: Mapping[str, int], ranks: int, batch: Choice | None) -> bool:
-    split = sig.splits[choice.factor]
-    size = sizes[choice.factor]
-    pieces, rest = divmod(size, choice.blocks * choice.unit)
-    if rest or not split.allows(pieces, choice.blocks, ranks, choice.owner):
+def _free(assignment: Assignment, op: Op, choice: Choice, batch: Choice | None, forbidden: Choice | None) -> bool:
+    """Whether it can be split so, and splits neither what must not be nor the data axes' part of a factor: the samples."""
+    if (forbidden is not None and forbidden.factor == choice.factor) or not possible(assignment, op, "tp", choice):
         return False
-    if batch is not None and batch.factor == choice.factor:  # the data axes' part of the factor is not this axis'
-        samples = size // batch.unit
-        return choice.blocks % samples == 0
-    return True
+    if batch is None or batch.factor != choice.factor:
+        return True
+    samples = split_sizes(assignment, op, "cp")[choice.factor] // batch.unit
+    return choice.blocks % samples == 0
 
 
 def _neighbours(assignment: Assignment, chosen: list[Op], representative: Representative) -> dict[tuple[Op, int], list[tuple[Op, int]]]:

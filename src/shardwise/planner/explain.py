@@ -38,6 +38,7 @@ def explain(
         *_random(plan, applied),
         f"  {_mesh(plan)}",
         *_stages(plan, applied, graph),
+        *_context(plan, applied),
         *_tensor(plan, applied, graph),
         "Predicted",
         _step(plan),
@@ -76,6 +77,8 @@ def _mesh(plan: Plan) -> str:
     parts = []
     if plan.dp > 1:
         parts.append(f"{plan.dp} copies, each on 1/{plan.dp} of the batch (dp)")
+    if plan.cp > 1:
+        parts.append(f"{plan.cp} ranks share each sequence (cp)")
     if plan.tp > 1:
         parts.append(f"{plan.tp} ranks share each operator (tp)")
     if plan.pp > 1:
@@ -106,17 +109,36 @@ def _tensor(plan: Plan, applied: Applied, graph: Graph) -> list[str]:
     for name, value in graph.parameters.items():
         kinds.setdefault(block_pattern(name), repr(assignment.sources[value]["tp"]))
     shown = [f"  {pattern:<52} {kind}" for pattern, kind in kinds.items() if kind.startswith("S")]
-    moves = Counter(
-        collective_of(made, wanted)
-        for value, made, wanted, readers in reshards(assignment, "tp")
-        if collective_of(made, wanted) and value.kind == "result"
-    )
-    talk = ", ".join(f"{count} {kind}s" for kind, count in moves.items()) or "nothing"
     return [
         f"Tensors split over {plan.tp} ranks: {share:.0%} of the parameters",
         *shown[:24],
-        f"  each microbatch's forward pass communicates {talk} over tp",
+        f"  each microbatch's forward pass communicates {_talk(applied, 'tp')} over tp",
     ]
+
+
+def _talk(applied: Applied, axis: str) -> str:
+    """The collectives of a forward pass along an axis."""
+    moves = Counter(
+        collective_of(made, wanted)
+        for value, made, wanted, readers in reshards(applied.assignment, axis)
+        if collective_of(made, wanted) and value.kind == "result" and value.producer not in applied.cut.prelude
+    )
+    return ", ".join(f"{count} {kind}s" for kind, count in moves.items()) or "nothing"
+
+
+def _context(plan: Plan, applied: Applied) -> list[str]:
+    """What the context axis splits, and what it does not."""
+    if plan.cp == 1:
+        return []
+    dims = ", ".join(f"dim {dim} of {name}" for name, dim in plan.sequence_dims.items())
+    body = [op for op in applied.cut.stage_of if op.requires_grad]
+    whole = Counter(op.name for op in body if applied.assignment.variants[op]["cp"].choice.mode in ("I", "R"))
+    lines = [
+        f"Sequences split over {plan.cp} ranks: {dims}; {len(body) - whole.total()} of {len(body)} operators work on their part alone",
+        f"  each microbatch's forward pass communicates {_talk(applied, 'cp')} over cp",
+    ]
+    most = ", ".join(f"{name} {count} ×" for name, count in whole.most_common(6))
+    return lines + ([f"  done by every rank of cp: {most}"] if whole else [])
 
 
 def _found_rules(applied: Applied) -> list[str]:
@@ -133,7 +155,7 @@ def _found_rules(applied: Applied) -> list[str]:
 
 def _kept_whole(plan: Plan, applied: Applied, op_seconds: Callable[[Op], float] | None) -> list[str]:
     """Operators that every rank computes whole for want of a rule, and what it costs."""
-    ranks = plan.dp * plan.tp
+    ranks = plan.dp * plan.cp * plan.tp
     found: dict[tuple[str, str, str], list[Op]] = defaultdict(list)
     for op, sig in applied.assignment.signatures.items():
         if sig.source == "whole" and op not in applied.cut.prelude:

@@ -41,7 +41,7 @@ class Costs:
     collective(kind, message bytes, ranks): seconds. update(bytes): seconds of the optimizer on parameters of so many bytes.
     state_bytes(value): of a whole parameter with gradient and optimizer state. limit_bytes: for all states, None without limit.
     prefer_split: how many times over an unsplit matrix product or parameter counts; > 0 where the user pinned the axis, to split what
-    can be.
+    can be. forbidden: operator → a factor of it that is not to be split.
     """
 
     operator: Callable[[Op], float]
@@ -51,6 +51,7 @@ class Costs:
     state_bytes: Callable[[Value], float]
     limit_bytes: float | None = None
     prefer_split: float = 0.0
+    forbidden: Mapping[Op, Choice] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,7 +103,7 @@ class _Intra:
         self.ranks = self.assignment.mesh["tp"]
         self.microbatches = self.assignment.mesh["mb"]
         self.share = 1 / (self.assignment.mesh["dp"] * self.microbatches)
-        self.first = representatives(self.graph)
+        self.first = representatives(self.graph, lambda op: self.assignment.variants[op]["cp"])
         self.readers = self.graph.consumers()
         self.count: dict[Op, int] = defaultdict(int)
         for op in self.graph.ops:
@@ -110,7 +111,7 @@ class _Intra:
         self.ops = [op for op in self.graph.ops if self.first[op] is op and op not in self.prelude]
         self.parameter_of = parameter_representatives(self.graph, self.first)
         self.owners = table_owners(self.graph, self.assignment.signatures, self.ranks)
-        self.variants = candidates(self.assignment, self.ops, self.batch, self.first.__getitem__, self.owners)
+        self.variants = candidates(self.assignment, self.ops, self.batch, self.first.__getitem__, self.owners, self.costs.forbidden)
 
     def solve(self) -> Tensor | None:
         self._operators()
@@ -211,12 +212,19 @@ class _Intra:
             return 0.0
         if target == P and source != P and not value.requires_grad:
             return float(self.costs.prefer_split + 1) * 1e3  # nothing is gained by making summands of a constant
-        whole = value.nbytes * (self.share if value.kind != "parameter" else 1.0)
+        whole = value.nbytes * (self.share if value.kind != "parameter" else 1.0) * self._context_share(value)
         moves = [collective_of(source, target)] + ([collective_of(dual(target), dual(source))] if value.requires_grad else [])
         seconds = sum(
             self.costs.collective(kind, whole / self.ranks if kind == "all_to_all" else whole, self.ranks) for kind in moves if kind
         )
         return seconds + 1e-7
+
+    def _context_share(self, value: Value) -> float:
+        """What the context axis leaves a rank of the value."""
+        if value.producer is None or self.assignment.mesh["cp"] == 1:
+            return 1.0
+        made = self.assignment.variants[value.producer]["cp"].outputs[value.producer.outputs.index(value)]
+        return 1 / self.assignment.mesh["cp"] if isinstance(made, Shard) else 1.0
 
     def _memory(self) -> None:
         if self.costs.limit_bytes is None:
@@ -250,12 +258,17 @@ class _Intra:
             self.assignment.sources.setdefault(value, {})["tp"] = kept
 
 
-def representatives(graph: Graph) -> dict[Op, Op]:
-    """Every operator → the one at its place in the first of its run of equal blocks (itself outside such runs)."""
+def representatives(graph: Graph, decided: Callable[[Op], object] = lambda op: None) -> dict[Op, Op]:
+    """Every operator → the one at its place in the first of its run of equal blocks (itself outside such runs).
+
+    decided: what was decided about an operator already; blocks that differ in it are not equal.
+    """
     first = {op: op for op in graph.ops}
     for run in graph.blocks:
-        for block in run[1:]:
-            first |= dict(zip(block, run[0], strict=True))
+        known: dict[tuple[object, ...], list[Op]] = {}
+        for block in run:
+            alike = known.setdefault(tuple(map(decided, block)), block)
+            first |= dict(zip(block, alike, strict=True))
     return first
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from math import prod
 from typing import Any
 
 from shardwise.errors import BatchError, LayoutError
@@ -11,14 +12,16 @@ from shardwise.program.schedules import SCHEDULES
 
 __all__ = ["Layout", "completions"]
 
-_NUMBERS = ("dp", "tp", "pp", "microbatches")
+_NUMBERS = ("dp", "cp", "tp", "pp", "microbatches")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """dp × tp × pp ranks: copies of the model on parts of the batch, ranks that share each operator, stages; None: not pinned."""
+    """dp × cp × tp × pp ranks: copies of the model on parts of the batch, ranks that share each sequence, ranks that share each operator,
+    stages; None: not pinned. cp is not searched: it is 1 where it is not pinned."""
 
     dp: int | None = None
+    cp: int | None = None
     tp: int | None = None
     pp: int | None = None
     microbatches: int | None = None
@@ -43,12 +46,12 @@ class Layout:
     @property
     def ranks(self) -> int:
         """Ranks that a complete layout takes."""
-        return (self.dp or 1) * (self.tp or 1) * (self.pp or 1)
+        return prod(self.mesh)
 
     @property
-    def mesh(self) -> tuple[int, int, int]:
-        """(dp, tp, pp) of a complete layout."""
-        return self.dp or 1, self.tp or 1, self.pp or 1
+    def mesh(self) -> tuple[int, int, int, int]:
+        """(dp, cp, tp, pp) of a complete layout."""
+        return self.dp or 1, self.cp or 1, self.tp or 1, self.pp or 1
 
     def __str__(self) -> str:
         names = (*_NUMBERS, "schedule")
@@ -83,9 +86,9 @@ def completions(layout: Layout, ranks: int, samples: int, obstacle: str) -> list
     obstacle: why the batch must not be cut into microbatches, "" when it may be.
     Raises LayoutError and BatchError when none is left, saying which two things contradict each other.
     """
-    pinned = 1
-    for name in ("dp", "tp", "pp"):
-        pinned *= getattr(layout, name) or 1
+    if layout.cp == 1:
+        layout = replace(layout, cp=None)  # as where it is not named
+    pinned = layout.ranks
     if pinned > ranks:
         raise LayoutError(f"layout {layout} takes {pinned} ranks, the cluster has {ranks}; lower one of the sizes or name a larger cluster")
     free = [name for name in ("dp", "tp", "pp") if getattr(layout, name) is None]

@@ -18,8 +18,10 @@ from torch import fx
 
 from shardwise.capture.graph import Graph, Op
 from shardwise.cluster.model import Cluster
+from shardwise.cost.compute import op_flops
 from shardwise.cost.fusion import is_fused_kernel
 from shardwise.cost.memory import bases, liveness, tensor_bytes
+from shardwise.cost.operators import name_of
 from shardwise.errors import PlanError
 from shardwise.program.build import build_programs, rank_of
 from shardwise.program.lower import Cut
@@ -27,9 +29,13 @@ from shardwise.program.program import Program
 from shardwise.program.trace import Tracer
 from shardwise.sharding.assignment import Assignment
 from shardwise.sharding.collectives import COLLECTIVES
-from shardwise.simulate.costs import node_seconds
+from shardwise.simulate.costs import node_seconds, sink_seconds
 
 __all__ = ["Outline", "Piece", "PieceCost", "Work", "outline", "piece_costs"]
+
+
+_GATHER = torch.ops.shardwise.all_gather.default
+_WEIGHED = frozenset({"mm", "addmm", "expert_mm"})  # products with weights, as linear layers are lowered
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,8 +124,11 @@ class PieceCost:
     """One piece, one microbatch, one rank.
 
     backward_input, backward_weight: the backward pass in two, what its predecessor waits for and the rest. saved: bytes kept for the
-    backward pass; entered: bytes of what it is given by other pieces and keeps; sent: bytes that go on to the next piece.
-    transient: most bytes beside. parameters: numbers that the rank holds; frozen: of them, without gradient; item: bytes of one.
+    backward pass; entered: bytes of what it is given by other pieces and keeps; sent: bytes that go on to the next piece;
+    flops: of products and attention, both passes.
+    transient: most bytes beside. light: of the forward pass what is no product with weights; made: bytes that these products make.
+    routed: bytes of what goes to experts and comes back from them; experts: numbers of their weights.
+    parameters: numbers that the rank holds; frozen: of them, without gradient; item: bytes of one.
     pending: numbers whose gradients are summed over the tensor axis once a step.
     """
 
@@ -127,9 +136,14 @@ class PieceCost:
     backward_input: Work
     backward_weight: Work
     prelude: Work
+    light: Work
     saved: int
     entered: int
+    made: int
+    routed: int
+    experts: int
     sent: int
+    flops: float
     transient: int
     parameters: int
     frozen: int
@@ -138,11 +152,12 @@ class PieceCost:
 
 
 def piece_costs(shape: Outline, assignment: Assignment, prelude: set[Op], cluster: Cluster, tracer: Tracer) -> tuple[PieceCost, ...]:
-    """Of every piece in the assignment, whose mesh has one data rank and one microbatch."""
-    assert assignment.mesh["dp"] == assignment.mesh["mb"] == 1
+    """Of every piece in the assignment, whose mesh has one data rank."""
+    assert assignment.mesh["dp"] == 1
     cut = Cut(stage_of=shape.stage_of, prelude=frozenset(prelude))
-    tp = assignment.mesh["tp"]
-    ranks = [rank_of(stage, 0, 0, 1, tp) for stage in shape.shown]
+    tp, cp = assignment.mesh["tp"], assignment.mesh["cp"]
+    middle = max(0, cp // 2 - 1)  # of a causal model's sequence: what comes before it is half of what the last rank attends to
+    ranks = [rank_of(stage, 0, 0, 1, tp, c=middle, cp=cp) for stage in shape.shown]
     programs = build_programs(assignment, cut, "1f1b", lambda *_: "native", device=torch.device("cpu"), tracer=tracer, ranks=ranks)
     return tuple(_cost(programs[rank], cluster) for rank in ranks)
 
@@ -151,18 +166,24 @@ def _cost(program: Program, cluster: Cluster) -> PieceCost:
     stage = program.stage
     weights = _only_for_weights(program)
     forward, backward = node_seconds(stage.forward, cluster), node_seconds(stage.backward, cluster)
-    saved, entered = _saved(program, fuses=cluster.rates.overlaps_memory)
+    saved, entered = _saved(program, fuses=cluster.rates.fuses)
     trained = [part for part in stage.parameters if part.requires_grad]
     sizes = [prod(part.local) for part in stage.parameters]
     peaks = liveness(stage.forward).peak_bytes - saved, liveness(stage.backward).peak_bytes
     return PieceCost(
         forward=_work(forward),
         backward_input=_work({node: seconds for node, seconds in backward.items() if node not in weights}),
-        backward_weight=_work({node: seconds for node, seconds in backward.items() if node in weights}),
+        backward_weight=_work({node: seconds for node, seconds in backward.items() if node in weights})
+        + Work(compute_s=sink_seconds(stage.parameters, cluster)),
         prelude=_work(node_seconds(stage.prelude, cluster)),
+        light=_work({node: seconds for node, seconds in forward.items() if name_of(node.target) not in _WEIGHED}),
         saved=saved,
         entered=entered,
+        routed=_routed(stage.forward),
+        experts=sum(tensor_bytes(each) // each.element_size() for each in _expert_weights(stage.forward)),
+        made=sum(tensor_bytes(node.meta["val"]) for node in forward if name_of(node.target) in _WEIGHED),
         sent=sum(edge.nbytes for edge in program.edges if edge.source == stage.stage and edge.target == stage.stage + 1),
+        flops=sum(_flops(node) for node in (*forward, *backward)),
         transient=max(0, *peaks),
         parameters=sum(sizes),
         frozen=sum(sizes) - sum(prod(part.local) for part in trained),
@@ -174,6 +195,27 @@ def _cost(program: Program, cluster: Cluster) -> PieceCost:
 def _work(seconds: dict[fx.Node, float]) -> Work:
     talk = sum(each for node, each in seconds.items() if node.target in COLLECTIVES)
     return Work(compute_s=sum(seconds.values()) - talk, communicate_s=talk)
+
+
+def _expert_calls(graph: fx.Graph) -> list[fx.Node]:
+    return [node for node in graph.nodes if name_of(node.target) == "expert_mm"]
+
+
+def _expert_weights(graph: fx.Graph) -> list[torch.Tensor]:
+    return [node.args[1].meta["val"] for node in _expert_calls(graph) if isinstance(node.args[1], fx.Node)]
+
+
+def _routed(graph: fx.Graph) -> int:
+    """Bytes of the rows that the first product with experts takes, and of those that the last one makes."""
+    calls = _expert_calls(graph)
+    if not calls or not isinstance(calls[0].args[0], fx.Node):
+        return 0
+    return tensor_bytes(calls[0].args[0].meta["val"]) + tensor_bytes(calls[-1].meta["val"])
+
+
+def _flops(node: fx.Node) -> float:
+    args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta.get("val"))
+    return op_flops(node.target, args, kwargs, node.meta.get("val"))
 
 
 def _only_for_weights(program: Program) -> set[fx.Node]:
@@ -194,13 +236,14 @@ def _only_for_weights(program: Program) -> set[fx.Node]:
 def _saved(program: Program, *, fuses: bool) -> tuple[int, int]:
     """Bytes that the forward pass keeps for the backward pass, and of these what came in from other pieces.
 
-    Where elementwise chains are fused a value is not kept that such a chain makes again from fewer bytes that are kept.
+    Where elementwise chains are fused a value is not kept that such a chain makes again from fewer bytes that are kept, nor a gathered one
+    that is gathered again (Korthikanti et al. 2022, section 4.2.2).
     """
     stage = program.stage
     base = bases(stage.forward, {})
     returned = stage.forward.output_node().args[0]
     assert isinstance(returned, (list, tuple))
-    kept = dict.fromkeys(base[node] for node in returned[len(stage.forward_outputs) :])
+    kept = dict.fromkeys(base[node] for node in returned[len(stage.forward_outputs) :] if isinstance(node, fx.Node))
     inputs = [node for node in stage.forward.nodes if node.op == "placeholder"]
     bindings = dict(zip(inputs, stage.forward_inputs, strict=True))
     if fuses:
@@ -227,14 +270,14 @@ def _remade(kept: dict[fx.Node, None], base: dict[fx.Node, fx.Node]) -> dict[fx.
 
 def _sources(node: fx.Node, base: dict[fx.Node, fx.Node]) -> set[fx.Node] | None:
     """What a chain of fused kernels that ends at `node` reads; None where the node is no such kernel."""
-    if not is_fused_kernel(node):
+    if not is_fused_kernel(node) and node.target is not _GATHER:
         return None
     found: set[fx.Node] = set()
     pending, seen = [node], {node}
     while pending:
         for parent in {base[each] for each in pending.pop().all_input_nodes} - seen:
             seen.add(parent)
-            if is_fused_kernel(parent):
+            if is_fused_kernel(parent) or parent.target is _GATHER:
                 pending.append(parent)
             else:
                 found.add(parent)

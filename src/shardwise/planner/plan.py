@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,6 +28,7 @@ __all__ = ["FORMAT_VERSION", "Infeasible", "Plan", "Prediction", "Random", "choi
 FORMAT_VERSION = 1
 
 Random = Literal["keyed", "fast"]
+_AXES = ("dp", "cp", "tp", "pp")
 
 
 class _Strict(BaseModel):
@@ -82,6 +84,7 @@ class Plan(_Strict):
 
     fingerprint: of the captured graph that the plan is for. stages: key of each stage's first operator.
     random: "keyed", random numbers are the same in every layout; "fast", they come from torch's generator, seeded for each part.
+    sequence_dims: where cp splits the sequence, batch input → its sequence dim.
     operators, parameters: pattern → choice or type on the tensor axis; what is not named is whole.
     collectives: "kind/ranks" → (up to so many bytes, implementation), measured on the cluster.
     profile: what the stages take, for the simulator.
@@ -94,6 +97,7 @@ class Plan(_Strict):
     backend: str
     ranks: int
     dp: int
+    cp: int = 1
     tp: int
     pp: int
     microbatches: int
@@ -101,6 +105,7 @@ class Plan(_Strict):
     global_batch: int
     optimizer: str
     random: Random = "keyed"
+    sequence_dims: dict[str, int] = {}
     stages: list[str]
     operators: dict[str, str] = {}
     parameters: dict[str, str] = {}
@@ -113,8 +118,10 @@ class Plan(_Strict):
 
     @model_validator(mode="after")
     def _sizes_agree(self) -> Plan:
-        if self.dp * self.tp * self.pp != self.ranks:
-            raise ValueError(f"dp={self.dp} × tp={self.tp} × pp={self.pp} are {self.dp * self.tp * self.pp} ranks, not ranks={self.ranks}")
+        sizes = {"dp": self.dp, "tp": self.tp, "pp": self.pp} if self.cp == 1 else {name: getattr(self, name) for name in _AXES}
+        if prod(sizes.values()) != self.ranks:
+            product = " × ".join(f"{name}={size}" for name, size in sizes.items())
+            raise ValueError(f"{product} are {prod(sizes.values())} ranks, not ranks={self.ranks}")
         if self.global_batch < self.dp:
             raise ValueError(f"a global batch of {self.global_batch} leaves some of the ranks on dp={self.dp} without a sample")
         if self.microbatches > 1 and self.global_batch % (self.dp * self.microbatches):
@@ -124,12 +131,13 @@ class Plan(_Strict):
     @property
     def layout(self) -> str:
         """The plan in a layout's words."""
-        return f"dp={self.dp},tp={self.tp},pp={self.pp},microbatches={self.microbatches},schedule={self.schedule}"
+        context = f"cp={self.cp}," if self.cp > 1 else ""
+        return f"dp={self.dp},{context}tp={self.tp},pp={self.pp},microbatches={self.microbatches},schedule={self.schedule}"
 
     @property
     def mesh(self) -> Mesh:
-        """The plan's sizes."""
-        return Mesh(dp=self.dp, tp=self.tp, pp=self.pp, microbatches=self.microbatches, schedule=self.schedule)
+        """The plan's sizes; those of dp and cp as one, since they do alike."""
+        return Mesh(dp=self.dp * self.cp, tp=self.tp, pp=self.pp, microbatches=self.microbatches, schedule=self.schedule)
 
     def chooser(self) -> Chooser:
         """(kind, message bytes, ranks) → implementation."""

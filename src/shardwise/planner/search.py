@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
@@ -20,6 +20,7 @@ from shardwise.cost.compute import op_flops, op_seconds
 from shardwise.cost.optimizer import optimizer_seconds
 from shardwise.errors import LayoutError
 from shardwise.planner.apply import Analysis, Applied, analyse, assign
+from shardwise.planner.estimate import reshard_seconds
 from shardwise.planner.intra import Costs, representatives, split_tensors
 from shardwise.planner.layout import Layout, completions
 from shardwise.planner.plan import Candidate, Chooser, Infeasible, Plan, Prediction, Random, by_pattern, choice_text
@@ -43,9 +44,10 @@ _PREFER_SPLIT = 100.0  # times what it takes: a matrix product or parameter that
 _FULL_MEMORY = 0.92  # of a rank's memory that a plan may take; the rest is for the libraries and what is not foreseen
 
 
-def _choices(cluster: Cluster, mesh: Mesh) -> dict[str, list[tuple[float, str]]]:
-    """For the groups that a mesh has."""
-    return measured_choices(cluster, {mesh.dp, mesh.tp, 2} if mesh.dp * mesh.tp * mesh.pp > 1 else set())
+def _choices(cluster: Cluster, layout: Layout) -> dict[str, list[tuple[float, str]]]:
+    """For the groups that a layout has."""
+    dp, cp, tp, _ = layout.mesh
+    return measured_choices(cluster, {dp, cp, dp * cp, tp, 2} if layout.ranks > 1 else set())
 
 
 def measured_choices(cluster: Cluster, sizes: set[int]) -> dict[str, list[tuple[float, str]]]:
@@ -108,10 +110,11 @@ class _Trial:
 
     @property
     def mesh(self) -> Mesh:
-        """The layout's sizes."""
+        """The layout's sizes, as the simulator takes them: ranks along cp do alike, as those along dp."""
         layout = self.layout
         assert layout.dp and layout.tp and layout.pp and layout.microbatches and layout.schedule, f"{layout} is not complete"
-        return Mesh(dp=layout.dp, tp=layout.tp, pp=layout.pp, microbatches=layout.microbatches, schedule=layout.schedule)
+        data = layout.dp * (layout.cp or 1)
+        return Mesh(dp=data, tp=layout.tp, pp=layout.pp, microbatches=layout.microbatches, schedule=layout.schedule)
 
     @property
     def simulated_s(self) -> float:
@@ -141,6 +144,8 @@ class _Search:
 
     def __post_init__(self) -> None:
         self.first = representatives(self.graph)
+        if (self.pinned.cp or 1) > 1:
+            _check_sequence(self.analysis, self.pinned)
 
     def trials(self) -> list[_Trial]:
         obstacle = microbatch_obstacle(self.graph, self.analysis.signatures, self.analysis.batch, self.analysis.prelude)
@@ -152,8 +157,8 @@ class _Search:
         """Decides the tensor axis and the stages of a layout and estimates its step."""
         layout = trial.layout
         assert layout.dp and layout.tp and layout.pp and layout.microbatches
-        assignment = assign(self.analysis, layout.dp, layout.microbatches, layout.tp)
-        tensor = split_tensors(assignment, self.analysis.batch, self.analysis.prelude, self._intra_costs(trial))
+        assignment = assign(self.analysis, layout.dp, layout.microbatches, layout.tp, layout.cp or 1)
+        tensor = split_tensors(assignment, self.analysis.batch, self.analysis.prelude, self._intra_costs(trial, assignment))
         try:
             stage_of = None if tensor is None else self._stages(assignment, layout)
         except LayoutError as error:
@@ -188,10 +193,10 @@ class _Search:
     def _update_s(self, nbytes: float) -> float:
         return optimizer_seconds(int(nbytes) // 4, torch.float32, self.optimizer, self.cluster)
 
-    def _intra_costs(self, trial: _Trial) -> Costs:
+    def _intra_costs(self, trial: _Trial, assignment: Assignment) -> Costs:
         layout, share = trial.layout, self._share(trial.layout)
         return Costs(
-            operator=lambda op: self._whole_s(op) * share,
+            operator=lambda op: self._whole_s(op) * share * _split_share(assignment, op, "cp"),
             heavy=lambda op: self.costs.of(op)[1],
             collective=lambda kind, message, ranks: collective_cost(kind, message, ranks, self.cluster).seconds,
             update=self._update_s,
@@ -204,9 +209,10 @@ class _Search:
         body = [op for op in self.graph.ops if op not in self.analysis.prelude]
         assert layout.pp and layout.dp and layout.microbatches
         share = self._share(layout)
+        sent = share / (layout.cp or 1)
         costs = StageCosts(
-            seconds=lambda op: self._whole_s(op) * share * self._tensor_share(assignment, op),
-            transfer=lambda nbytes: collective_cost("send_recv", nbytes * share, 2, self.cluster).seconds if nbytes else 0.0,
+            seconds=lambda op: self._whole_s(op) * share * _own_share(assignment, op),
+            transfer=lambda nbytes: collective_cost("send_recv", nbytes * sent, 2, self.cluster).seconds if nbytes else 0.0,
             state_bytes=lambda value: self._state_bytes(value) * self._kept_share(assignment, value),
             limit_bytes=self._limit(),
         )
@@ -214,9 +220,6 @@ class _Search:
         if layout.pp == 1 and sum(map(costs.state_bytes, self.graph.parameters.values())) > self._limit():
             return None
         return None if stages is None else dict(zip(body, stages, strict=True))
-
-    def _tensor_share(self, assignment: Assignment, op: Op) -> float:
-        return 1 / assignment.mesh["tp"] if assignment.variants[op]["tp"].choice.mode == "split" else 1.0
 
     def _kept_share(self, assignment: Assignment, value: Value) -> float:
         return 1 / assignment.mesh["tp"] if isinstance(assignment.sources[value]["tp"], Shard) else 1.0
@@ -226,19 +229,18 @@ class _Search:
         assert layout.pp and layout.microbatches and layout.dp and layout.tp
         stage_s = [0.0] * layout.pp
         for op, stage in stage_of.items():
-            stage_s[stage] += self._whole_s(op) * self._share(layout) * self._tensor_share(assignment, op)
-        talk_s = self._tensor_talk_s(assignment, layout) / layout.pp
+            stage_s[stage] += self._whole_s(op) * self._share(layout) * _own_share(assignment, op)
+        talk_s = self._talk_s(assignment, layout) / layout.pp
         crowd = max(1.0, layout.ranks / self.cluster.cores) if self.cluster.cores else 1.0
         slots = layout.microbatches + layout.pp - 1
         work = crowd * (sum(stage_s) / layout.pp * layout.microbatches) if crowd > 1 else max(stage_s) * slots
         kept = sum(value.nbytes * self._kept_share(assignment, value) for value in self.graph.parameters.values()) / layout.pp
-        reduce_s = collective_cost("all_reduce", kept, layout.dp, self.cluster).seconds
+        reduce_s = collective_cost("all_reduce", kept, layout.dp * (layout.cp or 1), self.cluster).seconds
         return work + talk_s * layout.microbatches + reduce_s + crowd * self._update_s(kept)
 
-    def _tensor_talk_s(self, assignment: Assignment, layout: Layout) -> float:
-        from shardwise.planner.estimate import reshard_seconds
-
-        return reshard_seconds(assignment, "tp", self._share(layout), self.cluster)
+    def _talk_s(self, assignment: Assignment, layout: Layout) -> float:
+        """In one microbatch, over the context and the tensor axis."""
+        return sum(reshard_seconds(assignment, axis, self._share(layout), self.cluster) for axis in ("cp", "tp"))
 
     def simulate(self, trial: _Trial) -> None:
         """Lowers a layout and simulates it; where it does not fit, once more with everything split that can be."""
@@ -251,12 +253,14 @@ class _Search:
     def _simulate(self, trial: _Trial) -> None:
         assert trial.applied is not None
         mesh, applied = trial.mesh, trial.applied
-        ranks = [rank_of(stage, 0, 0, mesh.dp, mesh.tp) for stage in range(mesh.pp)]  # of each stage the rank with the largest parts
+        (dp, cp, tp, pp), last = trial.layout.mesh, (trial.layout.cp or 1) - 1
+        # of each stage the rank with the largest parts, and the one whose queries have the most keys before them
+        ranks = {rank_of(stage, 0, 0, dp, tp, c=c, cp=cp) for stage in range(pp) for c in (0, last)}
         programs = build_programs(
             applied.assignment,
             applied.cut,
             mesh.schedule,
-            Chooser.of(_choices(self.cluster, mesh)),
+            Chooser.of(_choices(self.cluster, trial.layout)),
             device=torch.device("cpu"),
             ranks=ranks,
             tracer=self.tracer,
@@ -267,12 +271,57 @@ class _Search:
             trial.note = f"needs {_gb(peak)} a rank, {_gb(self._limit())} of {_gb(self.cluster.memory_bytes)} may be used"
 
 
+def _check_sequence(analysis: Analysis, pinned: Layout) -> None:
+    sizes = {name: analysis.graph.inputs[name].shape[dim] for name, dim in analysis.sequence_dims.items()}
+    if max(sizes.values(), default=0) < (pinned.cp or 1):
+        shapes = ", ".join(f"{name} {list(analysis.graph.inputs[name].shape)}" for name in analysis.graph.batch_dims)
+        longest = max(sizes.values(), default=1)
+        what = f"the longest has {longest} elements" if sizes else "no input of the batch has one"
+        raise LayoutError(
+            f"cp={pinned.cp} splits the sequence, but {what} ({shapes}); use cp={longest}{' or less' if sizes else ''}, or say which dim "
+            "is one with sequence_dims={input: dim}"
+        )
+
+
+def _own_share(assignment: Assignment, op: Op) -> float:
+    """What a rank of the context and the tensor axis does of an operator."""
+    return _split_share(assignment, op, "cp") * _split_share(assignment, op, "tp")
+
+
+def _split_share(assignment: Assignment, op: Op, axis: str) -> float:
+    return 1 / assignment.mesh[axis] if assignment.variants[op][axis].choice.mode == "split" else 1.0
+
+
 def search(
-    graph: Graph, cluster: Cluster, pinned: Layout, optimizer: str, model: str, *, random: Random = "keyed", tracer: Tracer | None = None
+    graph: Graph,
+    cluster: Cluster,
+    pinned: Layout,
+    optimizer: str,
+    model: str,
+    *,
+    random: Random = "keyed",
+    tracer: Tracer | None = None,
+    sequence_dims: Mapping[str, int | None] | None = None,
 ) -> Plan | Infeasible:
-    """The best plan for the graph on the cluster. random: as of `Plan`; tracer: one that has traced calls of this model before."""
+    """The best plan for the graph on the cluster.
+
+    random: as of `Plan`; tracer: one that has traced calls of this model before; sequence_dims: batch input → the dim that cp splits.
+    """
+    if sequence_dims and (pinned.cp or 1) == 1:
+        raise LayoutError('sequence_dims says what cp splits, but cp is 1: pin it (layout="cp=2") or leave sequence_dims out')
+    start, tracer = time.perf_counter(), tracer or Tracer(device=torch.device("cpu"))
     with _without_garbage_collection():
-        return _search(graph, cluster, pinned, optimizer, model, random, tracer or Tracer(device=torch.device("cpu")))
+        run = _Search(
+            graph=graph,
+            cluster=cluster,
+            pinned=pinned,
+            optimizer=optimizer,
+            random=random,
+            analysis=analyse(graph, random, sequence_dims),
+            tracer=tracer,
+            costs=OpCosts(cluster=cluster, tracer=tracer),
+        )
+        return _search(run, model, start)
 
 
 @contextmanager
@@ -287,20 +336,7 @@ def _without_garbage_collection() -> Iterator[None]:
             gc.enable()
 
 
-def _search(
-    graph: Graph, cluster: Cluster, pinned: Layout, optimizer: str, model: str, random: Random, tracer: Tracer
-) -> Plan | Infeasible:
-    start = time.perf_counter()
-    run = _Search(
-        graph=graph,
-        cluster=cluster,
-        pinned=pinned,
-        optimizer=optimizer,
-        random=random,
-        analysis=analyse(graph, random),
-        tracer=tracer,
-        costs=OpCosts(cluster=cluster, tracer=tracer),
-    )
+def _search(run: _Search, model: str, start: float) -> Plan | Infeasible:
     trials = run.trials()
     for trial in trials:
         run.estimate(trial)
@@ -336,7 +372,7 @@ def _simulate_best(run: _Search, ranked: list[_Trial]) -> _Trial | None:
 
 
 def _first_of_each(ranked: list[_Trial]) -> list[_Trial]:
-    found: dict[tuple[int, int, int], _Trial] = {}
+    found: dict[tuple[int, ...], _Trial] = {}
     for trial in ranked:
         found.setdefault(trial.layout.mesh, trial)
     return list(found.values())
@@ -388,7 +424,8 @@ def make_plan(run: _Search, best: _Trial, trials: list[_Trial], seconds: float, 
         cluster=run.cluster.name,
         backend=run.cluster.backend,
         ranks=best.layout.ranks,
-        dp=mesh.dp,
+        dp=best.layout.dp or 1,
+        cp=best.layout.cp or 1,
         tp=mesh.tp,
         pp=mesh.pp,
         microbatches=mesh.microbatches,
@@ -396,9 +433,10 @@ def make_plan(run: _Search, best: _Trial, trials: list[_Trial], seconds: float, 
         global_batch=run.graph.global_batch,
         optimizer=run.optimizer,
         random=run.random,
+        sequence_dims=run.analysis.sequence_dims if (best.layout.cp or 1) > 1 else {},
         stages=starts,
         operators=operators,
-        collectives=_choices(run.cluster, mesh),
+        collectives=_choices(run.cluster, best.layout),
         parameters=parameters,
         profile=best.profile,
         predicted=predicted,

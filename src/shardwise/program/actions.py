@@ -1,6 +1,9 @@
 """The actions that a rank performs, one after the other, in a step.
 
-PRELUDE · FORWARD m · BACKWARD m · SEND/RECV edge m (peer) · SEND_GRAD/RECV_GRAD edge m (peer) · REDUCE · UPDATE
+PRELUDE · FORWARD m · BACKWARD m · WEIGHT m · SEND/RECV edge m (peer) · SEND_GRAD/RECV_GRAD edge m (peer) · REDUCE · UPDATE
+
+Where a schedule splits the backward pass, BACKWARD is the part that makes the inputs' gradients and WEIGHT the part that makes the
+parameters' gradients.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ class Kind(StrEnum):
     PRELUDE = "prelude"
     FORWARD = "forward"
     BACKWARD = "backward"
+    WEIGHT = "weight"
     SEND = "send"
     RECV = "recv"
     SEND_GRAD = "send_grad"
@@ -27,12 +31,13 @@ class Kind(StrEnum):
 
 @dataclass(frozen=True, kw_only=True)
 class Action:
-    """kind; microbatch it belongs to; for transfers the edge's name and the other rank."""
+    """kind; microbatch it belongs to; for transfers the edge's name and the other rank; stage: which computes, where a rank has several."""
 
     kind: Kind
     microbatch: int = -1
     edge: str = ""
     peer: int = -1
+    stage: int = -1
 
     @property
     def sends(self) -> bool:
@@ -42,10 +47,17 @@ class Action:
     def receives(self) -> bool:
         return self.kind in (Kind.RECV, Kind.RECV_GRAD)
 
+    @property
+    def message(self) -> tuple[str, int, bool]:
+        """What a transfer carries, the same on both sides: edge, microbatch, whether it is a gradient."""
+        return self.edge, self.microbatch, self.kind in (Kind.SEND_GRAD, Kind.RECV_GRAD)
+
     def __str__(self) -> str:
         words = [self.kind.value]
         if self.microbatch >= 0:
             words.append(str(self.microbatch))
+        if self.stage >= 0:
+            words.append(f"of stage {self.stage}")
         if self.edge:
             words.append(f"{self.edge} {'to' if self.sends else 'from'} rank {self.peer}")
         return " ".join(words)

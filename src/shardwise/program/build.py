@@ -1,12 +1,14 @@
 """Assignment, cut, schedule ──▶ every rank's Program
 
-Ranks are numbered stage by stage, then along dp, then along tp: rank = (stage · dp + d) · tp + t, so that tensor-parallel neighbours are
-nearest to each other.
+Ranks are numbered stage by stage, then along dp, then along cp, then along tp: rank = ((stage · dp + d) · cp + c) · tp + t, so that
+tensor-parallel neighbours are nearest to each other, and next those that share a sequence.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from itertools import product
 
 import torch
 
@@ -20,14 +22,15 @@ from shardwise.sharding.assignment import Assignment
 from shardwise.sharding.collectives import group_name
 from shardwise.sharding.reshard import Axis
 
-__all__ = ["build_programs", "rank_of"]
+__all__ = ["Places", "build_programs", "rank_of"]
 
 Choose = Callable[[str, int, int], str]
+Place = tuple[int, int, int]
 
 
-def rank_of(stage: int, d: int, t: int, dp: int, tp: int) -> int:
+def rank_of(stage: int, d: int, t: int, dp: int, tp: int, *, c: int = 0, cp: int = 1) -> int:
     """The global rank of a stage's place on the mesh."""
-    return (stage * dp + d) * tp + t
+    return ((stage * dp + d) * cp + c) * tp + t
 
 
 def build_programs(
@@ -41,41 +44,74 @@ def build_programs(
     tracer: Tracer | None = None,
 ) -> dict[int, Program]:
     """The programs of `ranks` (all by default); a rank's transfers are ordered against those of its pipeline neighbours."""
-    dp, tp = assignment.mesh["dp"], assignment.mesh["tp"]
+    mesh = Places.of(assignment, cut.stages)
     tracer = tracer or Tracer(device=device)
-    chosen = set(range(cut.stages * dp * tp) if ranks is None else ranks)
+    chosen = set(range(mesh.ranks) if ranks is None else ranks)
     programs: dict[int, Program] = {}
-    for d in range(dp):
-        for t in range(tp):
-            column = [rank_of(stage, d, t, dp, tp) for stage in range(cut.stages)]
-            if chosen & set(column):
-                programs |= _column(assignment, cut, schedule_name, choose, d, t, tracer)
+    for place in mesh.columns():
+        if chosen & {mesh.rank(stage, place) for stage in range(cut.stages)}:
+            programs |= _column(assignment, cut, schedule_name, choose, mesh, place, tracer)
     return {rank: program for rank, program in programs.items() if rank in chosen}
 
 
-def _column(assignment: Assignment, cut: Cut, schedule_name: str, choose: Choose, d: int, t: int, tracer: Tracer) -> dict[int, Program]:
+@dataclass(frozen=True, kw_only=True)
+class Places:
+    """The ranks' places: (d, c, t) in each of the stages."""
+
+    dp: int
+    cp: int
+    tp: int
+    stages: int
+
+    @staticmethod
+    def of(assignment: Assignment, stages: int) -> Places:
+        mesh = assignment.mesh
+        return Places(dp=mesh["dp"], cp=mesh["cp"], tp=mesh["tp"], stages=stages)
+
+    @property
+    def ranks(self) -> int:
+        return self.stages * self.dp * self.cp * self.tp
+
+    def columns(self) -> Iterator[Place]:
+        """The places of a stage."""
+        return product(range(self.dp), range(self.cp), range(self.tp))
+
+    def rank(self, stage: int, place: Place) -> int:
+        d, c, t = place
+        return rank_of(stage, d, t, self.dp, self.tp, c=c, cp=self.cp)
+
+    def groups(self, stage: int, place: Place) -> dict[str, tuple[int, ...]]:
+        """Axis → the ranks along it through a place."""
+        d, c, t = place
+        return {
+            "dp": tuple(self.rank(stage, (i, c, t)) for i in range(self.dp)),
+            "cp": tuple(self.rank(stage, (d, i, t)) for i in range(self.cp)),
+            "tp": tuple(self.rank(stage, (d, c, i)) for i in range(self.tp)),
+        }
+
+
+def _column(
+    assignment: Assignment, cut: Cut, schedule_name: str, choose: Choose, mesh: Places, place: Place, tracer: Tracer
+) -> dict[int, Program]:
     """The programs of the ranks that hold the same part, one in each stage."""
-    dp, tp, stages = assignment.mesh["dp"], assignment.mesh["tp"], cut.stages
     programs: dict[int, Program] = {}
     lists: dict[int, list[Action]] = {}
-    for stage in range(stages):
-        rank = rank_of(stage, d, t, dp, tp)
-        groups = {
-            "dp": tuple(rank_of(stage, i, t, dp, tp) for i in range(dp)),
-            "tp": tuple(rank_of(stage, d, i, dp, tp) for i in range(tp)),
-        }
+    coordinates = dict(zip(("dp", "cp", "tp"), place, strict=True))
+    for stage in range(mesh.stages):
+        rank, groups = mesh.rank(stage, place), mesh.groups(stage, place)
         axes = {
-            "dp": Axis(name="dp", group=group_name("dp", groups["dp"]), ranks=dp, rank=d),
-            "mb": Axis(name="mb", group="", ranks=assignment.mesh["mb"], rank=0),
-            "tp": Axis(name="tp", group=group_name("tp", groups["tp"]), ranks=tp, rank=t),
+            axis: Axis(name=axis, group=group_name(axis, groups[axis]), ranks=ranks, rank=coordinates[axis])
+            if axis in groups
+            else Axis(name=axis, group="", ranks=ranks, rank=0)
+            for axis, ranks in assignment.mesh.items()
         }
         lowered, edges, loss_axes = lower_stage(assignment, cut, stage, axes, tracer, choose)
-        table = schedule(schedule_name, stage, stages, assignment.mesh["mb"])
-        lists[rank] = with_transfers(table, stage, edges, lambda other: rank_of(other, d, t, dp, tp))
+        table = schedule(schedule_name, stage, mesh.stages, assignment.mesh["mb"])
+        lists[rank] = with_transfers(table, stage, edges, lambda other: mesh.rank(other, place))
         programs[rank] = Program(
             rank=rank,
-            coordinates={"dp": d, "tp": t, "pp": stage},
-            mesh=dict(assignment.mesh) | {"pp": stages},
+            coordinates=coordinates | {"pp": stage},
+            mesh=dict(assignment.mesh) | {"pp": mesh.stages},
             groups=groups,
             stage=lowered,
             edges=edges,

@@ -204,13 +204,14 @@ class _Whole:
 
     def ranks(self) -> None:
         """There is one program for each place, and its number is the place's."""
-        dp, tp = self.mesh["dp"], self.mesh["tp"]
-        count = dp * tp * self.cut.stages
+        cp, tp = self.mesh["cp"], self.mesh["tp"]
+        each = self.mesh["dp"] * cp * tp
+        count = each * self.cut.stages
         if missing := [rank for rank in range(count) if rank not in self.programs]:
             raise CheckError(f"rank {missing[0]} of {count} has no program")
         for rank, program in self.programs.items():
-            stage, place = divmod(rank, dp * tp)
-            expected = {"dp": place // tp, "tp": place % tp, "pp": stage}
+            stage, place = divmod(rank, each)
+            expected = {"dp": place // (cp * tp), "cp": place // tp % cp, "tp": place % tp, "pp": stage}
             if program.rank != rank or dict(program.coordinates) != expected or program.stage.stage != stage:
                 raise CheckError(f"rank {rank} must be at {expected}, its program is rank {program.rank}'s at {dict(program.coordinates)}")
 

@@ -7,6 +7,7 @@ sent, so that parts travel and not whole tensors.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from itertools import takewhile
 
 from shardwise.capture.graph import Op, Value
 from shardwise.sharding.assignment import Assignment
@@ -23,6 +24,13 @@ def edge_type(
     wanted = [assignment.wanted(op, index) for op, index in readers if stage_of.get(op) == target]
     for axis, made in found.items():
         wants = {each[axis] for each in wanted}
-        if made == P and axis != "mb" and len(wants) == 1 and isinstance(part := wants.pop(), Shard):
+        if made == P and axis != "mb" and len(wants) == 1 and isinstance(part := wants.pop(), Shard) and _stays(found, wanted, axis, part):
             found[axis] = part
     return found
+
+
+def _stays(found: Mapping[str, Placement], wanted: Iterable[Mapping[str, Placement]], axis: str, part: Shard) -> bool:
+    """Whether the part is one of what the readers have there: the axes outside split its dim for them as on the way."""
+    outside = takewhile(lambda each: each != axis, found)
+    pairs = [(found[other], each[other]) for other in outside for each in wanted]
+    return all(one == another for one, another in pairs if any(isinstance(p, Shard) and p.dim == part.dim for p in (one, another)))

@@ -19,8 +19,8 @@ from shardwise.program.edges import edge_type
 from shardwise.program.joint import JointGraph
 from shardwise.program.program import Binding, Crossing, Edge, ParameterPart, StageProgram
 from shardwise.program.trace import Tracer
-from shardwise.sharding.assignment import Assignment
-from shardwise.sharding.reshard import Axis, Reshard, reshard
+from shardwise.sharding.assignment import Assignment, over_microbatches
+from shardwise.sharding.reshard import Axis, Reshard, moves, reshard
 from shardwise.sharding.signature import AxisSplit, Call, Signature, factor_part
 from shardwise.sharding.types import I, P, Placement, R, Shard, local_shape
 
@@ -214,8 +214,8 @@ class _Stage:
         """A prelude value in the body: made in its wanted type over all microbatches, of which the executor hands over one's part."""
         key = self._named(value, wanted)
         if key not in self.nodes:
-            whole = self._early_value(value, self._over_microbatches(wanted))
-            split = wanted["mb"] if isinstance(wanted["mb"], Shard) and self.assignment.mesh["mb"] > 1 else None
+            lifted, split = over_microbatches(self.assignment, value, wanted, self.coordinates)
+            whole = self._early_value(value, lifted)
             name = _identifier(f"{value.name}_{len(self.crossings)}")
             self.crossings[name] = (Crossing(name=name, split=split), whole)
             meta = self.tracer.tensor(self._local_shape(value, wanted), value.dtype) if split else whole.meta["val"]
@@ -223,30 +223,12 @@ class _Stage:
             self.inputs[node] = Binding("crossing", name)
         return self.nodes[key]
 
-    def _over_microbatches(self, wanted: Type) -> Type:
-        """A type of one microbatch's part as that of the tensor of all microbatches: an axis inside `mb` that splits the same dim splits it
-        in each microbatch's part, which are blocks of the whole."""
-        split, count = wanted["mb"], self.assignment.mesh["mb"]
-        inner = list(self.axes)[list(self.axes).index("mb") + 1 :]
-        lifted = dict(wanted)
-        for axis in inner:
-            shard = wanted[axis]
-            if not isinstance(split, Shard) or not isinstance(shard, Shard) or split.dim != shard.dim or count == 1:
-                continue
-            if shard.blocks % split.blocks == 0:
-                lifted[axis] = Shard(shard.dim, shard.blocks * count, shard.unit)
-            else:  # it splits what is outside the batch
-                lifted[axis] = Shard(shard.dim, shard.blocks, shard.unit * count if shard.unit > 1 else 1)
-        return lifted
-
     def _resharded(self, joint: JointGraph, store: dict[Any, fx.Node], value: Value, made: Type, wanted: Type, module: str) -> fx.Node:
-        """The value in its wanted type, innermost axis first."""
+        """The value in its wanted type."""
+        here = [name for name in self.axes if self.axes[name].ranks > 1]
         now = dict(made)
-        for name in reversed(list(self.axes)):
-            source, target = now[name], wanted[name]
-            if source == target or self.axes[name].ranks == 1:
-                continue
-            before = store[self._named(value, now)]
+        for name, target in moves({axis: made[axis] for axis in here}, {axis: wanted[axis] for axis in here}):
+            source, before = now[name], store[self._named(value, now)]
             now[name] = target
             key = self._named(value, now)
             if key in store:
@@ -265,8 +247,7 @@ class _Stage:
             )
             described = (source, target, self.axes[name], step.source_size, step.target_size, self.choose)
             (store[key],) = joint.apply(_move(step), described, [before], grad=value.requires_grad, module=module)
-        wanted_here = {name: wanted[name] if self.axes[name].ranks > 1 else made[name] for name in self.axes}
-        return store[self._named(value, wanted_here)]
+        return store[self._named(value, now)]
 
     def _size_over(self, value: Value, type_: Type, axis: str, placement: Placement) -> int:
         """How long the placement's dim is over all ranks of the axis."""

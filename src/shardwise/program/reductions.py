@@ -8,6 +8,7 @@ that meets in them; data and tensor axes come before tied stages.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -17,9 +18,10 @@ import torch
 from shardwise.program.program import ParameterPart, Program
 from shardwise.sharding.collectives import group_name
 
-__all__ = ["Reduction", "reductions", "tie_ranks"]
+__all__ = ["DATA_AXES", "Reduction", "joined_ranks", "reductions", "tie_ranks"]
 
 
+DATA_AXES = ("dp", "cp")  # gradients that are pending over both are summed over both at once
 BUCKET_BYTES = 24 * 2**20  # large enough for the link's full rate, small enough that most is sent before the backward pass ends
 
 
@@ -77,13 +79,23 @@ def tie_ranks(program: Program, parameter: ParameterPart) -> tuple[int, ...]:
     """The ranks of all stages that hold the same part of a tied parameter; empty when one stage holds it."""
     if len(parameter.stages) < 2:
         return ()
-    stride = program.mesh["dp"] * program.mesh["tp"]
+    stride = program.mesh["dp"] * program.mesh["cp"] * program.mesh["tp"]
     first = program.rank - program.stage.stage * stride
     return tuple(first + stage * stride for stage in parameter.stages)
 
 
+def joined_ranks(rank: int, groups: Iterable[tuple[int, ...]]) -> tuple[int, ...]:
+    """The ranks that are reached from one by steps within its groups along several axes."""
+    found = {rank}
+    for group in groups:
+        found = {each + other - rank for each in found for other in group}
+    return tuple(sorted(found))
+
+
 def _groups_of(program: Program, parameter: ParameterPart) -> tuple[str, ...]:
-    names = [group_name(axis, program.groups[axis]) for axis in parameter.reduce]
+    data = [axis for axis in parameter.reduce if axis in DATA_AXES]
+    names = [group_name("+".join(data), joined_ranks(program.rank, [program.groups[axis] for axis in data]))] if data else []
+    names += [group_name(axis, program.groups[axis]) for axis in parameter.reduce if axis not in DATA_AXES]
     if ties := tie_ranks(program, parameter):
         names.append(group_name("tie", ties))
     return tuple(names)

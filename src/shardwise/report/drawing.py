@@ -79,19 +79,30 @@ def _busy(profile: StageProfile) -> str:
 
 
 def _mesh(plan: Plan, simulation: Simulation, stage: int) -> Markup:
-    """The stage's ranks: a row for each place along dp, a column for each along tp."""
-    rows, columns = min(plan.dp, _MOST_PLACES), min(plan.tp, _MOST_PLACES)
-    numbers = [[rank_of(stage, d, t, plan.dp, plan.tp) for t in range(columns)] for d in range(rows)]
+    """The stage's ranks: a row for each place along dp and cp, a column for each along tp."""
+    data = plan.dp * plan.cp
+    rows, columns = min(data, _MOST_PLACES), min(plan.tp, _MOST_PLACES)
+    numbers = [[rank_of(stage, row, t, data, plan.tp) for t in range(columns)] for row in range(rows)]
     alone = plan.tp > _WIDE_PLACES
     cells = [[_rank(rank, bytes_text(simulation.memory_bytes[rank]), alone=alone) for rank in row] for row in numbers]
-    body = [element("tr", _axis(f"dp {d}", plan.dp), *row) for d, row in enumerate(cells)]
-    top = [element("tr", _axis("", plan.dp), *(element("th", f"tp {t}") for t in range(columns)))] if plan.tp > 1 else []
+    body = [element("tr", _axis(_data_place(plan, number), data), *row) for number, row in enumerate(cells)]
+    top = [element("tr", _axis("", data), *(element("th", f"tp {t}") for t in range(columns)))] if plan.tp > 1 else []
     note = (
         []
-        if (rows, columns) == (plan.dp, plan.tp)
-        else [element("caption", f"the first of {plan.dp * plan.tp} ranks: dp {plan.dp} × tp {plan.tp}")]
+        if (rows, columns) == (data, plan.tp)
+        else [element("caption", f"the first of {data * plan.tp} ranks: {_data_axes(plan)} × tp {plan.tp}")]
     )
     return element("table", *note, *top, *body, class_="mesh")
+
+
+def _data_axes(plan: Plan) -> str:
+    return f"dp {plan.dp}" + (f" × cp {plan.cp}" if plan.cp > 1 else "")
+
+
+def _data_place(plan: Plan, row: int) -> str:
+    """`dp 0`, `cp 1`, or `dp 0 cp 1` where both have several."""
+    d, c = divmod(row, plan.cp)
+    return " ".join(([f"dp {d}"] if plan.dp > 1 or plan.cp == 1 else []) + ([f"cp {c}"] if plan.cp > 1 else []))
 
 
 def _axis(text: str, ranks: int) -> Markup:

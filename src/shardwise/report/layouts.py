@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from html import escape
 
 from shardwise.planner.plan import Candidate, Plan
@@ -11,7 +12,7 @@ from shardwise.report.units import bytes_text, seconds_text, time_unit
 
 __all__ = ["layouts_table", "simulated", "tradeoff_figure"]
 
-_COLUMNS = ("dp", "tp", "pp", "microbatches", "schedule")
+_COLUMNS = ("dp", "cp", "tp", "pp", "microbatches", "schedule")
 _OPEN_ROWS = 10  # the others are folded away
 
 
@@ -23,36 +24,37 @@ def simulated(plan: Plan) -> list[Candidate]:
 def layouts_table(plan: Plan) -> Markup:
     """The chosen one first, then by time."""
     ordered = sorted(plan.considered, key=lambda each: (each.layout != plan.layout, each.step_time_s is None, _seconds(each)))
-    rows = [_row(each, plan) for each in ordered]
+    columns = [name for name in _COLUMNS if name != "cp" or plan.cp > 1]
+    rows = [_row(each, plan, columns) for each in ordered]
     more = len(rows) - _OPEN_ROWS
     if more <= 2:
-        return _table(rows)
-    rest = element("details", element("summary", f"{more} more"), _table(rows[_OPEN_ROWS:]))
-    return Markup(_table(rows[:_OPEN_ROWS]) + rest)
+        return _table(rows, columns)
+    rest = element("details", element("summary", f"{more} more"), _table(rows[_OPEN_ROWS:], columns))
+    return Markup(_table(rows[:_OPEN_ROWS], columns) + rest)
 
 
-def _table(rows: list[Markup]) -> Markup:
-    names = ("", "dp", "tp", "pp", "microbatches", "schedule", "estimated", "simulated", "memory", "note")
+def _table(rows: list[Markup], columns: list[str]) -> Markup:
+    names = ("", *columns, "estimated", "simulated", "memory", "note")
     head = element("thead", element("tr", *(element("th", name) for name in names)))
     return element("div", element("table", head, element("tbody", *rows), class_="layouts"), class_="scroll")
 
 
-def _row(each: Candidate, plan: Plan) -> Markup:
+def _row(each: Candidate, plan: Plan, columns: list[str]) -> Markup:
     chosen = each.layout == plan.layout
     cells = [element("td", "★" if chosen else "", title="chosen" if chosen else None)]
-    cells += [element("td", text) for text in _parts(each.layout)]
+    cells += [element("td", text) for text in _parts(each.layout, columns)]
     cells += [element("td", "—" if value is None else seconds_text(value)) for value in (each.estimate_s, each.step_time_s)]
     cells.append(element("td", "—" if each.memory_bytes is None else bytes_text(each.memory_bytes)))
     cells.append(element("td", each.note or ("chosen" if chosen else _slower(each, plan)), class_="note"))
     return element("tr", *cells, class_="chosen" if chosen else None)
 
 
-def _parts(layout: str) -> list[str]:
+def _parts(layout: str, columns: Sequence[str] = _COLUMNS) -> list[str]:
     """The layout's columns; a layout in other words fills the last."""
     found = dict(part.partition("=")[::2] for part in layout.split(",") if "=" in part)
     if not set(found) <= set(_COLUMNS):
-        return ["", "", "", "", layout]
-    return [found.get(name, "") for name in _COLUMNS]
+        return [*("" for _ in columns[1:]), layout]
+    return [found.get(name, "") for name in columns]
 
 
 def _slower(each: Candidate, plan: Plan) -> str:
@@ -106,7 +108,7 @@ def tradeoff_figure(plan: Plan) -> Figure:
 def _short(layout: str) -> str:
     """`tp2 pp2 · 4`: what is not 1."""
     parts = dict(zip(_COLUMNS, _parts(layout), strict=True))
-    axes = " ".join(f"{name}{parts[name]}" for name in ("dp", "tp", "pp") if parts[name] not in ("", "1"))
+    axes = " ".join(f"{name}{parts[name]}" for name in ("dp", "cp", "tp", "pp") if parts[name] not in ("", "1"))
     return f"{axes or 'one rank'} · {parts['microbatches']} mb" if parts["microbatches"] else layout
 
 

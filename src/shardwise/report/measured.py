@@ -36,7 +36,7 @@ class Measured:
             step_time_s=run.step_time_s,
             memory_bytes=run.memory_bytes,
             step_times_s=run.step_times_s,
-            timeline=_timeline(run.actions, ranks_of_stage=plan.dp * plan.tp),
+            timeline=_timeline(run.actions, ranks_of_stage=plan.dp * plan.cp * plan.tp),
             losses=run.losses,
             same_numbers=same_numbers,
         )

@@ -14,7 +14,7 @@ def shown_ranks(plan: Plan) -> list[int]:
     """All, or of a large plan the first of each stage (those of a stage do alike), or the first of the first stages."""
     if plan.ranks <= MOST_RANKS:
         return list(range(plan.ranks))
-    return [rank_of(stage, 0, 0, plan.dp, plan.tp) for stage in range(plan.pp)][:MOST_RANKS]
+    return [rank_of(stage, 0, 0, plan.dp, plan.tp, cp=plan.cp) for stage in range(plan.pp)][:MOST_RANKS]
 
 
 def omitted_text(plan: Plan) -> str:

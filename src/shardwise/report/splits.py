@@ -26,6 +26,9 @@ def _sentences(plan: Plan) -> list[tuple[str, str]]:
         each = plan.global_batch // plan.dp
         text = f"{plan.dp} copies, each on {each} of the {plan.global_batch} samples; gradients are added up once a step"
         said.append((f"dp {plan.dp}", text))
+    if plan.cp > 1:
+        dims = ", ".join(f"dim {dim} of {name}" for name, dim in plan.sequence_dims.items())
+        said.append((f"cp {plan.cp}", f"{plan.cp} ranks share each sequence ({dims}); gradients are added up once a step"))
     if plan.tp > 1:
         split = sum(text.startswith("S") for text in plan.parameters.values())
         said.append(

@@ -19,6 +19,7 @@ __all__ = ["COLOURS", "timeline_figure"]
 COLOURS = {
     "forward": "#3b7dc4",
     "backward": "#d9742b",
+    "weights": "#b45309",
     "send": "#12a594",
     "receive and wait": "#9aa7b5",
     "reduce gradients": "#8b5cc7",
@@ -28,6 +29,7 @@ COLOURS = {
 _GROUPS = {
     Kind.FORWARD: "forward",
     Kind.BACKWARD: "backward",
+    Kind.WEIGHT: "weights",
     Kind.SEND: "send",
     Kind.SEND_GRAD: "send",
     Kind.RECV: "receive and wait",
@@ -153,6 +155,7 @@ def _hover(row: _Row, span: Span) -> str:
 _WORDS = {
     Kind.FORWARD: "forward",
     Kind.BACKWARD: "backward",
+    Kind.WEIGHT: "gradients of the weights",
     Kind.SEND: "send {edge} to rank {peer}",
     Kind.SEND_GRAD: "send the gradient of {edge} to rank {peer}",
     Kind.RECV: "receive {edge} from rank {peer}",

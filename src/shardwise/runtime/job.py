@@ -12,9 +12,10 @@ from shardwise.capture.graph import Graph
 from shardwise.errors import BatchError, PlanError
 from shardwise.planner.apply import Applied
 from shardwise.planner.plan import Plan
-from shardwise.program.build import build_programs, rank_of
+from shardwise.program.build import Places, build_programs
 from shardwise.program.check import check_own
 from shardwise.program.program import ParameterPart, Program
+from shardwise.program.reductions import DATA_AXES, joined_ranks
 from shardwise.runtime.executor import Event, Executor
 from shardwise.runtime.gradients import Gradients
 from shardwise.runtime.group import create_groups
@@ -179,16 +180,19 @@ def _checked_rank(plan: Plan) -> int:
 
 def _all_groups(program: Program, plan: Plan, graph: Graph, applied: Applied) -> list[tuple[str, tuple[int, ...]]]:
     """Every process group of the job, in one order on all ranks."""
-    dp, tp, pp = plan.dp, plan.tp, plan.pp
-    groups = [("dp", tuple(rank_of(s, i, t, dp, tp) for i in range(dp))) for s in range(pp) for t in range(tp)]
-    groups += [("tp", tuple(rank_of(s, d, i, dp, tp) for i in range(tp))) for s in range(pp) for d in range(dp)]
+    places = Places.of(applied.assignment, plan.pp)
+    seats = [(stage, place) for stage in range(plan.pp) for place in places.columns()]
+    along = {seat: places.groups(*seat) for seat in seats}
+    groups = [(axis, along[seat][axis]) for axis in ("dp", "cp", "tp") for seat in seats]
+    if plan.dp > 1 and plan.cp > 1:
+        groups += [("+".join(DATA_AXES), joined_ranks(places.rank(*seat), [along[seat][axis] for axis in DATA_AXES])) for seat in seats]
     readers = graph.consumers()
     ties: set[tuple[int, ...]] = set()
     for value in graph.parameters.values():
         stages = sorted({applied.cut.stage_of[op] for op, _ in readers[value] if op in applied.cut.stage_of})
         if len(stages) > 1:
-            ties |= {tuple(rank_of(s, d, t, dp, tp) for s in stages) for d in range(dp) for t in range(tp)}
-    return groups + [("tie", ranks) for ranks in sorted(ties)]
+            ties |= {tuple(places.rank(stage, place) for stage in stages) for place in places.columns()}
+    return list(dict.fromkeys(groups)) + [("tie", ranks) for ranks in sorted(ties)]
 
 
 def local_part(whole: Tensor, part: ParameterPart, program: Program) -> Tensor:

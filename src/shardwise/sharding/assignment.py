@@ -1,21 +1,21 @@
 """Which choice every operator makes on every axis, and the types of all tensors that follow.
 
-The mesh's axes, outermost first: `dp` splits the batch, `mb` (microbatches, one after the other) splits what dp leaves of it, `tp` splits
-anything else.
+The mesh's axes, outermost first: `dp` splits the batch, `mb` (microbatches, one after the other) splits what dp leaves of it, `cp` splits
+the sequence, `tp` splits anything else.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from shardwise.capture.graph import Graph, Op, Value
 from shardwise.sharding.signature import Choice, Signature, Variant, factor_part, variant
-from shardwise.sharding.types import Placement, R
+from shardwise.sharding.types import Placement, R, Shard, canonical, local_shape, part
 
-__all__ = ["AXES", "Assignment", "set_choice", "split_sizes"]
+__all__ = ["AXES", "Assignment", "over_microbatches", "possible", "set_choice", "split_sizes"]
 
-AXES = ("dp", "mb", "tp")
+AXES = ("dp", "mb", "cp", "tp")
 
 
 @dataclass(kw_only=True)
@@ -48,17 +48,67 @@ class Assignment:
 
 def split_sizes(assignment: Assignment, op: Op, before: str) -> dict[str, int]:
     """What the axes outside `before` leave of the operator's factors (on their first rank)."""
-    sizes = dict(assignment.signatures[op].sizes)
+    return _all_sizes(assignment, op, before)[0]
+
+
+def _all_sizes(assignment: Assignment, op: Op, before: str) -> list[dict[str, int]]:
+    """What the axes outside `before` leave of the factors: on their first ranks, then where these parts are unequal."""
+    found = [dict(assignment.signatures[op].sizes)]
     for axis, ranks in assignment.mesh.items():
         if axis == before:
             break
         choice = assignment.variants[op][axis].choice
-        if choice.mode == "split":
-            sizes[choice.factor] = factor_part(choice, sizes[choice.factor], ranks, 0).length
-    return sizes
+        if choice.mode == "split" and ranks > 1:
+            found = [sizes | {choice.factor: length} for sizes in found for length in _lengths(choice, sizes[choice.factor], ranks)]
+    return found
+
+
+def _lengths(choice: Choice, size: int, ranks: int) -> list[int]:
+    """How much of a factor the ranks get, the most first."""
+    return list(dict.fromkeys(factor_part(choice, size, ranks, rank).length for rank in (0, ranks - 1)))
+
+
+def possible(assignment: Assignment, op: Op, axis: str, choice: Choice) -> bool:
+    """Whether the operator can be split so on the axis, and to the same types on all ranks of the axes outside it: where these left
+    unequal parts, blocks and units that are counted in one rank's elements would be wrong on another."""
+    sig, ranks = assignment.signatures[op], assignment.mesh[axis]
+    every = _all_sizes(assignment, op, axis)
+    for sizes in every:
+        pieces, rest = divmod(sizes[choice.factor], choice.blocks * choice.unit)
+        if rest or not sig.splits[choice.factor].allows(pieces, choice.blocks, ranks, choice.owner):
+            return False
+    return len(every) == 1 or len({variant(op, sig, choice, sizes, ranks) for sizes in every}) == 1
 
 
 def set_choice(assignment: Assignment, op: Op, axis: str, choice: Choice) -> None:
     """Makes `op` take `choice` on `axis`; the choices of the axes outside it stand already."""
-    sizes = split_sizes(assignment, op, axis)
+    sizes = split_sizes(assignment, op, axis) if choice.mode == "split" else {}
     assignment.variants.setdefault(op, {})[axis] = variant(op, assignment.signatures[op], choice, sizes, assignment.mesh[axis])
+
+
+def over_microbatches(
+    assignment: Assignment, value: Value, type_: Mapping[str, Placement], place: Mapping[str, int]
+) -> tuple[dict[str, Placement], Shard | None]:
+    """A type of one microbatch's part as that of the tensor of all microbatches, and how these divide what the rank at `place` holds.
+
+    An axis inside `mb` that splits the same dim splits it in each microbatch's part. Where it splits what lies inside the samples these
+    parts are blocks of the whole; where it splits what the samples lie in, its units grow.
+    """
+    mesh, split = assignment.mesh, type_["mb"]
+    found = dict(type_) | {"mb": R}
+    if mesh["mb"] == 1 or not isinstance(split, Shard):
+        return found, None
+    axes = list(mesh)
+    outer, inner = axes[: axes.index("mb")], axes[axes.index("mb") + 1 :]
+    size = local_shape(value.shape, {axis: type_[axis] for axis in outer}, mesh, place)[split.dim]
+    blocks = split.blocks
+    for axis in inner:
+        shard = type_.get(axis)
+        if not isinstance(shard, Shard) or shard.dim != split.dim:
+            continue
+        inside = shard.blocks % blocks == 0
+        more = replace(shard, blocks=shard.blocks * mesh["mb"]) if inside else replace(shard, unit=shard.unit * mesh["mb"])
+        found[axis] = more = canonical(more, size, mesh[axis])
+        left = part(size, more, mesh[axis], place[axis]).length
+        size, blocks = left, blocks if inside else blocks * left // size
+    return found, Shard(split.dim, blocks, split.unit)

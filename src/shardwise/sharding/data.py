@@ -22,7 +22,7 @@ from shardwise.sharding.reshard import collective_of
 from shardwise.sharding.signature import Choice, Dims, Signature, choice_for
 from shardwise.sharding.types import P, R, Shard, canonical
 
-__all__ = ["batch_choices", "microbatch_obstacle", "prelude_of", "split_batch"]
+__all__ = ["batch_choices", "follow", "microbatch_obstacle", "place_of", "places_of", "prelude_of", "split_batch", "without_split"]
 
 
 def prelude_of(graph: Graph) -> set[Op]:
@@ -40,7 +40,12 @@ def prelude_of(graph: Graph) -> set[Op]:
 
 def batch_choices(graph: Graph, signatures: Mapping[Op, Signature]) -> dict[Op, Choice]:
     """The operators that hold the batch, with the factor that it is in them."""
-    places = {graph.inputs[name]: Shard(dim) for name, dim in graph.batch_dims.items()}
+    return follow(graph, signatures, graph.batch_dims)
+
+
+def follow(graph: Graph, signatures: Mapping[Op, Signature], dims: Mapping[str, int]) -> dict[Op, Choice]:
+    """The operators that hold a dim of the inputs (input → dim), with the factor that it is in them."""
+    places = {graph.inputs[name]: Shard(dim) for name, dim in dims.items()}
     readers = graph.consumers()
     choices: dict[Op, Choice] = {}
     pending = deque(places)
@@ -55,23 +60,23 @@ def batch_choices(graph: Graph, signatures: Mapping[Op, Signature]) -> dict[Op, 
             if op in choices or (choice := choice_for(sig, tensor, places[value], sig.sizes)) is None:
                 continue
             choices[op] = choice
-            for other, shard in _places(op, sig, choice):
-                if other not in places and (other.producer is not None or other.name in graph.batch_dims):
+            for other, shard in places_of(op, sig, choice):
+                if other not in places and (other.producer is not None or other.name in dims):
                     places[other] = shard
                     pending.append(other)
     return choices
 
 
-def _places(op: Op, sig: Signature, choice: Choice) -> list[tuple[Value, Shard]]:
+def places_of(op: Op, sig: Signature, choice: Choice) -> list[tuple[Value, Shard]]:
     """Where the chosen factor lies in the tensors of the call."""
     found = []
     for tensor, value in zip((*sig.inputs, *sig.outputs), (*op.inputs, *op.outputs), strict=True):
-        if (shard := _place(tensor, choice, sig.sizes)) is not None:
+        if (shard := place_of(tensor, choice, sig.sizes)) is not None:
             found.append((value, shard))
     return found
 
 
-def _place(tensor: Dims, choice: Choice, sizes: Mapping[str, int]) -> Shard | None:
+def place_of(tensor: Dims, choice: Choice, sizes: Mapping[str, int]) -> Shard | None:
     for index, dim in enumerate(tensor):
         if choice.factor in dim:
             at = dim.index(choice.factor)
@@ -98,12 +103,18 @@ def _choice(assignment: Assignment, op: Op, axis: str, batch: Mapping[Op, Choice
     sig = assignment.signatures[op]
     if op in batch and (axis == "dp" or sig.splits[batch[op].factor].microbatches):
         return batch[op]
+    return without_split(assignment, op, axis)
+
+
+def without_split(assignment: Assignment, op: Op, axis: str) -> Choice:
+    """On summands where the operator is linear in the inputs that are summands, else whole."""
+    sig = assignment.signatures[op]
     summands = {index for index, value in enumerate(op.inputs) if assignment_type(assignment, value, axis) == P}
     if summands:
         for number, linear in enumerate(sig.linear):
             if linear == summands:
                 return Choice("P", linear=number)
-    return whole
+    return Choice("R")
 
 
 def assignment_type(assignment: Assignment, value: Value, axis: str) -> object:

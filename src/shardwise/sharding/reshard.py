@@ -20,7 +20,7 @@ The backward of a → b is the move from the type of b's gradient to the type of
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -31,7 +31,7 @@ from torch import Tensor
 from shardwise.sharding.collectives import all_gather, all_reduce, all_to_all, reduce_scatter
 from shardwise.sharding.types import I, P, Placement, R, Shard, lengths, take
 
-__all__ = ["Axis", "Reshard", "collective_of", "dual", "reshard"]
+__all__ = ["Axis", "Reshard", "collective_of", "dual", "moves", "reshard"]
 
 Choose = Callable[[str, int, int], str]
 
@@ -161,6 +161,30 @@ class _Function(torch.autograd.Function):
 def reshard(x: Tensor, step: Reshard) -> Tensor:
     """`x` of the step's source type as its target type; differentiable."""
     return _Function.apply(x, step)
+
+
+def moves(made: Mapping[str, Placement], wanted: Mapping[str, Placement]) -> list[tuple[str, Placement]]:
+    """The changes of one axis each, one after the other, that take a value from one type to another (axes outermost first).
+
+    Of the axes that split one dim only the innermost can be changed alone. So an axis that keeps or gets a split of a dim inside another
+    one's that changes has the dim whole meanwhile:
+
+        S(0) on cp, S(0) on tp → R on cp, S(0) on tp:     tp to I, cp to R, tp to S(0)
+    """
+    axes = list(made)
+    first: list[tuple[str, Placement]] = []
+    last: list[tuple[str, Placement]] = []
+    for index in reversed(range(len(axes))):
+        axis, outside = axes[index], [each for each in axes[:index] if made[each] != wanted[each]]
+        changing = {shard.dim for each in outside for shard in (made[each], wanted[each]) if isinstance(shard, Shard)}
+        source, target = made[axis], wanted[axis]
+        if isinstance(target, Shard) and target.dim in changing:
+            if isinstance(source, Shard) and source.dim in changing:
+                first.append((axis, I))
+            last.insert(0, (axis, target))
+        elif source != target:
+            first.append((axis, target))
+    return first + last
 
 
 def dual(placement: Placement) -> Placement:

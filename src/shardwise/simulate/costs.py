@@ -20,7 +20,7 @@ from shardwise.program.reductions import reductions
 from shardwise.program.schedules import in_flight
 from shardwise.sharding.collectives import COLLECTIVES, group_ranks
 
-__all__ = ["OPTIMIZER_STATES", "MemoryUse", "StageTimes", "graph_seconds", "memory_use", "node_seconds", "stage_times"]
+__all__ = ["OPTIMIZER_STATES", "MemoryUse", "StageTimes", "graph_seconds", "memory_use", "node_seconds", "sink_seconds", "stage_times"]
 
 OPTIMIZER_STATES = {"adamw": 2, "adam": 2, "sgd": 0, "sgd_momentum": 1}
 
@@ -75,7 +75,7 @@ def graph_seconds(graph: fx.Graph, cluster: Cluster) -> Seconds:
 
 def node_seconds(graph: fx.Graph, cluster: Cluster) -> dict[fx.Node, float]:
     """Of every call of a graph on a rank."""
-    fused = fused_traffic(graph) if cluster.rates.overlaps_memory else {}
+    fused = fused_traffic(graph) if cluster.rates.fuses else {}
     found: dict[fx.Node, float] = {}
     for node in graph.nodes:
         if node.op != "call_function":
@@ -106,7 +106,7 @@ def stage_times(program: Program, cluster: Cluster, optimizer: str) -> StageTime
     update_s = sum(optimizer_seconds(prod(p.local), p.dtype, optimizer, cluster) for p in stage.parameters if p.requires_grad)
     transfers = {edge.name: collective_cost("send_recv", edge.nbytes, 2, cluster).seconds for edge in program.edges}
     backward = graph_seconds(stage.backward, cluster)
-    sinks = _sink_seconds(stage.parameters, cluster)
+    sinks = sink_seconds(stage.parameters, cluster)
     return StageTimes(
         of={
             Kind.PRELUDE: graph_seconds(stage.prelude, cluster),
@@ -119,7 +119,7 @@ def stage_times(program: Program, cluster: Cluster, optimizer: str) -> StageTime
     )
 
 
-def _sink_seconds(parameters: list[ParameterPart], cluster: Cluster) -> float:
+def sink_seconds(parameters: list[ParameterPart], cluster: Cluster) -> float:
     """Putting each gradient into its buffer: it is read and written once."""
     copy = torch.ops.aten.copy_.default
     seconds = 0.0

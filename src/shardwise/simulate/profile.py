@@ -22,12 +22,15 @@ class _Strict(BaseModel):
 class StageProfile(_Strict):
     """One rank of a stage (where they differ, the slowest and the fullest).
 
-    seconds: kind of action → (computing, communicating). memory: bytes by kind at the peak. reduces: axes over which gradients are summed.
-    modules: what the stage holds; parameters: how many numbers, over all its ranks.
+    seconds: kind of action → (computing, communicating); "backward" is the inputs' part where there is "weight", too, the whole where not.
+    memory: bytes by kind at the peak. saved_bytes: what one microbatch keeps from its forward to the end of its backward pass; 0 where
+    memory's "saved" counts it for all that are in flight.
+    reduces: axes over which gradients are summed. modules: what the stage holds; parameters: how many numbers, over all its ranks.
     """
 
     seconds: dict[str, tuple[float, float]]
     memory: dict[str, int]
+    saved_bytes: int = 0
     reduces: list[str] = []
     modules: list[str] = []
     parameters: int = 0
@@ -45,7 +48,9 @@ class EdgeProfile(_Strict):
 
 
 class Profile(_Strict):
-    """cores: that the ranks share, None where each has its own device."""
+    """stages: in the order in which data passes them, also where a rank has several.
+    cores: that the ranks share, None where each has its own device.
+    """
 
     stages: list[StageProfile]
     edges: list[EdgeProfile]

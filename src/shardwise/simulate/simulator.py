@@ -1,45 +1,52 @@
 """Performs all ranks' actions on virtual clocks.
 
 Computing takes a core: where more ranks compute than there are cores, each is slowed accordingly, and a rank that waits leaves its core
-to the others. A send costs its rank nothing and arrives after the message's time; a receive ends when its message is there; a reduction begins
-when the last rank of its group is there.
+to the others. A send costs its rank nothing and arrives after the message's time; a receive ends when its message is there; a reduction
+begins when the last rank of its group is there.
+
+A pipeline rank has one stage, or several (chunks) whose computations its schedule's table puts in order. It performs the prelude, the
+reduction and the update once for all of them.
 """
 
 from __future__ import annotations
 
 import heapq
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
+from shardwise.errors import LayoutError
 from shardwise.program.actions import Action, Kind
 from shardwise.program.build import rank_of
-from shardwise.program.schedules import schedule
-from shardwise.program.transfers import matching, order_transfers, with_transfers
+from shardwise.program.tables import Tables, check_table, in_flight, placed, rank_tables, splits
+from shardwise.program.transfers import order_transfers, rank_actions
 from shardwise.simulate.profile import Profile, StageProfile
 
 __all__ = ["Mesh", "Simulation", "Span", "simulate_profile", "trace_of"]
 
 _TINY_S = 1e-12
+_ONCE = ("transient", "runtime")  # memory that a rank's stages use in turn, or share
 _DRAWN = 64  # ranks that have a timeline each; of more, the first of each stage has one
 
 
 @dataclass(frozen=True, kw_only=True)
 class Mesh:
-    """The sizes of a plan."""
+    """The sizes of a plan. pp: pipeline ranks, each with so many stages as there are chunks."""
 
     dp: int
     tp: int
     pp: int
     microbatches: int
     schedule: str
+    chunks: int = 1
 
 
 @dataclass(frozen=True, kw_only=True)
 class Span:
-    """One action on one rank; seconds from the beginning of the step."""
+    """One action on one rank; seconds from the beginning of the step. stage: of all the plan's stages; what a rank with several does once
+    for all of them is of its first."""
 
     rank: int
     stage: int
@@ -68,6 +75,22 @@ class Simulation:
         """Peak of each rank."""
         return [sum(use.values()) for use in self.memory]
 
+    @property
+    def period_s(self) -> float:
+        """Seconds from step to step where no rank waits at a step's end for ranks of other stages.
+
+        That is the longest that a rank takes from its first forward to its end, and its prelude: shifted by so much, a step's timeline
+        fits behind the last one's (Qi et al. 2023, section 4). At most step_time_s. Ranks that share cores with others are not shifted.
+        """
+        begin: dict[int, float] = {}
+        end: dict[int, float] = {}
+        for span in self.timeline:
+            if span.action.kind is Kind.FORWARD:
+                begin[span.rank] = min(begin.get(span.rank, span.start_s), span.start_s)
+            end[span.rank] = max(end.get(span.rank, 0.0), span.end_s)
+        prelude = {span.rank: span.end_s - span.start_s for span in self.timeline if span.action.kind is Kind.PRELUDE}
+        return max(end[rank] - begin[rank] + prelude.get(rank, 0.0) for rank in begin)
+
     def save_trace(self, path: str | Path) -> None:
         """Writes the timeline for Perfetto (ui.perfetto.dev) or chrome://tracing."""
         Path(path).write_text(json.dumps(trace_of(self.timeline)))
@@ -95,56 +118,146 @@ def trace_of(timeline: list[Span], name: str = "") -> dict[str, object]:
     return {"traceEvents": events, "displayTimeUnit": "ms"}
 
 
-def simulate_profile(profile: Profile, mesh: Mesh) -> Simulation:
-    """One step of all ranks of a plan. Ranks of a stage that share no cores with others do alike: one of them is simulated."""
+def simulate_profile(profile: Profile, mesh: Mesh, tables: Tables | None = None) -> Simulation:
+    """One step of all ranks of a plan. Ranks of a stage that share no cores with others do alike: one of them is simulated.
+
+    profile: of the mesh's pp · chunks stages; tables: each pipeline rank's slots, instead of those of the mesh's schedule.
+    Raises LayoutError for a schedule that is unknown or does not take these sizes, for tables that contradict themselves, and for a
+    schedule that splits the backward pass where the profile does not say what its parts take.
+    """
     shared = profile.cores is not None
     places = [(d, t) for d in range(mesh.dp) for t in range(mesh.tp)] if shared else [(0, 0)]
-    ranks = {
-        rank_of(stage, d, t, mesh.dp, mesh.tp): _Rank(stage=stage, place=(d, t), actions=actions)
-        for stage, actions in _actions(profile, mesh).items()
-        for d, t in places
-    }
-    timeline = _Clock(profile=profile, mesh=mesh, ranks=dict(sorted(ranks.items()))).play()
+    rows = _rows(profile, mesh, tables)
+    ranks = {rank_of(pipe, d, t, mesh.dp, mesh.tp): _placed(row, pipe, (d, t), mesh) for pipe, row in rows.items() for d, t in places}
+    timeline = _Clock(profile=profile, ranks=dict(sorted(ranks.items()))).play()
     total = max(span.end_s for span in timeline)
-    busy = {rank: _busy(state, profile.stages[state.stage]) for rank, state in ranks.items()}
+    busy = [(sum(compute for compute, _ in row.seconds), sum(talk for _, talk in row.seconds)) for row in rows.values()]
     crowd = max(1.0, len(ranks) / profile.cores) if profile.cores else 1.0
-    waiting = 1 - min(1.0, sum(sum(each) for each in busy.values()) * crowd / (total * len(ranks)))
+    waiting = 1 - min(1.0, sum(sum(each) for each in busy for _ in places) * crowd / (total * len(ranks)))
     each = mesh.dp * mesh.tp
-    memory = [profile.stages[stage].memory for stage in range(mesh.pp) for _ in range(each)]
+    memory = [row.memory for row in rows.values() for _ in range(each)]
     if not shared and len(memory) <= _DRAWN:
-        timeline = [_on_rank(span, each, offset) for offset in range(each) for span in timeline]
-    return Simulation(
-        step_time_s=total, timeline=timeline, memory=memory, bubble=waiting, communication_s=max(talk for _, talk in busy.values())
+        timeline = [_on_rank(span, offset) for offset in range(each) for span in timeline]
+    return Simulation(step_time_s=total, timeline=timeline, memory=memory, bubble=waiting, communication_s=max(talk for _, talk in busy))
+
+
+def _on_rank(span: Span, offset: int) -> Span:
+    """The same on another rank of the stage; it talks to the ranks at its own place."""
+    if not offset:
+        return span
+    action = replace(span.action, peer=span.action.peer + offset) if span.action.peer >= 0 else span.action
+    return replace(span, rank=span.rank + offset, action=action)
+
+
+# -- what the ranks do ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Row:
+    """What the ranks of one place in the pipeline do. stages, seconds (computing, communicating): of each action; peers are pipeline ranks.
+
+    reduces: whether they wait for each other to reduce gradients; memory: bytes by kind.
+    """
+
+    actions: list[Action]
+    stages: list[int]
+    seconds: list[tuple[float, float]]
+    reduces: bool
+    memory: dict[str, int]
+
+
+def _rows(profile: Profile, mesh: Mesh, given: Tables | None) -> dict[int, _Row]:
+    """Pipeline rank → what it does."""
+    if given is not None:
+        check_table(given, mesh.pp, mesh.chunks, mesh.microbatches)
+    tables = rank_tables(mesh.schedule, mesh.pp, mesh.chunks, mesh.microbatches) if given is None else given
+    home = placed(tables)
+    assert len(profile.stages) == len(home), f"the profile has {len(profile.stages)} stages, the tables {len(home)}"
+    lists = {rank: rank_actions(row, profile.edges, home.__getitem__) for rank, row in enumerate(tables)}
+    split = splits(tables)
+    seconds = _seconds(profile, split)
+    held = in_flight(tables, {stage: each.saved_bytes for stage, each in enumerate(profile.stages)})
+    if not split and mesh.chunks == 1:  # the others do not run yet; when they do, receives are to be posted ahead
+        lists = order_transfers(lists)
+    return {
+        rank: _row(actions, sorted(stage for stage in home if home[stage] == rank), profile, seconds, held[rank])
+        for rank, actions in lists.items()
+    }
+
+
+def _row(inner: list[Action], own: list[int], profile: Profile, seconds: list[_Times], held_bytes: int) -> _Row:
+    """Of the rank that has the stages `own`."""
+    edges = {edge.name: (edge.source, edge.target) for edge in profile.edges}
+    actions = [Action(kind=Kind.PRELUDE), *inner, Action(kind=Kind.REDUCE), Action(kind=Kind.UPDATE)]
+    stages = [_stage_of(action, own[0], edges) for action in actions]
+    once = {kind: _added(seconds[stage].get(kind, _NO_TIME) for stage in own) for kind in (Kind.PRELUDE, Kind.REDUCE, Kind.UPDATE)}
+    return _Row(
+        actions=actions,
+        stages=stages,
+        seconds=[
+            once[action.kind] if action.kind in once else seconds[stage].get(action.kind, _NO_TIME)
+            for action, stage in zip(actions, stages, strict=True)
+        ],
+        reduces=any(profile.stages[stage].reduces for stage in own),
+        memory=_memory([profile.stages[stage] for stage in own], held_bytes),
     )
 
 
-def _on_rank(span: Span, each: int, offset: int) -> Span:
-    """The same on another rank of the stage; it talks to the ranks at its own place."""
-    action = replace(span.action, peer=span.action.peer + offset) if span.action.peer >= 0 else span.action
-    return replace(span, rank=span.stage * each + offset, action=action) if offset else span
+_Times = dict[str, tuple[float, float]]
+_NO_TIME = (0.0, 0.0)
 
 
-def _actions(profile: Profile, mesh: Mesh) -> dict[int, list[Action]]:
-    """Each stage's actions; peers are stages here."""
-    lists = {
-        stage: with_transfers(schedule(mesh.schedule, stage, mesh.pp, mesh.microbatches), stage, profile.edges, lambda other: other)
-        for stage in range(mesh.pp)
-    }
-    ends = [Action(kind=Kind.REDUCE), Action(kind=Kind.UPDATE)]
-    return {stage: [Action(kind=Kind.PRELUDE), *actions, *ends] for stage, actions in order_transfers(lists).items()}
+def _added(times: Iterable[tuple[float, float]]) -> tuple[float, float]:
+    each = list(times)
+    return sum(compute for compute, _ in each), sum(talk for _, talk in each)
 
 
-def _busy(state: _Rank, stage: StageProfile) -> tuple[float, float]:
-    seconds = [stage.seconds[action.kind.value] for action in state.actions if action.kind.value in stage.seconds]
-    return sum(compute for compute, _ in seconds), sum(talk for _, talk in seconds)
+def _seconds(profile: Profile, split: bool) -> list[_Times]:
+    """Of each stage the seconds by kind; a backward pass that is not split takes both its parts' time."""
+    found = []
+    for number, stage in enumerate(profile.stages):
+        seconds = dict(stage.seconds)
+        if split and Kind.WEIGHT not in seconds:
+            raise LayoutError(
+                f"the schedule splits the backward pass, but the profile of stage {number} has only the seconds of the whole of it; "
+                "give it `weight`, and `backward` without that, or choose a schedule that does not split"
+            )
+        if not split and Kind.WEIGHT in seconds:
+            seconds[Kind.BACKWARD] = _added([seconds[Kind.BACKWARD], seconds.pop(Kind.WEIGHT)])
+        found.append(seconds)
+    return found
+
+
+def _stage_of(action: Action, first: int, edges: Mapping[str, tuple[int, int]]) -> int:
+    """The stage that an action is of. first: the rank's first; edges: name → source, target."""
+    if action.edge:
+        source, target = edges[action.edge]
+        return source if action.kind in (Kind.SEND, Kind.RECV_GRAD) else target
+    return action.stage if action.stage >= 0 else first
+
+
+def _memory(stages: Sequence[StageProfile], held_bytes: int) -> dict[str, int]:
+    """A rank's bytes by kind. held_bytes: the most that its microbatches in flight keep, on the stages that say how much that is."""
+    memory: dict[str, int] = {}
+    for stage in stages:
+        for kind, nbytes in stage.memory.items():
+            if kind == "saved" and stage.saved_bytes:
+                nbytes = 0
+            memory[kind] = max(memory.get(kind, 0), nbytes) if kind in _ONCE else memory.get(kind, 0) + nbytes
+    if held_bytes:
+        memory["saved"] = memory.get("saved", 0) + held_bytes
+    return memory
+
+
+# -- the clock -----------------------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(kw_only=True)
 class _Rank:
-    """at: the action that it stands at; phase: what it does there."""
+    """pipe: its place in the pipeline; actions: with the ranks that it talks to; at: that it stands at; phase: what it does there."""
 
-    stage: int
-    place: tuple[int, int]
+    pipe: int
+    row: _Row
     actions: list[Action]
     at: int = 0
     phase: Literal["", "computing", "waiting", "communicating"] = ""
@@ -156,27 +269,39 @@ class _Rank:
         return self.at >= len(self.actions)
 
 
+def _placed(row: _Row, pipe: int, place: tuple[int, int], mesh: Mesh) -> _Rank:
+    """The rank at a place (d, t) of the mesh; it talks to the ranks at its own place."""
+    actions = row.actions
+    if mesh.dp * mesh.tp > 1:
+        actions = [
+            replace(action, peer=rank_of(action.peer, *place, mesh.dp, mesh.tp)) if action.peer >= 0 else action for action in actions
+        ]
+    return _Rank(pipe=pipe, row=row, actions=actions)
+
+
+_Message = tuple[str, int, bool]
+
+
 @dataclass(kw_only=True)
 class _Clock:
     """events: (when, which in order of making, rank whose computing or communicating ends then). Computing on shared cores has no event
     of its own: how long it takes depends on who else computes."""
 
     profile: Profile
-    mesh: Mesh
     ranks: dict[int, _Rank]
     now_s: float = 0.0
     events: list[tuple[float, int, int]] = field(default_factory=list)
     computing: dict[int, _Rank] = field(default_factory=dict)
-    arrivals: dict[tuple[int, Action], float] = field(default_factory=dict)
+    arrivals: dict[tuple[int, _Message], float] = field(default_factory=dict)  # (receiver, message) → when
     reducing: dict[int, list[int]] = field(default_factory=dict)
     timeline: list[Span] = field(default_factory=list)
     made: int = 0
 
     def __post_init__(self) -> None:
         self.transfer_s: Mapping[str, float] = {edge.name: edge.transfer_s for edge in self.profile.edges}
-        self.of_stage: dict[int, int] = {}
+        self.at_pipe: dict[int, int] = {}
         for state in self.ranks.values():
-            self.of_stage[state.stage] = self.of_stage.get(state.stage, 0) + 1
+            self.at_pipe[state.pipe] = self.at_pipe.get(state.pipe, 0) + 1
 
     def play(self) -> list[Span]:
         for rank in self.ranks:
@@ -194,7 +319,7 @@ class _Clock:
         while not state.done:
             action = state.actions[state.at]
             if state.phase == "":
-                self._begin(rank, state, action)
+                self._begin(state, action)
                 if state.compute_s > _TINY_S:
                     return self._compute(rank, state)
                 state.phase = "waiting"
@@ -202,20 +327,22 @@ class _Clock:
                 if not self._ready(rank, state, action):
                     return None
                 state.phase = "communicating"
-                until_s = max(self.now_s + self._seconds(state, action)[1], self.arrivals.get((rank, action), 0.0))
+                until_s = self.now_s + state.row.seconds[state.at][1]
+                if action.receives:
+                    until_s = max(until_s, self.arrivals[rank, action.message])
                 if until_s > self.now_s + _TINY_S:
                     return self._wake(rank, until_s)
             self._end(rank, state, action)
         return None
 
-    def _begin(self, rank: int, state: _Rank, action: Action) -> None:
-        state.start_s, state.compute_s = self.now_s, self._seconds(state, action)[0]
+    def _begin(self, state: _Rank, action: Action) -> None:
+        state.start_s, state.compute_s = self.now_s, state.row.seconds[state.at][0]
         if action.sends:
-            peer = rank_of(action.peer, *state.place, self.mesh.dp, self.mesh.tp)
-            self.arrivals[peer, matching(action, state.stage)] = self.now_s + self.transfer_s[action.edge]
-            other = self.ranks[peer]
-            if other.phase == "waiting" and other.actions[other.at] == matching(action, state.stage):
-                self._wake(peer, self.now_s)
+            message = action.message
+            self.arrivals[action.peer, message] = self.now_s + self.transfer_s[action.edge]
+            other = self.ranks[action.peer]
+            if other.phase == "waiting" and other.actions[other.at].receives and other.actions[other.at].message == message:
+                self._wake(action.peer, self.now_s)
 
     def _compute(self, rank: int, state: _Rank) -> None:
         state.phase = "computing"
@@ -226,22 +353,21 @@ class _Clock:
 
     def _ready(self, rank: int, state: _Rank, action: Action) -> bool:
         if action.receives:
-            return (rank, action) in self.arrivals
-        if action.kind is Kind.REDUCE and self.profile.stages[state.stage].reduces:
-            here = self.reducing.setdefault(state.stage, [])
+            return (rank, action.message) in self.arrivals
+        if action.kind is Kind.REDUCE and state.row.reduces:
+            here = self.reducing.setdefault(state.pipe, [])
             if rank not in here:
                 here.append(rank)
-                if len(here) == self.of_stage[state.stage]:
+                if len(here) == self.at_pipe[state.pipe]:
                     for other in here:
                         if other != rank:
                             self._wake(other, self.now_s)
-            return len(here) == self.of_stage[state.stage]
+            return len(here) == self.at_pipe[state.pipe]
         return True
 
     def _end(self, rank: int, state: _Rank, action: Action) -> None:
-        if action.peer >= 0:
-            action = replace(action, peer=rank_of(action.peer, *state.place, self.mesh.dp, self.mesh.tp))
-        self.timeline.append(Span(rank=rank, stage=state.stage, action=action, start_s=state.start_s, end_s=self.now_s))
+        span = Span(rank=rank, stage=state.row.stages[state.at], action=action, start_s=state.start_s, end_s=self.now_s)
+        self.timeline.append(span)
         state.at, state.phase = state.at + 1, ""
 
     def _wake(self, rank: int, when_s: float) -> None:
@@ -265,6 +391,3 @@ class _Clock:
                 self.ranks[rank].phase = "waiting"
             ended.append(rank)
         return ended
-
-    def _seconds(self, state: _Rank, action: Action) -> tuple[float, float]:
-        return self.profile.stages[state.stage].seconds.get(action.kind.value, (0.0, 0.0))

@@ -189,7 +189,7 @@ class _Trial:
 
     def _verified(self, layout: str, plan: Plan, start: float) -> Row:
         built = lowered(self.reference, plan, self.dtype, self.tracer)
-        parameters, flops = self._shares(built) if plan.tp > 1 and plan.dp == plan.pp == 1 else (None, None)
+        parameters, flops = self._shares(built) if plan.tp > 1 and plan.dp == plan.cp == plan.pp == 1 else (None, None)
         report = check_lowered(self.reference, plan, built, processes=self.processes)
         return Row(
             layout=layout,
@@ -232,4 +232,4 @@ def _multiplies(name: str) -> bool:
 
 def _ranks(layout: str) -> int:
     pinned = Layout.parse(layout)
-    return (pinned.dp or 1) * (pinned.tp or 1) * (pinned.pp or 1)
+    return pinned.ranks

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from shardwise.capture.graph import Graph
 from shardwise.capture.normalize import RANDOM_STATE
 from shardwise.cluster.model import Cluster
-from shardwise.errors import VerifyError
+from shardwise.errors import PlanError, VerifyError
 from shardwise.planner.apply import apply_plan
 from shardwise.planner.layout import Layout
 from shardwise.planner.plan import Infeasible, Plan
@@ -102,19 +102,23 @@ def verify(
     plan: Plan | None = None,
     loss: Callable[[Any], Tensor] | None = None,
     batch_dims: Mapping[str, int | None] | None = None,
+    sequence_dims: Mapping[str, int | None] | None = None,
     seed: int = 0,
     processes: bool = True,
 ) -> Report | Infeasible:
     """Runs one step split over local ranks and one step whole, and compares.
 
     dtype: float64 is the proof (bound 1e-10); float32 is held to max(1e-5, 4 × one device's own float32 error), as is a model with an
-    operator that has no float64. plan: verify this one; else one is made for `layout` on `cluster`.
+    operator that has no float64. plan: verify this one; else one is made for `layout` on `cluster`, as by `plan` (sequence_dims, too).
     processes: every rank is a process that talks over torch.distributed; False: a thread of this process, which starts faster.
     Raises what capture and planning raise, VerifyError for a model that is not deterministic or a plan with random="fast", and RankFailed.
     """
+    if plan is not None and sequence_dims is not None:
+        raise PlanError("the plan says already what cp splits: leave sequence_dims out")
     reference = prepare(model, batch, loss=loss, batch_dims=batch_dims, seed=seed)
     if plan is None:
-        found = search(reference.graph, Cluster.parse(cluster), Layout.parse(layout), "adamw", reference.name)
+        pinned = Layout.parse(layout)
+        found = search(reference.graph, Cluster.parse(cluster), pinned, "adamw", reference.name, sequence_dims=sequence_dims)
         if isinstance(found, Infeasible):
             return found
         plan = found

@@ -1,0 +1,299 @@
+"""Predicts what real clusters measured, and prints how wrong the predictions are.
+
+    python benchmarks/published.py --tables DIR [--out preds.json] [--check]
+
+Every row of the files in DIR (their form: docs/predictions.md) is predicted with its own layout: a shallow twin of its model is captured
+on the meta device, its operators are split as the row says, each piece is lowered and costed on the row's devices, and the step is
+simulated. Nothing is measured, and no formula is peculiar to these tables.
+
+For each file: the median absolute percentage error of step time and of memory, how many rows could be expressed, and, where rows differ in
+layout alone, rank correlation (Kendall's tau-b) and regret (how much slower the layout is that would have been chosen than the best).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, replace
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table as Shown
+
+from benchmarks.published_machines import machines_of
+from benchmarks.published_models import TwinError, twin
+from benchmarks.published_rows import Layout, Row, read_directory, sweeps
+from benchmarks.published_stats import kendall_tau, median_absolute_percentage_error, regret
+from shardwise.capture.export import capture
+from shardwise.cluster.model import Cluster, cluster_of
+from shardwise.errors import ShardwiseError
+from shardwise.planner.compose import Scheme, compose
+from shardwise.planner.pieces import Outline, PieceCost, Work
+from shardwise.planner.twins import TwinLayout, split_twin
+from shardwise.program.tables import splits_backward
+from shardwise.program.trace import Tracer
+from shardwise.simulate.simulator import simulate_profile
+
+_FUSED_SINCE = {"": 2024, "llm-foundry": 2023, "torchtitan": 2023, "maxtext": 2023}  # when frameworks came to fuse attention by default
+_BEFORE_FUSED = ("v100", "a100", "tpu-v4")  # devices of that time; for later ones all fuse it
+_EAGER = ("torchtitan", "llm-foundry", "composer", "mosaic", "torch", "fsdp")  # run operator by operator unless they say that they compile
+_ROOM = 1.1  # of a device's memory, by which a prediction may exceed it before another recomputation is supposed
+_LAYERS = 4  # of a model of which one layer was timed
+_SEQUENCE_PARALLEL_SINCE = 2023  # and split the sequence beside tensors, where nothing is said
+_PRODUCTS = {"fp8": "fp8", "fp4": "fp8", "fp16": "float16", "tf32": "tf32", "fp32": "float32"}
+_SCHEDULES = {
+    "1f1b": "1f1b",
+    "gpipe": "gpipe",
+    "interleaved": "interleaved",
+    "zb-1p": "zb-h1",
+    "zb-h1": "zb-h1",
+    "zb-2p": "zb-2p",
+    "zb-v": "zb-v",
+}
+_BOUND, _FILE_BOUND, _EXPRESSED = 0.08, 0.15, 0.90
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prediction:
+    """step_s: the prediction; low_s, high_s: over what the row leaves open. reason: why there is none."""
+
+    row: Row
+    step_s: float | None = None
+    low_s: float | None = None
+    high_s: float | None = None
+    memory_bytes: float | None = None
+    fits: bool = True
+    reason: str = ""
+
+    @property
+    def error(self) -> float | None:
+        """(predicted − measured) ÷ measured."""
+        return None if self.step_s is None or not self.row.step_s else self.step_s / self.row.step_s - 1
+
+
+class Predictor:
+    """Keeps what rows have in common: graphs by model, costs by split."""
+
+    def __init__(self) -> None:
+        self.twins: dict[Any, tuple[Any, Sequence[int]]] = {}
+        self.costs: dict[Any, tuple[Outline, tuple[PieceCost, ...]]] = {}
+        self.tracer = Tracer(device=torch.device("cpu"))
+
+    def predict(self, row: Row, year: int) -> Prediction:
+        """The row's step. What cannot be expressed says why. year: of the source, which says what its software could do."""
+        if not row.usable:
+            return Prediction(row=row, reason=row.reason or "nothing to compare with")
+        try:
+            found = [self._step(row, year, recompute) for recompute in _recomputations(row)]
+        except (TwinError, ShardwiseError) as error:
+            return Prediction(row=row, reason=str(error).splitlines()[0])
+        chosen = next((each for each in found if each.fits), found[0])
+        times = [each.step_s for each in found if each.step_s is not None]
+        return replace(chosen, low_s=min(times), high_s=max(times))
+
+    def _step(self, row: Row, year: int, recompute: str) -> Prediction:
+        cluster = cluster_of(machines_of(row.machine))
+        if _is_eager(row):
+            cluster = replace(cluster, rates=cluster.rates.model_copy(update={"fuses": False}))
+        if products := _PRODUCTS.get(row.layout.precision or ""):
+            cluster = _with_products_in(cluster, products)
+        shape, costs = self._pieces(row, year, cluster)
+        if row.kind == "layer time":
+            return Prediction(row=row, step_s=_block_seconds(shape, costs, recompute))
+        scheme = _scheme(row, recompute)
+        profile = compose(shape, costs, scheme, cluster, splits_backward=splits_backward(scheme.schedule))
+        step = simulate_profile(profile, scheme.mesh)
+        memory = max(step.memory_bytes)
+        return Prediction(row=row, step_s=step.step_time_s, memory_bytes=memory, fits=memory <= _ROOM * cluster.memory_bytes)
+
+    def _pieces(self, row: Row, year: int, cluster: Cluster) -> tuple[Outline, tuple[PieceCost, ...]]:
+        layout, fused = row.layout, _attention_is_fused(row, year)
+        model = replace(row.model, layers=_LAYERS) if row.kind == "layer time" else row.model
+        if layout.ep > 1 and model.experts:  # a rank's share of the experts
+            model = replace(model, experts=max(model.topk, model.experts // layout.ep))
+        key = (model, layout.micro_batch or 1, fused)
+        if key not in self.twins:
+            made = twin(model, micro_batch=layout.micro_batch or 1, fused_attention=fused)
+            self.twins[key] = (capture(made.module.train(), made.batch), made.counts)
+        graph, counts = self.twins[key]
+        sequence = layout.sequence_parallel if layout.sequence_parallel is not None else year >= _SEQUENCE_PARALLEL_SINCE
+        split = TwinLayout(tp=layout.tp, cp=layout.cp, sequence_parallel=bool(sequence))
+        near = cluster.machines.span(1, layout.tp * layout.cp) if cluster.machines else None
+        full = (key, split, near, cluster.rates.matmul_of("bfloat16").cubes_flops.values, cluster.rates.fuses)
+        if full not in self.costs:
+            self.costs[full] = split_twin(graph, counts, split, cluster, self.tracer)
+        return self.costs[full]
+
+
+def _recomputations(row: Row) -> Sequence[str]:
+    given = row.layout.recompute
+    return ("none", "full") if given is None else (given,)
+
+
+def _scheme(row: Row, recompute: str) -> Scheme:
+    layout = row.layout
+    chunks = layout.virtual_stages or 1
+    return Scheme(
+        dp=layout.dp,
+        tp=layout.tp,
+        pp=layout.pp,
+        cp=layout.cp,
+        ep=layout.ep,
+        chunks=chunks,
+        microbatches=_microbatches(layout),
+        schedule=_SCHEDULES.get(layout.schedule or "", "interleaved" if chunks > 1 else "1f1b"),
+        zero=3 if layout.zero == "hybrid" else int(layout.zero or 0),
+        shard=layout.shard_devices or 0,
+        recompute=recompute,
+        even=True,
+    )
+
+
+def _microbatches(layout: Layout) -> int:
+    """Of one sample each where nothing is said of them."""
+    if layout.microbatches:
+        return layout.microbatches
+    return max(1, (layout.global_batch or layout.dp) // (layout.dp * (layout.micro_batch or 1)))
+
+
+def _attention_is_fused(row: Row, year: int) -> bool:
+    """Whether its software ran attention as one kernel."""
+    later = not (row.machine.device or "").startswith(_BEFORE_FUSED)
+    return later or year >= _FUSED_SINCE.get(row.framework or "", _FUSED_SINCE[""])
+
+
+def _is_eager(row: Row) -> bool:
+    """Whether its software runs every elementwise operator as a kernel of its own."""
+    options = dict(row.layout.options)
+    compiled = next((value for name, value in options.items() if "compile" in name), "")
+    return (row.framework or "") in _EAGER and compiled.lower() not in ("true", "yes", "on", "full", "model")
+
+
+def _block_seconds(shape: Outline, costs: Sequence[PieceCost], recompute: str) -> float:
+    """Of one block, forward and backward."""
+    block = next(cost for cost, piece in zip(costs, shape.pieces, strict=True) if piece.count > 1 or "." in piece.name)
+    more = {"none": Work(), "selective": block.light, "full": block.forward}[recompute]
+    works = [block.forward, more, block.backward_input, block.backward_weight]
+    return sum(work.compute_s + work.communicate_s for work in works)
+
+
+def _with_products_in(cluster: Cluster, dtype: str) -> Cluster:
+    matmul = {**cluster.rates.matmul, "bfloat16": cluster.rates.matmul_of(dtype)}
+    return replace(cluster, rates=cluster.rates.model_copy(update={"matmul": matmul}))
+
+
+# -- how wrong -----------------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class FileResult:
+    """Of one file: error: median absolute percentage error of step time; memory: of memory; tau, regret: over its sweeps."""
+
+    file: str
+    rows: int
+    expressed: int
+    error: float | None
+    bias: float | None
+    memory: float | None
+    tau: float | None
+    regret: float | None
+    reasons: dict[str, int]
+
+
+def summarise(file: str, predictions: Sequence[Prediction]) -> FileResult:
+    """The figures of a file."""
+    timed = [each for each in predictions if each.error is not None]
+    pairs = [(each.step_s, each.row.step_s) for each in timed if each.step_s and each.row.step_s]
+    sized = [(each.memory_bytes, each.row.memory_bytes) for each in predictions if each.memory_bytes and each.row.memory_bytes]
+    by_row = {each.row.id: each for each in timed}
+    ranked = [[by_row[row.id] for row in sweep.rows if row.id in by_row] for sweep in sweeps([each.row for each in timed])]
+    ranked = [sweep for sweep in ranked if len(sweep) > 1]
+    taus = [tau for sweep in ranked if (tau := kendall_tau([p.step_s or 0 for p in sweep], [p.row.step_s or 0 for p in sweep])) is not None]
+    regrets = [regret([p.step_s or 0 for p in sweep], [p.row.step_s or 0 for p in sweep]) for sweep in ranked]
+    errors = sorted(each.error for each in timed if each.error is not None)
+    return FileResult(
+        file=file,
+        rows=len(predictions),
+        expressed=len([each for each in predictions if each.step_s is not None]),
+        error=median_absolute_percentage_error(*zip(*pairs, strict=True)) if pairs else None,
+        bias=errors[len(errors) // 2] if errors else None,
+        memory=median_absolute_percentage_error(*zip(*sized, strict=True)) if sized else None,
+        tau=sum(taus) / len(taus) if taus else None,
+        regret=sum(regrets) / len(regrets) if regrets else None,
+        reasons=dict(Counter(each.reason for each in predictions if each.reason)),
+    )
+
+
+def _predicted(job: tuple[Path, str]) -> tuple[FileResult, list[Prediction]]:
+    folder, name = job
+    table = next(table for table in read_directory(folder) if table.path.name == name)
+    predictor = Predictor()
+    predictions = [predictor.predict(row, table.year or 2023) for row in table.rows]
+    return summarise(table.path.stem, predictions), predictions
+
+
+def _show(results: Sequence[FileResult]) -> None:
+    shown = Shown("file", *(("rows", "expressed", "step time", "bias", "memory", "tau", "regret")))
+    for each in results:
+        figures = (each.error, each.bias, each.memory)
+        shown.add_row(each.file, str(each.rows), str(each.expressed), *map(_percent, figures), _number(each.tau), _percent(each.regret))
+    Console(width=120).print(shown)
+    for each in results:
+        for reason, count in each.reasons.items():
+            print(f"  {each.file}: {count} not expressed: {reason}")
+
+
+def _percent(value: float | None) -> str:
+    return "" if value is None else f"{100 * value:.1f} %"
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}"
+
+
+def main() -> int:
+    """Prints the tables; 1 where --check finds a bound broken."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tables", type=Path, required=True, help="folder of measurements")
+    parser.add_argument("--out", type=Path, help="write every prediction as JSON")
+    parser.add_argument("--only", default="", help="files whose name holds this")
+    parser.add_argument("--jobs", type=int, default=2, help="processes")
+    parser.add_argument("--check", action="store_true", help="exit with 1 where a bound is broken")
+    given = parser.parse_args()
+    names = [table.path.name for table in read_directory(given.tables) if given.only in table.path.name]
+    with ProcessPoolExecutor(given.jobs, mp_context=get_context("spawn")) as pool:
+        jobs = pool.map(_predicted, [(given.tables, name) for name in names])
+        found = list(track(jobs, total=len(names), description="predicting", console=Console(stderr=True)))
+    results = [result for result, _ in found]
+    _show(results)
+    errors = [each.error for each in results if each.error is not None]
+    rows, expressed = sum(each.rows for each in results), sum(each.expressed for each in results)
+    mean = sum(errors) / len(errors) if errors else float("nan")
+    print(
+        f"mean over files of the median error: {_percent(mean)}; worst file {_percent(max(errors, default=None))}; "
+        f"{expressed} of {rows} rows expressed ({100 * expressed / max(rows, 1):.0f} %)"
+    )
+    if given.out:
+        given.out.write_text(json.dumps([_document(each) for _, predictions in found for each in predictions], indent=1))
+    broken = not errors or mean > _BOUND or max(errors) > _FILE_BOUND or expressed < _EXPRESSED * rows
+    return int(given.check and broken)
+
+
+def _document(each: Prediction) -> dict[str, Any]:
+    figures = ("step_s", "low_s", "high_s", "memory_bytes", "fits", "reason", "error")
+    measured = {"step_s": each.row.step_s, "memory_bytes": each.row.memory_bytes, "out_of_memory": each.row.out_of_memory}
+    return {"file": each.row.file, "id": each.row.id, "measured": measured} | {name: getattr(each, name) for name in figures}
+
+
+if __name__ == "__main__":
+    sys.exit(main())
