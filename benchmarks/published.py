@@ -137,7 +137,9 @@ class Predictor:
 
 def _recomputations(row: Row) -> Sequence[str]:
     given = row.layout.recompute
-    return ("none", "full") if given is None else (given,)
+    if given is None:  # a policy of its own keeps some of the products
+        return ("selective", "full") if row.layout.recompute_text else ("none", "full")
+    return (given,)
 
 
 def _scheme(row: Row, recompute: str) -> Scheme:
@@ -181,7 +183,7 @@ def _is_eager(row: Row) -> bool:
 
 def _block_seconds(shape: Outline, costs: Sequence[PieceCost], recompute: str) -> float:
     """Of one block, forward and backward."""
-    block = next(cost for cost, piece in zip(costs, shape.pieces, strict=True) if piece.count > 1 or "." in piece.name)
+    _, block = max(zip(shape.pieces, costs, strict=True), key=lambda each: each[0].count)
     more = {"none": Work(), "selective": block.light, "full": block.forward}[recompute]
     works = [block.forward, more, block.backward_input, block.backward_weight]
     return sum(work.compute_s + work.communicate_s for work in works)

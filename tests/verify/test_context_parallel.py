@@ -168,6 +168,17 @@ def recurrent() -> Example:
     return Model(loss, layers=nn.LSTM(WIDTH, 6, num_layers=2, batch_first=True), last=nn.Linear(6, WIDTH)), sequences()
 
 
+def pointing() -> Example:
+    """The tokens are the classes of the loss, over which one axis may split it, but not two."""
+
+    def loss(model: Any, x: Tensor, y: Tensor) -> Tensor:
+        scores = model.last(model.first(x).tanh()).squeeze(-1)
+        return F.cross_entropy(scores + scores.softmax(-1), y)
+
+    batch = {"x": sequences()["x"], "y": torch.randint(TOKENS, (SAMPLES,))}
+    return Model(loss, first=nn.Linear(WIDTH, 16), last=nn.Linear(16, 1)), batch
+
+
 COUPLED: dict[str, Callable[[], Example]] = {
     "BatchNorm": batch_normalised,
     "InfoNCE": contrastive,
@@ -175,6 +186,7 @@ COUPLED: dict[str, Callable[[], Example]] = {
     "shifts and sums": shifted,
     "token mixer": mixed,
     "LSTM": recurrent,
+    "pointers": pointing,
 }
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from itertools import takewhile
 
 from shardwise.capture.graph import Graph, Op, Value
 from shardwise.sharding.signature import Choice, Signature, Variant, factor_part, variant
@@ -63,6 +64,13 @@ def _all_sizes(assignment: Assignment, op: Op, before: str) -> list[dict[str, in
     return found
 
 
+def _split_outside(assignment: Assignment, op: Op, axis: str) -> set[str]:
+    """The factors that axes outside split."""
+    outside = takewhile(lambda each: each != axis, assignment.mesh)
+    choices = [assignment.variants[op][each].choice for each in outside if assignment.mesh[each] > 1]
+    return {choice.factor for choice in choices if choice.mode == "split"}
+
+
 def _lengths(choice: Choice, size: int, ranks: int) -> list[int]:
     """How much of a factor the ranks get, the most first."""
     return list(dict.fromkeys(factor_part(choice, size, ranks, rank).length for rank in (0, ranks - 1)))
@@ -70,8 +78,11 @@ def _lengths(choice: Choice, size: int, ranks: int) -> list[int]:
 
 def possible(assignment: Assignment, op: Op, axis: str, choice: Choice) -> bool:
     """Whether the operator can be split so on the axis, and to the same types on all ranks of the axes outside it: where these left
-    unequal parts, blocks and units that are counted in one rank's elements would be wrong on another."""
+    unequal parts, blocks and units that are counted in one rank's elements would be wrong on another. Local code that takes no blocks of a
+    factor takes no part of a part either."""
     sig, ranks = assignment.signatures[op], assignment.mesh[axis]
+    if not sig.splits[choice.factor].blocked and choice.factor in _split_outside(assignment, op, axis):
+        return False
     every = _all_sizes(assignment, op, axis)
     for sizes in every:
         pieces, rest = divmod(sizes[choice.factor], choice.blocks * choice.unit)
