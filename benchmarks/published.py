@@ -36,6 +36,7 @@ from benchmarks.published_rows import Layout, Row, read_directory, sweeps
 from benchmarks.published_stats import kendall_tau, median_absolute_percentage_error, regret
 from shardwise.capture.export import capture
 from shardwise.cluster.model import Cluster, cluster_of
+from shardwise.cluster.rates import Curve
 from shardwise.errors import ShardwiseError
 from shardwise.planner.compose import Scheme, compose
 from shardwise.planner.pieces import Outline, PieceCost, Work
@@ -190,8 +191,15 @@ def _block_seconds(shape: Outline, costs: Sequence[PieceCost], recompute: str) -
 
 
 def _with_products_in(cluster: Cluster, dtype: str) -> Cluster:
-    matmul = {**cluster.rates.matmul, "bfloat16": cluster.rates.matmul_of(dtype)}
-    return replace(cluster, rates=cluster.rates.model_copy(update={"matmul": matmul}))
+    """Products with weights in another dtype than the twin's; attention stays in 16 bits."""
+    rates = cluster.rates
+    matmul = {**rates.matmul, "bfloat16": rates.matmul_of(dtype)}
+    sixteen = max(rates.matmul_of(each).cubes_flops.values[-1] for each in ("bfloat16", "float16"))
+    slower = min(1.0, sixteen / matmul["bfloat16"].cubes_flops.values[-1])
+    attention = {
+        name: Curve(sizes=each.sizes, values=tuple(slower * v for v in each.values)) for name, each in rates.attention_flops.items()
+    }
+    return replace(cluster, rates=rates.model_copy(update={"matmul": matmul, "attention_flops": attention}))
 
 
 # -- how wrong -----------------------------------------------------------------------------------------------------------------------------
