@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from benchmarks import published
 from benchmarks.published import Predictor, summarise
 from benchmarks.published_rows import Row, read_table
+
+from benchmarks import published
 
 MODEL = {"layers": 8, "hidden": 1024, "heads": 16, "kv_heads": 16, "ffn": 4096, "vocab": 51200, "seq_len": 1024, "arch": "gpt"}
 LAYOUT = {"n_gpus": 8, "tp": 2, "pp": 2, "dp": 2, "cp": 1, "ep": 1, "virtual_stages": 1, "micro_batch": 2, "global_batch": 32}
