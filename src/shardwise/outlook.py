@@ -36,21 +36,22 @@ class Outlook:
         return self.flops / (each.seconds * self.peak)
 
     def table(self, shown: int = 10) -> Table:
-        """The first layouts. again: what the backward pass recomputes; peak: share of the devices' that the model's arithmetic takes."""
-        table = Table("dp", "tp", "pp", "microbatches", "schedule", "zero", "again", "step", "peak", "waits", "memory", "runs", box=None)
+        """The first layouts. batches: microbatches × samples; 1f1b×4: interleaved, 4 stages a rank; again: what the backward pass
+        recomputes; peak: share of the devices' that the model's arithmetic takes."""
+        table = Table("dp", "tp", "pp", "batches", "order", "zero", "again", "step", "peak", "waits", "memory", "runs", box=None)
         for each in self.found[:shown]:
             scheme = each.scheme
             table.add_row(
                 *map(str, (scheme.dp, scheme.tp, scheme.pp)),
-                f"{scheme.microbatches} of {each.samples}",
-                scheme.schedule + (f" {scheme.chunks}" if scheme.chunks > 1 else ""),
+                f"{scheme.microbatches}×{each.samples}",
+                scheme.schedule if scheme.chunks == 1 else f"1f1b×{scheme.chunks}",
                 str(scheme.zero),
                 scheme.recompute,
                 f"{each.seconds:.3g} s",
                 f"{100 * self.use(each):.0f} %",
                 "" if each.bubble is None else f"{100 * each.bubble:.0f} %",
                 f"{each.memory_bytes / 1e9:.3g} GB",
-                "yes" if each.runs else "not yet",
+                "yes" if each.runs else "no",
             )
         return table
 

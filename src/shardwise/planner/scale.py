@@ -29,7 +29,7 @@ __all__ = ["Found", "ScaleSearch"]
 _FULL = 0.92  # of a device's memory that a layout may take
 _SIMULATED = 8  # layouts, best estimates first
 _LARGER = (2, 4)  # samples of a microbatch, tried where single ones do best
-_REFINED = 2  # sizes of tp
+_REFINED = 1  # sizes of tp
 _CHUNKS = (1, 2, 4)
 
 
