@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from shardwise.capture.export import capture
 from shardwise.capture.state import state_of
 from shardwise.cluster.model import Cluster
-from shardwise.errors import BatchError, PlanError
+from shardwise.errors import BatchError, LayoutError, PlanError
 from shardwise.planner.apply import apply_plan
 from shardwise.planner.layout import Layout
 from shardwise.planner.plan import Infeasible, Plan, Random
@@ -21,6 +21,7 @@ from shardwise.planner.search import search
 __all__ = ["parallelize", "plan"]
 
 BatchDims = Mapping[str, int | None]
+_SEARCHED = 64  # ranks of the catalog's devices: each layout is lowered stage by stage
 
 
 def plan(
@@ -53,6 +54,11 @@ def plan(
         raise PlanError(f"random={random!r} is not known; choose {' or '.join(map(repr, get_args(Random)))}")
     pinned = Layout.parse(layout)
     machine = Cluster.parse(cluster)
+    if machine.machines is not None and machine.ranks > _SEARCHED and not (pinned.dp and pinned.tp and pinned.pp):
+        raise LayoutError(
+            f"{machine.name} has {machine.ranks} ranks, more than the {_SEARCHED} for which all layouts are searched here; pin dp, tp "
+            "and pp, or rank layouts of a known model with `shardwise layouts`"
+        )
     graph = capture(model, _resized(batch, global_batch, batch_dims or {}), loss=loss, batch_dims=batch_dims)
     return search(graph, machine, pinned, optimizer, type(model).__name__, random=random, sequence_dims=sequence_dims)
 

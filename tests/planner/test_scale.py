@@ -11,6 +11,7 @@ import torch
 from tests.models import llama
 from typer.testing import CliRunner
 
+import shardwise as sw
 from shardwise.capture.export import capture
 from shardwise.cli import app
 from shardwise.cluster.model import Cluster
@@ -72,3 +73,9 @@ def test_parameters_decide_the_flops() -> None:
     found = outlook("gpt3-1.3b", Cluster.parse("a100-80g:8"), 64, runnable=True)
     tokens, parameters = 64 * 2048, 1.3e9
     assert found.flops == pytest.approx(6 * parameters * tokens, rel=0.25)
+
+
+def test_a_plan_for_thousands_says_where_to_look() -> None:
+    model, batch = llama(layers=2)
+    with pytest.raises(sw.LayoutError, match=r"has 1024 ranks, more than the 64 .* `shardwise layouts`"):
+        sw.plan(model, batch, "h100:128x8")
