@@ -36,10 +36,9 @@ from benchmarks.published_rows import Layout, Row, read_directory, sweeps
 from benchmarks.published_stats import kendall_tau, median_absolute_percentage_error, regret
 from shardwise.capture.export import capture
 from shardwise.cluster.model import Cluster, cluster_of
-from shardwise.cluster.rates import Curve
 from shardwise.errors import ShardwiseError
-from shardwise.planner.compose import Scheme, compose
-from shardwise.planner.pieces import Outline, PieceCost, Work
+from shardwise.planner.compose import Scheme, compose, recomputed
+from shardwise.planner.pieces import Outline, PieceCost
 from shardwise.planner.twins import TwinLayout, split_twin
 from shardwise.program.tables import splits_backward
 from shardwise.program.trace import Tracer
@@ -185,8 +184,7 @@ def _is_eager(row: Row) -> bool:
 def _block_seconds(shape: Outline, costs: Sequence[PieceCost], recompute: str) -> float:
     """Of one block, forward and backward."""
     _, block = max(zip(shape.pieces, costs, strict=True), key=lambda each: each[0].count)
-    more = {"none": Work(), "selective": block.light, "full": block.forward}[recompute]
-    works = [block.forward, more, block.backward_input, block.backward_weight]
+    works = [block.forward, recomputed(block, recompute), block.backward_input, block.backward_weight]
     return sum(work.compute_s + work.communicate_s for work in works)
 
 
@@ -196,9 +194,7 @@ def _with_products_in(cluster: Cluster, dtype: str) -> Cluster:
     matmul = {**rates.matmul, "bfloat16": rates.matmul_of(dtype)}
     sixteen = max(rates.matmul_of(each).cubes_flops.values[-1] for each in ("bfloat16", "float16"))
     slower = min(1.0, sixteen / matmul["bfloat16"].cubes_flops.values[-1])
-    attention = {
-        name: Curve(sizes=each.sizes, values=tuple(slower * v for v in each.values)) for name, each in rates.attention_flops.items()
-    }
+    attention = {name: each.times(slower) for name, each in rates.attention_flops.items()}
     return replace(cluster, rates=rates.model_copy(update={"matmul": matmul, "attention_flops": attention}))
 
 

@@ -117,7 +117,7 @@ def _rates(rates: DescribedRates, link: DescribedLink, ranks: int) -> Rates:
     bandwidth = Curve.constant(rates.memory_bytes_per_s)
     return Rates(
         matmul=matmul,
-        attention_flops={"forward": fused, "backward": fused, "forward_causal": _doubled(fused), "backward_causal": _doubled(fused)},
+        attention_flops={"forward": fused, "backward": fused, "forward_causal": fused.times(2), "backward_causal": fused.times(2)},
         convolution_flops=dict.fromkeys(_CONVOLUTIONS, fused),
         read_bytes_per_s=bandwidth,
         write_bytes_per_s=bandwidth,
@@ -135,10 +135,6 @@ def _matmul(flops: float) -> MatmulRate:
     small = _SMALL_PRODUCT_PART * flops
     cubes = Curve(sizes=(_SMALL_PRODUCT_FLOPS, 1e3 * _SMALL_PRODUCT_FLOPS), values=(small, flops))
     return MatmulRate(cubes_flops=cubes, thinness=Curve(sizes=(1, 64), values=(1 / 64, 1.0)), batched_flops=Curve.constant(flops))
-
-
-def _doubled(curve: Curve) -> Curve:
-    return Curve(sizes=curve.sizes, values=tuple(2 * value for value in curve.values))
 
 
 def _optimizers(rates: DescribedRates) -> dict[str, OptimizerRate]:

@@ -60,8 +60,8 @@ def device_rates(device: DeviceSpec) -> Rates:
         attention_flops={
             "forward": forward,
             "backward": backward,
-            "forward_causal": _doubled(forward),
-            "backward_causal": _doubled(backward),
+            "forward_causal": forward.times(2),
+            "backward_causal": backward.times(2),
         },
         convolution_flops=dict.fromkeys(parts, convolution),
         read_bytes_per_s=Curve.constant(bandwidth),
@@ -99,7 +99,3 @@ def _matmul(flops: float) -> MatmulRate:
         thinness=Curve(sizes=tuple(thin), values=tuple(size / (size + _HALF_THIN) for size in thin)),
         batched_flops=Curve(sizes=(2.0 * 64**3, 2.0 * 2048**3), values=(flops / 4, flops * 0.85)),
     )
-
-
-def _doubled(curve: Curve) -> Curve:
-    return Curve(sizes=curve.sizes, values=tuple(2 * value for value in curve.values))

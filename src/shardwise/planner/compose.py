@@ -21,7 +21,7 @@ from shardwise.planner.pieces import Outline, PieceCost, Work
 from shardwise.simulate.profile import EdgeProfile, Profile, StageProfile
 from shardwise.simulate.simulator import Mesh
 
-__all__ = ["Scheme", "compose", "divide"]
+__all__ = ["Scheme", "compose", "divide", "recomputed"]
 
 _OVERLAPPED = 0.85  # of the backward pass: reductions of gradients run beside so much of it
 _HIDDEN = 0.9  # of a ZeRO-3 gather: what the piece before it hides at most
@@ -182,7 +182,7 @@ class _Stage:
         for cost, count, again in self._each():
             gathered, routed = self._gather(cost), self._route(cost)
             forward += _times(_beside(cost.forward + routed, gathered), count)
-            inputs = cost.backward_input + _again(cost, again) + routed + (routed if again == "full" else Work())
+            inputs = cost.backward_input + recomputed(cost, again) + routed + (routed if again == "full" else Work())
             scattered = self._scatter(cost)
             if splits_backward:
                 backward, weight = backward + _times(inputs, count), weight + _times(cost.backward_weight, count)
@@ -285,7 +285,7 @@ class _Stage:
         }
 
 
-def _again(cost: PieceCost, recompute: str) -> Work:
+def recomputed(cost: PieceCost, recompute: str) -> Work:
     """What the backward pass computes once more."""
     return {"none": Work(), "selective": cost.light, "full": cost.forward}[recompute]
 

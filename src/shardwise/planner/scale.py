@@ -18,6 +18,7 @@ from shardwise.cluster.model import Cluster
 from shardwise.errors import LayoutError
 from shardwise.planner.compose import Scheme, compose
 from shardwise.planner.pieces import Outline, PieceCost
+from shardwise.planner.search import FULL_MEMORY
 from shardwise.planner.twins import TwinLayout, split_twin
 from shardwise.program.schedules import SCHEDULES
 from shardwise.program.trace import Tracer
@@ -26,7 +27,6 @@ from shardwise.simulate.simulator import simulate_profile
 
 __all__ = ["Found", "ScaleSearch"]
 
-_FULL = 0.92  # of a device's memory that a layout may take
 _SIMULATED = 8  # layouts, best estimates first
 _LARGER = (2, 4)  # samples of a microbatch, tried where single ones do best
 _REFINED = 1  # sizes of tp
@@ -90,7 +90,7 @@ class ScaleSearch:
         return [*best, *fitting[_SIMULATED:]]
 
     def _fitting(self, found: Iterable[Found]) -> list[Found]:
-        fits = [each for each in found if each.memory_bytes <= self.cluster.memory_bytes * _FULL]
+        fits = [each for each in found if each.memory_bytes <= self.cluster.memory_bytes * FULL_MEMORY]
         return sorted(fits, key=lambda each: each.estimate_s)
 
     def estimates(self, samples_of: Sequence[int], tensor: Container[int] | None = None) -> Iterator[Found]:

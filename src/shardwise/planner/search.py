@@ -35,13 +35,13 @@ from shardwise.simulate.costs import OPTIMIZER_STATES
 from shardwise.simulate.profile import Profile, profile_programs
 from shardwise.simulate.simulator import Mesh, Simulation, simulate_profile
 
-__all__ = ["make_plan", "search"]
+__all__ = ["FULL_MEMORY", "PREFER_SPLIT", "make_plan", "search"]
 
 _MESHES, _NEIGHBOURS = 3, 1  # layouts that are lowered and simulated: of unlike meshes, and beside the best
 _HOPELESS = 1.25  # times the best: an estimate is not further off than that
 _THIN = 4  # layouts that are tried to say how much memory would do
-_PREFER_SPLIT = 100.0  # times what it takes: a matrix product or parameter that stays whole, where all is to be split that can be
-_FULL_MEMORY = 0.92  # of a rank's memory that a plan may take; the rest is for the libraries and what is not foreseen
+PREFER_SPLIT = 100.0  # times what it takes: a matrix product or parameter that stays whole, where all is to be split that can be
+FULL_MEMORY = 0.92  # of a rank's memory that a plan may take; the rest is for the libraries and what is not foreseen
 
 
 def _choices(cluster: Cluster, layout: Layout) -> dict[str, list[tuple[float, str]]]:
@@ -179,7 +179,7 @@ class _Search:
         trial.estimate_s = self._estimate(assignment, layout, stage_of)
 
     def _limit(self) -> float:
-        return self.cluster.memory_bytes * _FULL_MEMORY
+        return self.cluster.memory_bytes * FULL_MEMORY
 
     def _share(self, layout: Layout) -> float:
         return 1 / (layout.dp * layout.microbatches)  # type: ignore[operator]
@@ -202,7 +202,7 @@ class _Search:
             update=self._update_s,
             state_bytes=self._state_bytes,
             limit_bytes=self._limit() * (layout.pp or 1),
-            prefer_split=_PREFER_SPLIT if self.pinned.tp or trial.lean else 0.0,
+            prefer_split=PREFER_SPLIT if self.pinned.tp or trial.lean else 0.0,
         )
 
     def _stages(self, assignment: Assignment, layout: Layout) -> dict[Op, int] | None:
@@ -380,7 +380,7 @@ def _first_of_each(ranked: list[_Trial]) -> list[_Trial]:
 
 def _infeasible(run: _Search, trials: list[_Trial]) -> Infeasible:
     reasons = [f"{trial.layout}: {trial.note}" for trial in trials if trial.note]
-    have, need = run.cluster.memory_bytes, _least_bytes(run, trials) / _FULL_MEMORY
+    have, need = run.cluster.memory_bytes, _least_bytes(run, trials) / FULL_MEMORY
     more = max(run.cluster.ranks + 1, -(-int(run.cluster.ranks * need) // have))
     remedy = f"ranks with {_gb(need)} of memory instead of {_gb(have)}, or about {more} ranks, or a smaller global batch"
     return Infeasible(reasons=reasons[:8], remedy=remedy)

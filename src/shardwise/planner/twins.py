@@ -14,12 +14,11 @@ from shardwise.cost.collectives import collective_cost
 from shardwise.planner.apply import analyse, assign
 from shardwise.planner.intra import Costs, representatives, split_tensors
 from shardwise.planner.pieces import Outline, PieceCost, outline, piece_costs
-from shardwise.planner.search import OpCosts
+from shardwise.planner.search import PREFER_SPLIT, OpCosts
 from shardwise.program.trace import Tracer
 
 __all__ = ["TwinLayout", "split_twin"]
 
-_PREFER_SPLIT = 100.0  # as in `shardwise.planner.search`
 _SCATTERED = 3.0  # times its cost: an all-reduce, where the sequence is to be split between products
 
 
@@ -52,7 +51,7 @@ def split_twin(
         update=lambda nbytes: nbytes / 1e12,
         state_bytes=lambda value: value.nbytes * 8.0,
         limit_bytes=None,
-        prefer_split=_PREFER_SPLIT,
+        prefer_split=PREFER_SPLIT,
         forbidden={} if layout.sequence_parallel else analysis.sequence,
     )
     split_tensors(assignment, analysis.batch, analysis.prelude, costs)

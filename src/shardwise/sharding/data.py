@@ -22,7 +22,7 @@ from shardwise.sharding.reshard import collective_of
 from shardwise.sharding.signature import Choice, Dims, Signature, choice_for
 from shardwise.sharding.types import P, R, Shard, canonical
 
-__all__ = ["batch_choices", "follow", "microbatch_obstacle", "place_of", "places_of", "prelude_of", "split_batch", "without_split"]
+__all__ = ["batch_choices", "microbatch_obstacle", "place_of", "places_of", "prelude_of", "split_batch", "without_split"]
 
 
 def prelude_of(graph: Graph) -> set[Op]:
@@ -40,12 +40,7 @@ def prelude_of(graph: Graph) -> set[Op]:
 
 def batch_choices(graph: Graph, signatures: Mapping[Op, Signature]) -> dict[Op, Choice]:
     """The operators that hold the batch, with the factor that it is in them."""
-    return follow(graph, signatures, graph.batch_dims)
-
-
-def follow(graph: Graph, signatures: Mapping[Op, Signature], dims: Mapping[str, int]) -> dict[Op, Choice]:
-    """The operators that hold a dim of the inputs (input → dim), with the factor that it is in them."""
-    places = {graph.inputs[name]: Shard(dim) for name, dim in dims.items()}
+    places = {graph.inputs[name]: Shard(dim) for name, dim in graph.batch_dims.items()}
     readers = graph.consumers()
     choices: dict[Op, Choice] = {}
     pending = deque(places)
@@ -61,7 +56,7 @@ def follow(graph: Graph, signatures: Mapping[Op, Signature], dims: Mapping[str, 
                 continue
             choices[op] = choice
             for other, shard in places_of(op, sig, choice):
-                if other not in places and (other.producer is not None or other.name in dims):
+                if other not in places and (other.producer is not None or other.name in graph.batch_dims):
                     places[other] = shard
                     pending.append(other)
     return choices
