@@ -83,9 +83,10 @@ def test_no_bound_is_above_the_simulated(space: Space) -> None:
         assert scheme_bound(shape, perfect(whole, most, each.split), plain) <= each.seconds * (1 + 1e-9), f"whole model, {each}"
         bounded = search.bounded(each.scheme, each.samples)
         assert bounded is not None and bounded.memory_bytes <= each.memory_bytes, f"memory of {each}"
-        if each.samples == 1:
-            exact = replace(search, cluster=replace(search.cluster, memory_bytes=int(each.memory_bytes / FULL_MEMORY) + 1))
-            assert exact.may_fit(each.split), f"memory of the whole model, {each}"
+    for split in search.space.splits():
+        least = min(each.memory_bytes for each in everything(space) if each.split == split)
+        exact = replace(search, cluster=replace(search.cluster, memory_bytes=int(least / FULL_MEMORY) + 1))
+        assert exact.may_fit(split), f"memory of the whole model, {split}"
 
 
 @pytest.mark.parametrize("space", SPACES, ids=str)

@@ -118,16 +118,16 @@ def _rank_bytes(profile: Profile, scheme: Scheme, own: Sequence[int]) -> int:
     summed = ("parameters", "gradients", "optimizer")
     held = sum(stage.memory[kind] for stage in stages for kind in summed)
     shared = max(sum(nbytes for kind, nbytes in stage.memory.items() if kind not in summed) for stage in stages)
-    flying = _in_flight(scheme) if own[0] == 0 else 1
-    return held + shared + flying * min(stage.saved_bytes for stage in stages)
+    return held + shared + _in_flight(scheme, first=own[0] == 0) * min(stage.saved_bytes for stage in stages)
 
 
-def _in_flight(scheme: Scheme) -> int:
-    """(stage, microbatch) pairs whose saved values the first rank holds at once."""
+def _in_flight(scheme: Scheme, *, first: bool) -> int:
+    """(stage, microbatch) pairs whose saved values the first rank, or the last, holds at once."""
     ranks, chunks, microbatches = scheme.pp, scheme.chunks, scheme.microbatches
-    if scheme.schedule == "interleaved":  # the first round of microbatches, and of the second what comes before the first backward
-        return chunks * min(ranks, microbatches) + min(ranks - 1, max(0, microbatches - ranks))
+    if scheme.schedule == "interleaved":  # whole rounds of microbatches, and of the next one what comes before the first backward
+        ahead = min(ranks - 1, max(0, microbatches - ranks))
+        return chunks * min(ranks, microbatches) + ahead if first else (chunks - 1) * min(ranks, microbatches) + 1
     if scheme.schedule == "zb-v":
-        return min(2 * ranks - 1, microbatches) + 1
-    most = {"gpipe": microbatches, "1f1b": ranks, "zb-h1": ranks, "zb-2p": 2 * ranks - 1}
+        return min(2 * ranks - 1, microbatches) + 1 if first else 2 * min(ranks, microbatches)
+    most = {"gpipe": microbatches, "1f1b": ranks if first else 1, "zb-h1": ranks, "zb-2p": 2 * ranks - 1}
     return min(most[scheme.schedule], microbatches)

@@ -125,7 +125,7 @@ def _mesh(plan: Proposal) -> str:
 def _step(plan: Proposal) -> Iterator[str]:
     forecast = plan.predicted
     tokens = "" if forecast.tokens_per_s is None else f", {forecast.tokens_per_s:,.0f} tokens/s"
-    dollars = "" if forecast.dollars is None else f", {forecast.dollars:,.4g} $ a step"
+    dollars = "" if forecast.dollars is None else f", ${forecast.dollars:,.4g} a step"
     use = f", {forecast.peak_share:.0%} of the devices' peak"
     yield f"Step     {seconds(forecast.step_time_s)}: {forecast.samples_per_s:,.3g} samples/s{tokens}{use}{dollars}"
     parts = sorted(forecast.parts.model_dump().items(), key=lambda each: -each[1])
@@ -140,19 +140,20 @@ def _memory(plan: Proposal) -> str:
 
 
 def _why(best: Found, found: Sequence[Found]) -> Iterator[str]:
-    """For each choice the best layout that makes another one."""
-    lines = []
+    """For each choice the best layout that makes another one; choices that meet the same layout together."""
+    met: dict[int, list[str]] = {}
     for name in (*_DIMS, "microbatch"):
-        mine = _value(best, name)
-        other = next((each for each in found if _value(each, name) != mine), None)
-        if other is None or best.parts is None or other.parts is None:
-            continue
-        more = Parts(**{kind: value - getattr(best.parts, kind) for kind, value in asdict(other.parts).items()})
-        longer = other.seconds / best.seconds - 1
-        lines.append(f"  {name}={mine}: the best with {name}={_value(other, name)} takes {longer:.1%} longer ({lost(more, best.seconds)})")
-    if lines:
+        other = next((place for place, each in enumerate(found) if _value(each, name) != _value(best, name)), None)
+        if other is not None:
+            met.setdefault(other, []).append(name)
+    if met:
         yield "Why"
-        yield from lines
+    for place, names in sorted(met.items()):
+        other = found[place]
+        assert best.parts is not None and other.parts is not None
+        more = Parts(**{kind: value - getattr(best.parts, kind) for kind, value in asdict(other.parts).items()})
+        mine, theirs = (" ".join(f"{name}={_value(each, name)}" for name in names) for each in (best, other))
+        yield f"  {mine}: the best with {theirs} takes {other.seconds / best.seconds - 1:.1%} longer ({lost(more, best.seconds)})"
 
 
 def _value(each: Found, name: str) -> object:

@@ -16,7 +16,6 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from math import log2
 
 import torch
 
@@ -38,11 +37,13 @@ from shardwise.simulate.simulator import Simulation, simulate_profile
 
 __all__ = ["Found", "Parts", "ScaleSearch", "Searched"]
 
-_LOWERED, _COMPOSED, _SIMULATED = 5, 90, 16  # splits, schemes of each and steps, where no time is given
-_SLOTS = 60_000  # computations of all simulated steps together, where no time is given
+_LOWERED, _COMPOSED, _SIMULATED = 4, 90, 16  # splits, schemes of each and steps, where no time is given
+_SLOTS = 40_000  # computations of all simulated steps together, where no time is given
 _AHEAD, _AT_ONCE = 30, 2  # schemes put together before the best few of them are simulated, to have something to compare with
 _HOPELESS = 1.02  # times the best: an estimate is not further off than that
 _USUAL_TP = 8
+_KEPT = ("parameters", "saved")
+_AGAIN, _GATHERED = 1.15, 1.5  # times what it takes: a step that must compute again, or gather parameters
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -318,6 +319,8 @@ class _Branching:
         if first is None:  # more samples take no less
             return result
         self._examine(first)
+        if not result.lowered:
+            first = Split(samples=self.search.graph.global_batch)
         for bound, split in self._ordered(first, [each for each in splits if each != first]):
             if bound >= result.best_s:
                 continue
@@ -336,15 +339,16 @@ class _Branching:
         search = self.search
         most = Split(samples=search.graph.global_batch)
         shape, whole = search.pieces(most)
-        slower = self._slower(most, first)
+        each, beside = self._kernels(most, first)
+        perfectly = self._computing(most) / most.samples
         found = []
         for split in splits:
             costs = perfect(whole, most.samples, split)
             meshes = [self._plain(split, dp, pp) for dp, pp in search.space.meshes(split)]
             bound = min(scheme_bound(shape, costs, scheme) for scheme in meshes)
-            halvings = log2(most.samples / split.samples * split.tp * split.cp)
+            slower = (each + beside * split.cp / split.samples) / perfectly
             talk = _talk(search.cluster, split, max(cost.sent for cost in whole) * split.samples / most.samples) * shape.blocks
-            expected = min(self._expected(shape, costs, scheme, slower**halvings, talk) for scheme in meshes)
+            expected = min(self._expected(shape, costs, scheme, slower, talk) for scheme in meshes)
             found.append((expected, bound, split))
         return [(bound, split) for _, bound, split in sorted(found, key=lambda each: each[0])]
 
@@ -352,27 +356,29 @@ class _Branching:
         microbatches = self.search.global_batch // (dp * split.samples)
         return Scheme(dp=dp, tp=split.tp, pp=pp, cp=split.cp, ep=split.ep, microbatches=microbatches)
 
-    def _slower(self, most: Split, first: Split) -> float:
-        """How many times longer a product takes than its share when it is halved, from two splits."""
-        works = []
-        for split in (most, first):
-            try:
-                shape, costs = self.search.pieces(split)
-            except LayoutError:
-                return 1.0
-            seconds = sum(
-                (c.forward + c.backward_input + c.backward_weight).compute_s * p.count for p, c in zip(shape.pieces, costs, strict=True)
-            )
-            works.append(seconds * split.tp * split.cp / split.samples)
-        halvings = log2(most.samples / first.samples * first.tp * first.cp)
-        return max(1.0, works[1] / works[0]) ** (1 / max(1.0, halvings))
+    def _kernels(self, most: Split, first: Split) -> tuple[float, float]:
+        """Seconds of computing that a sample takes and that a microbatch takes beside, on one rank, as two splits have it: reading weights
+        and adding up their gradients take as long for one sample as for many."""
+        times = [self._computing(split) for split in (most, first)]
+        share = first.samples / (first.tp * first.cp)
+        determinant = most.samples / first.tp - share
+        beside = (times[1] * most.samples - times[0] * share) / determinant if determinant > 0 else 0.0
+        beside = min(max(0.0, beside), 0.5 * times[0])
+        return (times[0] - beside) / most.samples, beside
+
+    def _computing(self, split: Split) -> float:
+        shape, costs = self.search.pieces(split)
+        works = [cost.forward + cost.backward_input + cost.backward_weight for cost in costs]
+        return sum(work.compute_s * piece.count for work, piece in zip(works, shape.pieces, strict=True))
 
     def _expected(self, shape: Outline, costs: Sequence[PieceCost], scheme: Scheme, slower: float, talk_s: float) -> float:
-        """Seconds that a step is expected to take on a mesh, where its parameters and half of their states fit."""
-        held = sum(cost.parameters * piece.count for piece, cost in zip(shape.pieces, costs, strict=True)) * 6 / scheme.pp
+        """Seconds that a step is expected to take on a mesh: longer where parameters and gradients, or what the microbatches in flight
+        keep, too, do not fit, since something must then be computed again, or gathered."""
+        numbers, saved = (sum(getattr(cost, name) * p.count for cost, p in zip(costs, shape.pieces, strict=True)) for name in _KEPT)
+        held = numbers * 6 / scheme.pp
+        crowded = _GATHERED if held > self.search.limit_bytes else _AGAIN if held + saved > self.search.limit_bytes else 1.0
         work = scheme_bound(shape, costs, scheme) * slower + talk_s * scheme.microbatches / scheme.pp
-        crowded = 2.0 if held > self.search.limit_bytes else 1.0
-        return crowded * work * (1 + (scheme.pp - 1) / scheme.microbatches / 2)
+        return crowded * work * (1 + (scheme.pp - 1) / scheme.microbatches / 3)
 
     def _spent(self) -> bool:
         """Whether the work or the time is used up; never before something was found, or everything was tried once."""
