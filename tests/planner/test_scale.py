@@ -28,7 +28,7 @@ from shardwise.planner.space import Pins, Split
 MODELS: dict[str, Callable[[], Example]] = {
     "llama": lambda: llama(layers=3, hidden=256, samples=2, sequence=128),
     "gpt2": lambda: gpt2(layers=3, samples=2),
-    "bert": lambda: bert(layers=3, samples=4, hidden=128),
+    "bert": lambda: bert(layers=3, hidden=128),
 }
 SPACES = [("llama", "a100-80g:1x4", 6, ""), ("gpt2", "rtx4090:2x2, 25 GbE", 4, ""), ("bert", "h100:2x4", 8, "tp=2,cp=1,recompute=none")]
 Space = tuple[str, str, int, str]

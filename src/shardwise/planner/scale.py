@@ -16,6 +16,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from math import log
 
 import torch
 
@@ -37,10 +38,11 @@ from shardwise.simulate.simulator import Simulation, simulate_profile
 
 __all__ = ["Found", "Parts", "ScaleSearch", "Searched"]
 
-_LOWERED, _COMPOSED, _SIMULATED = 4, 90, 16  # splits, schemes of each and steps, where no time is given
+_LOWERED, _COMPOSED, _SIMULATED = 5, 60, 16  # splits, schemes of each and steps, where no time is given
 _SLOTS = 40_000  # computations of all simulated steps together, where no time is given
-_AHEAD, _AT_ONCE = 30, 2  # schemes put together before the best few of them are simulated, to have something to compare with
+_AHEAD, _AT_ONCE = 30, 1  # schemes put together before the best few of them are simulated, to have something to compare with
 _HOPELESS = 1.02  # times the best: an estimate is not further off than that
+_ALIKE = 0.005  # of a step: estimates that promise about as much
 _USUAL_TP = 8
 _KEPT = ("parameters", "saved")
 _AGAIN, _GATHERED = 1.15, 1.5  # times what it takes: a step that must compute again, or gather parameters
@@ -301,11 +303,12 @@ def _bubble(profile: Profile, scheme: Scheme) -> float:
 
 @dataclass(kw_only=True)
 class _Branching:
-    """One search. result: so far; end_s: when its time is over."""
+    """One search. result: so far; end_s: when its time is over; open: schemes that were put together and may be the best."""
 
     search: ScaleSearch
     result: Searched = field(default_factory=Searched)
     end_s: float = float("inf")
+    open: list[Found] = field(default_factory=list)
 
     def run(self) -> Searched:
         result, start_s = self.result, time.monotonic()
@@ -328,6 +331,8 @@ class _Branching:
                 result.left(bound)
             else:
                 self._examine(split)
+        for each in self._simulate(self.open, _AT_ONCE, finely=True):
+            result.left(each.bound_s)
         result.lower_s = min(result.lower_s, result.best_s)
         result.seconds = time.monotonic() - start_s
         return result
@@ -415,13 +420,13 @@ class _Branching:
             if composed % _AHEAD == 0:
                 waiting = self._simulate(waiting, _AT_ONCE)
         result.composed += composed
-        for each in self._simulate(waiting, _AT_ONCE if search.budget_s is None else len(waiting)):
-            result.left(each.bound_s)
+        self.open += self._simulate(waiting, _AT_ONCE if search.budget_s is None else len(waiting))
 
-    def _simulate(self, waiting: Sequence[Found], most: int) -> list[Found]:
-        """Simulates the most promising of those that may be the best; the others that may."""
+    def _simulate(self, waiting: Sequence[Found], most: int, *, finely: bool = False) -> list[Found]:
+        """Simulates the most promising of those that may be the best; the others that may. finely: by the estimate alone, else of those
+        that promise about as much the ones first that are simulated soonest."""
         result = self.result
-        ordered = sorted(waiting, key=lambda each: each.estimate_s)
+        ordered = sorted(waiting, key=lambda each: (each.estimate_s if finely else round(log(each.estimate_s) / _ALIKE), _slots(each)))
         for place, each in enumerate(ordered):
             if each.bound_s >= result.best_s:
                 continue
@@ -434,7 +439,7 @@ class _Branching:
             step = self.search.simulated(each)
             most -= 1
             result.simulated += 1
-            result.slots += each.scheme.microbatches * each.scheme.stages
+            result.slots += _slots(each)
             if self._fits(step):
                 result.found = sorted([*result.found, step], key=lambda found: found.seconds)
         return []
@@ -448,6 +453,10 @@ class _Branching:
         if self.result.tight is None or found.estimate_s < self.result.tight.estimate_s:
             self.result.tight = found
         return False
+
+
+def _slots(each: Found) -> int:
+    return each.scheme.microbatches * each.scheme.stages
 
 
 def _outlook(scheme: Scheme) -> float:
