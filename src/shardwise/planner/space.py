@@ -23,7 +23,7 @@ __all__ = ["Pins", "Space", "Split", "layout_text"]
 
 _TP = (1, 2, 4, 8, 16)
 _CP = (1, 2, 4, 8, 16)
-_SAMPLES = (1, 2, 4, 8)
+_SAMPLES = (1, 2, 4, 8, 16)
 _CHUNKS = (2, 4, 8)
 _MOST_CHUNKS = 12
 _RECOMPUTE = ("none", "selective", "full")
