@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from shardwise.cluster.model import Cluster
+from shardwise.cluster.model import Cluster, cluster_of
+from shardwise.cluster.specs import machines
 from shardwise.cost.compute import op_bytes, op_flops, op_seconds
 from shardwise.cost.optimizer import optimizer_seconds
 from shardwise.errors import ShardwiseError
@@ -202,3 +203,27 @@ def test_optimizer(cluster: Cluster) -> None:
     assert optimizer_seconds(1, torch.float32, "adamw", cluster) == pytest.approx(1e-5, rel=1e-3)
     with pytest.raises(ShardwiseError, match="no figures of the optimizer 'lion' on round; there are adamw"):
         optimizer_seconds(1, torch.float32, "lion", cluster)
+
+
+def test_ragged_products_are_slower() -> None:
+    h100 = Cluster.parse("h100:1x8")
+
+    def mm(m: int, n: int, k: int) -> float:
+        left, right = meta(m, k, dtype=torch.bfloat16), meta(k, n, dtype=torch.bfloat16)
+        return seconds(h100, torch.ops.aten.mm.default, left, right) / (m * n * k)
+
+    assert mm(4096, 4096, 4096) < mm(4096, 4096, 4104) < mm(4096, 4096, 4097)
+
+
+def test_attention_by_kernel_and_device() -> None:
+    def attention(device: str, kernel: str, causal: bool) -> float:
+        cluster = cluster_of(machines(f"{device}:1x8"), kernel)
+        query = meta(1, 16, 8192, 128, dtype=torch.bfloat16)
+        return seconds(cluster, torch.ops.aten.scaled_dot_product_attention.default, query, query, query, None, 0.0, causal)
+
+    oldest, middle, newest = (attention("h100", kernel, True) for kernel in ("flash1", "flash2", "flash3"))
+    assert oldest > middle > newest == attention("h100", "", True)
+    assert 1.9 < attention("h100", "", False) / newest < 2.1, "half of the square"
+    flops = 4 * 16 * 8192**2 * 128 / 2
+    assert newest == pytest.approx(flops / (0.62 * 989e12), rel=0.1), "610 Tflop/s"
+    assert attention("a100-80g", "flash3", True) == attention("a100-80g", "", True), "the newest that it has"

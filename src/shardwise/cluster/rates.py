@@ -151,6 +151,7 @@ class Rates(_Figures):
     attention_flops: flop/s of fused attention by number of keys; keys ``forward``, ``backward``, each also with ``_causal`` (then the
         flops counted are those of the whole square, of which about half is computed).
     attention_ragged: what is left of these rates when the number of keys is no multiple of 16.
+    product_ragged: (number, what is left of a product's rate when one of its dims is no multiple of it), the largest number first.
     convolution_flops: flop/s by the smaller of output channels a group and (input channels a group × kernel size); keys ``forward``,
         ``backward_input``, ``backward_weight``, each also with ``_transposed``.
     read_bytes_per_s, write_bytes_per_s: of streaming kernels, by working set in bytes; a read costs 1/read, a write to another
@@ -163,13 +164,15 @@ class Rates(_Figures):
     collectives: each (kind, implementation, group size) measured.
     optimizers: by ``adamw``, ``adam``, ``sgd``, ``sgd_momentum``.
     overlaps_memory: whether arithmetic and memory traffic of an operator overlap. fuses: whether chains of elementwise operators run as
-        one kernel (`shardwise.cost.fusion`).
+        one kernel (`shardwise.cost.fusion`). copies_inner: whether what is gathered or scattered along another dim than the first is
+        copied into place (measured figures have that in them).
     contention: wall time ÷ CPU time while measuring; well above 1 when other processes disturbed it.
     """
 
     matmul: Mapping[str, MatmulRate]
     attention_flops: Mapping[str, Curve]
     attention_ragged: float = 1.0
+    product_ragged: tuple[tuple[int, float], ...] = ()
     convolution_flops: Mapping[str, Curve]
     read_bytes_per_s: Curve
     write_bytes_per_s: Curve
@@ -183,6 +186,7 @@ class Rates(_Figures):
     contention: float = 1.0
     overlaps_memory: bool = False
     fuses: bool = False
+    copies_inner: bool = False
 
     def matmul_of(self, dtype: str) -> MatmulRate:
         """The rate of a dtype; float32's for one that was not measured."""

@@ -98,6 +98,7 @@ def _product_seconds(name: str, args: _Args, _kwargs: _Kwargs, output: Tensor, r
     else:
         m = output.numel() // max(n, 1)
         speed = rate.flops_per_s(m, n, k)
+    speed *= next((share for number, share in reversed(rates.product_ragged) if m % number or n % number or k % number), 1.0)
     return float(2 * output.numel() * k) / speed
 
 

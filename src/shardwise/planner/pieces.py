@@ -128,7 +128,7 @@ class PieceCost:
     flops: of products and attention, both passes.
     transient: most bytes beside. light: of the forward pass what is no product with weights; made: bytes that these products make.
     routed: bytes of what goes to experts and comes back from them; experts: numbers of their weights.
-    parameters: numbers that the rank holds; frozen: of them, without gradient; item: bytes of one.
+    parameters: numbers that the rank holds, in so many tensors; frozen: of them, without gradient; item: bytes of one.
     pending: numbers whose gradients are summed over the tensor axis once a step.
     """
 
@@ -146,6 +146,7 @@ class PieceCost:
     flops: float
     transient: int
     parameters: int
+    tensors: int
     frozen: int
     item: int
     pending: int
@@ -186,6 +187,7 @@ def _cost(program: Program, cluster: Cluster) -> PieceCost:
         flops=sum(_flops(node) for node in (*forward, *backward)),
         transient=max(0, *peaks),
         parameters=sum(sizes),
+        tensors=len(sizes),
         frozen=sum(sizes) - sum(prod(part.local) for part in trained),
         item=max((part.dtype.itemsize for part in stage.parameters), default=0),
         pending=sum(prod(part.local) for part in trained if part.reduce),

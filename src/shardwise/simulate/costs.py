@@ -96,7 +96,14 @@ def _collective_seconds(node: fx.Node, cluster: Cluster) -> float:
     assert isinstance(source, fx.Node)
     message = tensor_bytes(node.meta["val"] if kind == "all_gather" else source.meta["val"])
     ranks = group_ranks(str(node.args[1]))
-    return collective_seconds(kind, str(node.args[-1]), message, len(ranks), cluster, ranks[1] - ranks[0] if len(ranks) > 1 else 1)
+    seconds = collective_seconds(kind, str(node.args[-1]), message, len(ranks), cluster, ranks[1] - ranks[0] if len(ranks) > 1 else 1)
+    if (
+        cluster.rates.copies_inner
+        and kind in ("all_gather", "reduce_scatter")
+        and prod(source.meta["val"].shape[: int(str(node.args[2]))]) > 1
+    ):
+        seconds += streaming_seconds(message, message, cluster)
+    return seconds
 
 
 def stage_times(program: Program, cluster: Cluster, optimizer: str) -> StageTimes:
