@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from tests.models import gpt2, llama, mlp
-from tests.program.support import Built, build, copied_graph, copied_programs
+from tests.program.support import Built, build, copied_graph, copied_programs, only_stage
 from torch import fx
 
 from shardwise.errors import CheckError
@@ -93,7 +93,7 @@ def test_a_stage_without_operators(data: Built) -> None:
 
 def test_a_part_left_out(tensor_and_stages: Built) -> None:
     programs = copied_programs(tensor_and_stages.programs)
-    lost = programs[1].stage.parameters.pop(3)
+    lost = only_stage(programs[1]).parameters.pop(3)
     assert said(tensor_and_stages, programs) == f"rank 1 holds no part of parameter {lost.name}, which stage 0 reads"
 
 
@@ -112,7 +112,7 @@ def test_a_program_in_the_wrong_place(tensor_and_stages: Built) -> None:
 def spoil_part(built: Built, rank: int, change: Any) -> tuple[str, str]:
     """The message when the first split weight of a rank is changed, and the weight's name."""
     programs = copied_programs(built.programs)
-    parts = programs[rank].stage.parameters
+    parts = only_stage(programs[rank]).parameters
     at = next(i for i, part in enumerate(parts) if isinstance(part.type["tp"], Shard) and len(part.shape) == 2 and len(part.stages) == 1)
     parts[at] = change(parts[at])
     return said(built, programs), parts[at].name
@@ -135,7 +135,7 @@ def test_a_part_of_another_type(tensor_and_stages: Built) -> None:
 
 def test_a_gradient_that_is_not_reduced(data: Built) -> None:
     programs = copied_programs(data.programs)
-    parts = programs[0].stage.parameters
+    parts = only_stage(programs[0]).parameters
     assert parts[0].type["dp"] == R and parts[0].reduce == ("dp",)
     parts[0] = replace(parts[0], reduce=())
     assert f"rank 0 sums the gradient of {parts[0].name} over no axis" in (message := said(data, programs))
@@ -144,7 +144,7 @@ def test_a_gradient_that_is_not_reduced(data: Built) -> None:
 
 def test_a_tie_that_is_forgotten(tensor_and_stages: Built) -> None:
     programs = copied_programs(tensor_and_stages.programs)
-    parts = programs[2].stage.parameters
+    parts = only_stage(programs[2]).parameters
     at = next(i for i, part in enumerate(parts) if len(part.stages) == 2)
     parts[at] = replace(parts[at], stages=(1,))
     assert said(tensor_and_stages, programs) == f"rank 2 ties {parts[at].name} between stages [1]; its operators are in stages [0, 1]"
@@ -156,14 +156,14 @@ def test_parts_that_leave_a_hole(data: Built) -> None:
 
     value = next(iter(data.graph.parameters.values()))
     members = [data.programs[0], data.programs[0]]
-    part = replace(members[0].stage.parameters[0], type={"dp": Shard(0), "mb": R, "tp": I})
+    part = replace(only_stage(members[0]).parameters[0], type={"dp": Shard(0), "mb": R, "tp": I})
     with pytest.raises(
         CheckError, match=rf"hold {value.numel // 2} of the {value.numel} elements of {value.name}: rank 0 \[0:\d+, 0:\d+\]"
     ):
-        _tiles(value, [part, part], members, data.applied.assignment.mesh)
+        _tiles(value, [part, part], members, data.applied.assignment.mesh, 0)
     other = replace(part, type={"dp": R, "mb": R, "tp": I})
     with pytest.raises(CheckError, match="overlapping, unlike parts"):
-        _tiles(value, [part, other], [data.programs[0], data.programs[1]], data.applied.assignment.mesh)
+        _tiles(value, [part, other], [data.programs[0], data.programs[1]], data.applied.assignment.mesh, 0)
 
 
 # -- actions -------------------------------------------------------------------------------------------------------------------------------
@@ -172,19 +172,21 @@ def test_parts_that_leave_a_hole(data: Built) -> None:
 def test_an_action_dropped(data: Built) -> None:
     programs = copied_programs(data.programs)
     del programs[1].actions[index_of(programs[1], Kind.BACKWARD, 2)]
-    assert said(data, programs) == "rank 1 never performs `backward 2`, one of 4 microbatches"
+    never, grid = said(data, programs).split(":\n")
+    assert never == "rank 1 never performs `backward 2 of stage 0`, one of 4 microbatches" and grid.endswith("R U [end]")
 
 
 def test_an_action_twice(data: Built) -> None:
     programs = copied_programs(data.programs)
     programs[1].actions.insert(3, programs[1].actions[index_of(programs[1], Kind.FORWARD, 0)])
-    assert said(data, programs) == "rank 1 performs `forward 0` twice"
+    twice, grid = said(data, programs).split(":\n")
+    assert twice == "rank 1 performs `forward 0 of stage 0` twice" and re.fullmatch(r"  rank 1 +P F0 F0→3 \[F0\] .* …", grid)
 
 
 def test_a_microbatch_too_many(data: Built) -> None:
     programs = copied_programs(data.programs)
-    programs[0].actions.insert(-2, Action(kind=Kind.FORWARD, microbatch=4))
-    assert said(data, programs) == "rank 0 performs `forward 4`, but there are 4 microbatches"
+    programs[0].actions.insert(-2, Action(kind=Kind.FORWARD, microbatch=4, stage=0))
+    assert said(data, programs).startswith("rank 0 performs `forward 4 of stage 0`, but there are 4 microbatches:\n  rank 0   … ")
 
 
 def test_no_update_at_the_end(data: Built) -> None:
@@ -196,7 +198,7 @@ def test_no_update_at_the_end(data: Built) -> None:
 def test_a_receive_dropped(data: Built) -> None:
     programs = copied_programs(data.programs)
     lost = programs[2].actions.pop(index_of(programs[2], Kind.RECV, 1))
-    assert said(data, programs) == f"rank 2 performs `forward 1` before it has {lost.edge} of microbatch 1"
+    assert said(data, programs).startswith(f"rank 2 performs `forward 1 of stage 1` before it has {lost.edge} of microbatch 1:\n")
 
 
 def test_a_backward_before_its_forward(data: Built) -> None:
@@ -204,13 +206,14 @@ def test_a_backward_before_its_forward(data: Built) -> None:
     actions = programs[3].actions
     forward, backward = index_of(programs[3], Kind.FORWARD, 0), index_of(programs[3], Kind.BACKWARD, 0)
     actions[forward], actions[backward] = actions[backward], actions[forward]
-    assert said(data, programs) == "rank 3 performs `backward 0` before `forward 0`"
+    message = said(data, programs)
+    assert message.startswith("rank 3 performs `backward 0 of stage 1` before `forward 0 of stage 1`:\n") and "[B0]" in message
 
 
 def test_a_send_dropped(data: Built) -> None:
     programs = copied_programs(data.programs)
     lost = programs[0].actions.pop(index_of(programs[0], Kind.SEND, 1))
-    assert said(data, programs) == f"rank 0 never sends or reads {lost.edge} of microbatch 1"
+    assert said(data, programs).startswith(f"rank 0 never sends or reads {lost.edge} of microbatch 1:\n")
 
 
 def test_two_receives_swapped_draw_the_schedule(data: Built) -> None:
@@ -265,7 +268,7 @@ def test_an_edge_left_out(data: Built) -> None:
 
 def test_a_graph_that_makes_another_dtype(data: Built) -> None:
     programs = copied_programs(data.programs)
-    stage = programs[0].stage
+    stage = only_stage(programs[0])
     stage.forward = copied_graph(stage.forward)
     at = next(i for i, binding in enumerate(stage.forward_outputs) if binding.kind == "edge")
     node = stage.forward.output_node().args[0][at]  # type: ignore[index]
@@ -281,7 +284,7 @@ def test_a_graph_that_makes_another_dtype(data: Built) -> None:
 def spoil_collective(built: Built, kind: str, change: Any) -> str:
     """The message when the first such collective of the last rank's forward graph is changed."""
     programs = copied_programs(built.programs)
-    stage = programs[3].stage
+    stage = only_stage(programs[3])
     stage.forward = copied_graph(stage.forward)
     change(next(node for node in stage.forward.nodes if COLLECTIVES.get(node.target) == kind))
     return said(built, programs)
@@ -337,7 +340,7 @@ def test_a_collective_of_a_foreign_group(tensor_and_stages: Built) -> None:
 def test_a_reduction_of_other_parameters(data: Built) -> None:
     """A frozen parameter on one rank only: the flat messages would differ in length."""
     programs = copied_programs(data.programs)
-    parts = programs[1].stage.parameters
+    parts = only_stage(programs[1]).parameters
     parts[0] = replace(parts[0], requires_grad=False)
     message = said(data, programs)
     assert "two ranks meet in unlike collectives" in message and "in `reduce`" in message
@@ -348,7 +351,7 @@ def test_a_reduction_of_other_parameters(data: Built) -> None:
 
 def test_saved_values_that_differ(data: Built) -> None:
     programs = copied_programs(data.programs)
-    stage = programs[3].stage
+    stage = only_stage(programs[3])
     stage.backward = copied_graph(stage.backward)
     first = next(iter(stage.backward.nodes))
     first.meta["val"] = first.meta["val"].to(torch.float64)

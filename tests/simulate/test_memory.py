@@ -22,7 +22,7 @@ from shardwise.planner.search import search
 from shardwise.program.build import build_programs
 from shardwise.program.program import StageProgram
 from shardwise.runtime.graphs import callable_of
-from shardwise.simulate.costs import _saved, memory_use
+from shardwise.simulate.costs import _peak_after, memory_use, saved_values
 
 WITHIN = 0.02
 
@@ -67,7 +67,7 @@ def stage_of(example: Example) -> StageProgram:
     plan = search(graph, made_up(1), Layout.parse("microbatches=1"), "adamw", "model")
     applied = apply_plan(plan, graph)  # type: ignore[arg-type]
     programs = build_programs(applied.assignment, applied.cut, "1f1b", lambda *_: "native", device=torch.device("cpu"))
-    return programs[0].stage
+    return programs[0].stages[0]
 
 
 def filled(node: fx.Node) -> Tensor:
@@ -105,7 +105,7 @@ def test_bytes_are_those_that_live(name: str) -> None:
         lasting = {tensor.untyped_storage()._cdata for tensor in inputs}
         own = [tensor for tensor in saved if tensor.untyped_storage()._cdata not in lasting]
         held = sum({tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in own}.values())
-        assert held == pytest.approx(program_saved(stage), rel=WITHIN)
+        assert held == pytest.approx(saved_values(stage).nbytes, rel=WITHIN)
 
         backward = Living(own)
         assert backward.start_bytes == held
@@ -115,22 +115,8 @@ def test_bytes_are_those_that_live(name: str) -> None:
         del saved, own
         with backward:
             callable_of(stage.backward)(given)
-    _, aliases, sizes = saved_of(stage)
-    predicted = liveness(stage.backward, lambda node: sizes.get(node, 0), aliases).peak_bytes
+    predicted = _peak_after(stage.backward, saved_values(stage))
     assert backward.peak_bytes - held == pytest.approx(predicted, rel=WITHIN, abs=WITHIN * held)
-
-
-def saved_of(stage: StageProgram) -> tuple[int, dict[fx.Node, fx.Node], dict[fx.Node, int]]:
-    class Holder:
-        pass
-
-    holder = Holder()
-    holder.stage = stage  # type: ignore[attr-defined]
-    return _saved(holder)  # type: ignore[arg-type]
-
-
-def program_saved(stage: StageProgram) -> int:
-    return saved_of(stage)[0]
 
 
 def test_kinds_add_up() -> None:

@@ -153,8 +153,9 @@ def _check_choice(assignment: Assignment, op: Op, choice: Choice) -> None:
 
 def _cut(plan: Plan, graph: Graph, prelude: set[Op]) -> Cut:
     starts = [graph.ops.index(op_with_key(graph, key)) for key in plan.stages]
-    if len(starts) != plan.pp or starts != sorted(starts):
-        raise PlanError(f"the plan has pp={plan.pp} but names {len(starts)} stage starts, which must be in the order of the model")
+    if len(starts) != plan.pp * plan.chunks or starts != sorted(starts):
+        chunks = f" × chunks={plan.chunks}" if plan.chunks > 1 else ""
+        raise PlanError(f"the plan has pp={plan.pp}{chunks} but names {len(starts)} stage starts, which must be in the order of the model")
     stage_of: dict[Op, int] = {}
     for index, op in enumerate(graph.ops):
         if op not in prelude:
