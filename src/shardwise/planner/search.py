@@ -25,6 +25,7 @@ from shardwise.planner.intra import Costs, representatives, split_tensors
 from shardwise.planner.layout import Layout, completions
 from shardwise.planner.plan import Candidate, Chooser, Infeasible, Plan, Prediction, Random, by_pattern, choice_text
 from shardwise.planner.stages import StageCosts, cut_stages
+from shardwise.program.buffers import far_buffer
 from shardwise.program.build import build_programs, rank_of
 from shardwise.program.lower import Cut
 from shardwise.program.tables import placed
@@ -176,6 +177,12 @@ class _Search:
             return
         if layout.tp > 1 and not self.pinned.tp and not any(v["tp"].choice.mode == "split" for v in assignment.variants.values()):
             trial.note = "no operator is worth splitting over tp: every rank would do all of the work"
+            return
+        home = placed(layout.tables)
+        if far := far_buffer(self.graph, stage_of, [home[stage] for stage in sorted(home)]):
+            if self.pinned.pp:
+                raise LayoutError(f"{far}, which would not see the change; use pp=1")
+            trial.note = f"{far}, which would not see the change"
             return
         trial.gap = tensor.gap
         trial.applied = Applied(assignment=assignment, cut=Cut(stage_of=stage_of, prelude=frozenset(self.analysis.prelude)))
@@ -397,7 +404,8 @@ def _least_bytes(run: _Search, trials: list[_Trial]) -> float:
     again = [_Trial(layout=trial.layout, lean=True) for trial in _first_of_each(thin)[:_THIN]]
     for trial in again:
         roomy.estimate(trial)
-        roomy.simulate(trial)
+        if trial.applied:
+            roomy.simulate(trial)
     return min(max(trial.simulation.memory_bytes) for trial in again if trial.simulation)
 
 

@@ -2,6 +2,7 @@
 
     _operators     every operator is in exactly one stage, and reads only what its own or an earlier stage makes
     _rank          a rank is where its number says, performs every forward and backward once, after what it reads was received
+    _buffers       what a forward pass changes is read on the rank that changes it alone
     _parameters    the parts of the ranks of each stage tile every parameter that the stage reads; pending gradients are reduced
     _edges         both ends of an edge, and the graphs there, agree with the type in which the value is made
     check_order    no rank waits for ever, even where a send blocks until it is received (`shardwise.program.order`)
@@ -25,6 +26,7 @@ from torch import fx
 from shardwise.capture.graph import Graph, Op, Value
 from shardwise.errors import CheckError
 from shardwise.program.actions import COMPUTES, Action, Kind
+from shardwise.program.buffers import far_buffer
 from shardwise.program.edges import edge_type
 from shardwise.program.lower import Cut
 from shardwise.program.order import check_order, drawn
@@ -45,6 +47,7 @@ def check_programs(programs: Mapping[int, Program], assignment: Assignment, cut:
     whole.ranks()
     for program in programs.values():
         _rank(program)
+    whole.buffers()
     whole.parameters()
     whole.edges()
     check_order(programs, choose)
@@ -55,6 +58,7 @@ def check_own(program: Program, assignment: Assignment, cut: Cut) -> None:
     whole = _Whole(programs={program.rank: program}, assignment=assignment, cut=cut)
     _operators(assignment.graph, cut)
     _rank(program)
+    whole.buffers()
     whole.own_parts(program)
     whole.own_edges(program)
 
@@ -257,6 +261,12 @@ class _Whole:
                     f"rank {rank} has {program.where} and says that the stages are on the pipeline's ranks {list(program.placement)}; "
                     f"rank 0 says {list(self.programs[0].placement)}, and there are {self.cut.stages} stages"
                 )
+
+    def buffers(self) -> None:
+        """No rank reads what another one changes."""
+        for placement in {program.placement for program in self.programs.values()}:
+            if far := far_buffer(self.graph, self.cut.stage_of, placement):
+                raise CheckError(f"{far}, which would not see the change; cut the stages so that one rank has both")
 
     # -- parameters ------------------------------------------------------------------------------------------------------------------------
 
