@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from math import prod
 
@@ -234,15 +234,15 @@ def _peak_after(graph: fx.Graph, passed: Passed) -> int:
 
 def saved_values(stage: StageProgram) -> Passed:
     """What forward leaves for backward: parameters and what else lasts counts nothing."""
-    lasting = {node for node, binding in zip(_placeholders(stage.forward), stage.forward_inputs, strict=True) if binding.kind != "edge"}
-    return _passed_on(stage.forward, len(stage.forward_outputs), lasting, {}, _placeholders(stage.backward)[: stage.saved])
+    lasting = {node: 0 for node, each in zip(_placeholders(stage.forward), stage.forward_inputs, strict=True) if each.kind != "edge"}
+    given = Passed(aliases={}, sizes=lasting)
+    return _passed_on(stage.forward, len(stage.forward_outputs), given, _placeholders(stage.backward)[: stage.saved])
 
 
 def kept_values(stage: StageProgram, saved: Passed) -> Passed:
     """What backward leaves for the weights' part of it."""
     assert stage.weight is not None
-    lasting = {node for node, nbytes in saved.sizes.items() if not nbytes}
-    return _passed_on(stage.backward, len(stage.backward_outputs), lasting, saved.aliases, _placeholders(stage.weight))
+    return _passed_on(stage.backward, len(stage.backward_outputs), saved, _placeholders(stage.weight))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -258,12 +258,9 @@ class Passed:
         return sum(self.sizes.values())
 
 
-def _passed_on(
-    graph: fx.Graph, others: int, lasting: Container[fx.Node], known: Mapping[fx.Node, fx.Node], takers: Sequence[fx.Node]
-) -> Passed:
-    """others: how many results the graph has before those that it leaves; lasting: its inputs that are kept in any case; known: its inputs
-    that share memory; takers: the next graph's inputs."""
-    base = bases(graph, known)
+def _passed_on(graph: fx.Graph, others: int, given: Passed, takers: Sequence[fx.Node]) -> Passed:
+    """others: how many results the graph has before those that it leaves; given: what is known of its inputs; takers: the next one's."""
+    base = bases(graph, given.aliases)
     left: list[fx.Node] = list(graph.output_node().args[0])[others:]  # type: ignore[arg-type]
     first: dict[fx.Node, fx.Node] = {}
     aliases: dict[fx.Node, fx.Node] = {}
@@ -274,7 +271,7 @@ def _passed_on(
             aliases[taker] = first[owner]
         else:
             first[owner] = taker
-            sizes[taker] = 0 if owner in lasting else tensor_bytes(owner.meta.get("val"))
+            sizes[taker] = given.sizes.get(owner, tensor_bytes(owner.meta.get("val")))
     return Passed(aliases=aliases, sizes=sizes)
 
 
