@@ -35,6 +35,12 @@ def data() -> Built:
     return build(mlp(), "dp=2,tp=1,pp=2,microbatches=4,schedule=1f1b")
 
 
+@pytest.fixture(scope="module")
+def chunks() -> Built:
+    """Ranks 0 and 1 have stages 0, 3 and 1, 2; the backward pass is in two parts."""
+    return build(gpt2(layers=1), "dp=1,tp=1,pp=2,microbatches=2,schedule=zb-v")
+
+
 def check(built: Built, programs: Programs, cut: Cut | None = None) -> None:
     check_programs(programs, built.applied.assignment, cut or built.applied.cut, built.choose)
 
@@ -49,8 +55,8 @@ def index_of(program: Program, kind: Kind, microbatch: int = 0) -> int:
     return next(i for i, action in enumerate(program.actions) if action.kind is kind and action.microbatch == microbatch)
 
 
-def test_good_programs_pass_and_fast(tensor_and_stages: Built, data: Built) -> None:
-    for built in (tensor_and_stages, data):
+def test_good_programs_pass_and_fast(tensor_and_stages: Built, data: Built, chunks: Built) -> None:
+    for built in (tensor_and_stages, data, chunks):
         started = time.perf_counter()
         check(built, built.programs)
         assert time.perf_counter() - started < 0.2
@@ -237,6 +243,78 @@ def test_a_transfer_to_the_wrong_rank(data: Built) -> None:
     assert said(data, programs).endswith("to rank 9`, but there are 4 ranks")
     programs[0].actions[at] = replace(programs[0].actions[at], peer=3)
     assert "would wait for ever" in said(data, programs)
+
+
+# -- ranks with several stages, and a backward pass in two parts ---------------------------------------------------------------------------
+
+
+def index_at(program: Program, kind: Kind, microbatch: int, stage: int) -> int:
+    return program.actions.index(Action(kind=kind, microbatch=microbatch, stage=stage))
+
+
+def test_a_weights_part_dropped(chunks: Built) -> None:
+    programs = copied_programs(chunks.programs)
+    del programs[0].actions[index_at(programs[0], Kind.WEIGHT, 1, 3)]
+    never, grid = said(chunks, programs).split(":\n")
+    assert never == "rank 0 never performs `weight 1 of stage 3`, one of 2 microbatches" and grid.endswith("R U [end]")
+
+
+def test_a_weights_part_before_its_backward(chunks: Built) -> None:
+    programs = copied_programs(chunks.programs)
+    actions = programs[1].actions
+    actions.insert(index_at(programs[1], Kind.BACKWARD, 0, 2), actions.pop(index_at(programs[1], Kind.WEIGHT, 0, 2)))
+    message = said(chunks, programs)
+    assert message.startswith("rank 1 performs `weight 0 of stage 2` before `backward 0 of stage 2`:\n  rank 1   … ")
+    assert " [W0.1] B0.1 " in message
+
+
+def test_a_stage_before_the_one_that_it_reads_on_the_same_rank(chunks: Built) -> None:
+    programs = copied_programs(chunks.programs)
+    actions = programs[1].actions
+    assert programs[1].local_edges, "between stages 1 and 2"
+    actions.insert(index_at(programs[1], Kind.FORWARD, 0, 1), actions.pop(index_at(programs[1], Kind.FORWARD, 0, 2)))
+    assert re.match(r"rank 1 performs `forward 0 of stage 2` before it has \S+→2 of microbatch 0:\n.*\[F0\.1\]", said(chunks, programs))
+
+
+def test_an_action_of_another_ranks_stage(chunks: Built) -> None:
+    programs = copied_programs(chunks.programs)
+    at = index_at(programs[0], Kind.FORWARD, 0, 0)
+    programs[0].actions[at] = replace(programs[0].actions[at], stage=1)
+    assert said(chunks, programs).startswith("rank 0 performs `forward 0 of stage 1`, but it has stages 0, 3:\n")
+
+
+def test_a_weights_part_where_the_backward_pass_is_whole(data: Built) -> None:
+    programs = copied_programs(data.programs)
+    programs[0].actions.insert(-2, Action(kind=Kind.WEIGHT, microbatch=0, stage=0))
+    assert said(data, programs).startswith("rank 0 performs `weight 0 of stage 0`, but the backward pass is whole there:\n")
+
+
+def test_kept_values_that_differ(chunks: Built) -> None:
+    programs = copied_programs(chunks.programs)
+    stage = programs[1].stages[2]
+    assert stage.weight is not None
+    stage.weight = copied_graph(stage.weight)
+    first = next(iter(stage.weight.nodes))
+    first.meta["val"] = first.meta["val"].to(torch.float64)
+    assert re.match(r"rank 1, stage 2: kept value 0 is .* where it is made, float64 .* where it is read", said(chunks, programs))
+    stage.kept += 1
+    assert re.match(r"rank 1, stage 2: the backward graph keeps \d+ values, the weight graph takes \d+ of \d+", said(chunks, programs))
+
+
+def test_stages_on_other_ranks_than_rank_0_thinks(chunks: Built) -> None:
+    programs = copied_programs(chunks.programs)
+    programs[1].placement = (0, 1, 0, 1)
+    assert said(chunks, programs) == (
+        "rank 1 has stages 1, 2 and says that the stages are on the pipeline's ranks [0, 1, 0, 1]; "
+        "rank 0 says [0, 1, 1, 0], and there are 4 stages"
+    )
+
+
+def test_a_post_of_what_is_not_sent(data: Built) -> None:
+    programs = copied_programs(data.programs)
+    at = next(i for i, action in enumerate(programs[2].actions) if action.posts)
+    programs[2].actions[at] = replace(programs[2].actions[at], microbatch=9)
+    assert "would wait for ever" in (message := said(data, programs)) and "[(F9←0)]" in message
 
 
 # -- edges ---------------------------------------------------------------------------------------------------------------------------------
