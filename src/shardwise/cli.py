@@ -37,6 +37,10 @@ ModelOption = Annotated[
 ]
 ClusterOption = Annotated[str, typer.Option("--cluster", help="local:N, N ranks on this machine, or a cluster file (.toml).")]
 LayoutOption = Annotated[str | None, typer.Option("--layout", help="What to pin, such as tp=2,pp=2,microbatches=4. The rest is searched.")]
+ScheduleOption = Annotated[
+    str | None,
+    typer.Option("--schedule", help="gpipe, 1f1b, interleaved, zb-h1, zb-2p, zb-v, or a file with a table of your own."),
+]
 GlobalBatchOption = Annotated[int | None, typer.Option("--global-batch", min=1, help="Examples in a step, over all ranks.")]
 SequenceOption = Annotated[int | None, typer.Option("--sequence", min=1, help="Tokens in an example, for hf: language models.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for programs instead of text for people.")]
@@ -79,6 +83,7 @@ def plan(
     model: ModelOption = None,
     cluster: ClusterOption = "local:2",
     layout: LayoutOption = None,
+    schedule: ScheduleOption = None,
     global_batch: GlobalBatchOption = None,
     sequence: SequenceOption = None,
     random: RandomOption = None,
@@ -93,7 +98,7 @@ def plan(
 
     shardwise plan --model train.py:model_and_batch --cluster local:4 --layout tp=2,pp=2 --out tp2pp2.json
     """
-    chosen = _plan(model, cluster, layout, global_batch, sequence, random)
+    chosen = _plan(model, cluster, _scheduled(layout, schedule), global_batch, sequence, random)
     _save(chosen, out)
     if as_json:
         typer.echo(out.read_text())
@@ -111,6 +116,7 @@ def train(
     seed: Annotated[int, typer.Option("--seed", min=0, help="Of the weights and the order of the data.")] = 0,
     cluster: ClusterOption = "local:2",
     layout: LayoutOption = None,
+    schedule: ScheduleOption = None,
     global_batch: GlobalBatchOption = None,
     sequence: SequenceOption = None,
     random: RandomOption = None,
@@ -142,7 +148,7 @@ def train(
         learning_rate=learning_rate,
         seed=seed,
         cluster=cluster,
-        layout=layout,
+        layout=_scheduled(layout, schedule),
         global_batch=global_batch,
         sequence=sequence,
         random=random,
@@ -162,6 +168,7 @@ def verify(
     model: ModelOption = None,
     cluster: ClusterOption = "local:2",
     layout: LayoutOption = None,
+    schedule: ScheduleOption = None,
     global_batch: GlobalBatchOption = None,
     sequence: SequenceOption = None,
     dtype: Annotated[Precision, typer.Option("--dtype", help="float64 is the proof, float32 the practice.")] = Precision.FLOAT64,
@@ -181,7 +188,7 @@ def verify(
     from shardwise.models import load_model
 
     module, batch = load_model(_required(model), batch_size=global_batch, sequence=sequence)
-    report = _feasible(sw.verify(module, batch, cluster=cluster, layout=layout, dtype=getattr(torch, dtype.value)))
+    report = _feasible(sw.verify(module, batch, cluster=cluster, layout=_scheduled(layout, schedule), dtype=getattr(torch, dtype.value)))
     if as_json:
         names = ("ok", "max_relative_error", "first_difference", "layout")
         typer.echo(json.dumps({name: _plain(getattr(report, name)) for name in names}, indent=2))
@@ -242,6 +249,7 @@ def simulate(
     plan_file: PlanOption = None,
     cluster: ClusterOption = "local:2",
     layout: LayoutOption = None,
+    schedule: ScheduleOption = None,
     global_batch: GlobalBatchOption = None,
     sequence: SequenceOption = None,
     out: Annotated[Path, typer.Option("--out", help="Where the timeline goes; open it in Perfetto or chrome://tracing.")] = Path(
@@ -259,11 +267,12 @@ def simulate(
     """
     import shardwise as sw
 
-    chosen = sw.Plan.load(plan_file) if plan_file else _plan(model, cluster, layout, global_batch, sequence)
+    chosen = sw.Plan.load(plan_file) if plan_file else _plan(model, cluster, _scheduled(layout, schedule), global_batch, sequence)
     simulation = sw.simulate(chosen)
     out.parent.mkdir(parents=True, exist_ok=True)
     simulation.save_trace(out)
-    _show({"step_time_s": simulation.step_time_s, "memory_bytes": _plain(simulation.memory_bytes), "trace": str(out)}, as_json)
+    found = {"step_time_s": simulation.step_time_s, "bubble": simulation.bubble, "memory_bytes": _plain(simulation.memory_bytes)}
+    _show(found | {"trace": str(out)}, as_json)
 
 
 @app.command()
@@ -392,6 +401,11 @@ def _required(model: str | None) -> str:
     if model is None:
         raise ShardwiseError("no model was given: add --model hf:CONFIG.json or --model FILE.py:FUNCTION.")
     return model
+
+
+def _scheduled(layout: str | None, schedule: str | None) -> str | None:
+    """The layout with the schedule that an option of its own names."""
+    return layout if schedule is None else ",".join(filter(None, (layout, f"schedule={schedule}")))
 
 
 def _plan(

@@ -17,7 +17,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from shardwise.capture.blocks import block_pattern
 from shardwise.capture.graph import Graph, Op
-from shardwise.errors import PlanError
+from shardwise.errors import LayoutError, PlanError
+from shardwise.program.tables import OWN, Slot, placed, placement, rank_tables, read_tables
 from shardwise.sharding.signature import Choice
 from shardwise.sharding.types import I, P, Placement, R, Shard
 from shardwise.simulate.profile import Profile
@@ -83,6 +84,7 @@ class Plan(_Strict):
     """How a model is split.
 
     fingerprint: of the captured graph that the plan is for. stages: key of each stage's first operator.
+    chunks: stages of each pipeline rank. schedule: the name of one, or "table" for the user's own, whose lines `table` has.
     random: "keyed", random numbers are the same in every layout; "fast", they come from torch's generator, seeded for each part.
     sequence_dims: where cp splits the sequence, batch input → its sequence dim.
     operators, parameters: pattern → choice or type on the tensor axis; what is not named is whole.
@@ -100,8 +102,10 @@ class Plan(_Strict):
     cp: int = 1
     tp: int
     pp: int
+    chunks: int = 1
     microbatches: int
     schedule: str
+    table: list[str] = []
     global_batch: int
     optimizer: str
     random: Random = "keyed"
@@ -126,18 +130,56 @@ class Plan(_Strict):
             raise ValueError(f"a global batch of {self.global_batch} leaves some of the ranks on dp={self.dp} without a sample")
         if self.microbatches > 1 and self.global_batch % (self.dp * self.microbatches):
             raise ValueError(f"dp={self.dp} × microbatches={self.microbatches} do not divide global_batch={self.global_batch}")
+        self._check_schedule()
         return self
+
+    def _check_schedule(self) -> None:
+        if (self.schedule == OWN) != bool(self.table):
+            raise ValueError(
+                f"schedule={self.schedule} and a table of {len(self.table)} lines: a table of one's own goes with schedule=table"
+            )
+        try:
+            tables = self.tables if self.table else None
+            stages = (
+                len(placement(self.schedule, self.pp, self.chunks))
+                if tables is None
+                else len({slot.stage for row in tables for slot in row})
+            )
+        except LayoutError as error:
+            raise ValueError(str(error)) from error
+        if tables is not None:
+            have = len(tables), stages, 1 + max(slot.microbatch for row in tables for slot in row)
+            if have != (self.pp, self.pp * self.chunks, self.microbatches):
+                raise ValueError(
+                    f"the table is for pp={have[0]}, chunks={have[1] // have[0]}, microbatches={have[2]}, the plan says pp={self.pp}, "
+                    f"chunks={self.chunks}, microbatches={self.microbatches}"
+                )
 
     @property
     def layout(self) -> str:
         """The plan in a layout's words."""
         context = f"cp={self.cp}," if self.cp > 1 else ""
-        return f"dp={self.dp},{context}tp={self.tp},pp={self.pp},microbatches={self.microbatches},schedule={self.schedule}"
+        chunks = f"chunks={self.chunks}," if self.chunks > 1 else ""
+        return f"dp={self.dp},{context}tp={self.tp},pp={self.pp},{chunks}microbatches={self.microbatches},schedule={self.schedule}"
+
+    @property
+    def tables(self) -> list[list[Slot]]:
+        """Each pipeline rank's slots. Raises LayoutError for a schedule that is unknown or does not take the plan's sizes."""
+        if self.table:
+            return read_tables("\n".join(self.table))
+        return rank_tables(self.schedule, self.pp, self.chunks, self.microbatches)
+
+    @property
+    def placement(self) -> tuple[int, ...]:
+        """Stage → which of the pipeline's ranks has it."""
+        home = placed(self.tables)
+        return tuple(home[stage] for stage in sorted(home))
 
     @property
     def mesh(self) -> Mesh:
         """The plan's sizes; those of dp and cp as one, since they do alike."""
-        return Mesh(dp=self.dp * self.cp, tp=self.tp, pp=self.pp, microbatches=self.microbatches, schedule=self.schedule)
+        data = self.dp * self.cp
+        return Mesh(dp=data, tp=self.tp, pp=self.pp, chunks=self.chunks, microbatches=self.microbatches, schedule=self.schedule)
 
     def chooser(self) -> Chooser:
         """(kind, message bytes, ranks) → implementation."""
@@ -199,7 +241,7 @@ class Infeasible(_Strict):
 
 def simulate(plan: Plan) -> Simulation:
     """A step of the plan on virtual clocks: its time, each rank's memory, and the timeline."""
-    return simulate_profile(plan.profile, plan.mesh)
+    return simulate_profile(plan.profile, plan.mesh, plan.tables)
 
 
 def choice_text(choice: Choice) -> str:

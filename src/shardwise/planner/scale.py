@@ -20,7 +20,7 @@ from shardwise.planner.compose import Scheme, compose
 from shardwise.planner.pieces import Outline, PieceCost
 from shardwise.planner.search import FULL_MEMORY
 from shardwise.planner.twins import TwinLayout, split_twin
-from shardwise.program.schedules import SCHEDULES
+from shardwise.program.tables import NAMES
 from shardwise.program.trace import Tracer
 from shardwise.simulate.profile import Profile
 from shardwise.simulate.simulator import simulate_profile
@@ -53,7 +53,7 @@ class Found:
     def runs(self) -> bool:
         """Whether the runtime can run it yet."""
         scheme = self.scheme
-        return scheme.chunks == 1 and scheme.zero == 0 and scheme.recompute == "none" and scheme.schedule in SCHEDULES
+        return scheme.zero == 0 and scheme.recompute == "none" and scheme.schedule in NAMES
 
     def __str__(self) -> str:
         scheme = self.scheme
@@ -141,7 +141,7 @@ class ScaleSearch:
 
     def _of_mesh(self, dp: int, tp: int, pp: int, microbatches: int, blocks: int) -> Iterator[Scheme]:
         chunks = [each for each in _CHUNKS if pp > 1 and microbatches >= pp and pp * each <= blocks] or [1]
-        for each in [1] if self.only_runnable else chunks:
+        for each in chunks:
             for zero in (0,) if self.only_runnable or dp == 1 else (0, 1, 3) if pp == 1 else (0, 1):
                 for recompute in ("none",) if self.only_runnable else ("none", "full"):
                     yield Scheme(
