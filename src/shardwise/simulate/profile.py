@@ -25,13 +25,15 @@ class StageProfile(_Strict):
     seconds: kind of action → (computing, communicating); "backward" is the inputs' part where there is "weight", too, the whole where not.
     memory: bytes by kind at the peak. saved_bytes: what one microbatch keeps from its forward to the end of its backward pass; 0 where
     memory's "saved" counts it for all that are in flight.
-    reduces: axes over which gradients are summed. modules: what the stage holds; parameters: how many numbers, over all its ranks.
+    reduces: axes over which gradients are summed. tied: other stages with which a weight is shared, whose gradient is summed over all of
+    them. modules: what the stage holds; parameters: how many numbers, over all its ranks.
     """
 
     seconds: dict[str, tuple[float, float]]
     memory: dict[str, int]
     saved_bytes: int = 0
     reduces: list[str] = []
+    tied: list[int] = []
     modules: list[str] = []
     parameters: int = 0
 
@@ -84,10 +86,12 @@ def _stage(programs: list[Program], cluster: Cluster, optimizer: str) -> StagePr
     fullest: MemoryUse = max((memory_use(program, optimizer) for program in programs), key=lambda use: use.total)
     reduces = sorted({axis for program in programs for part in program.stage.parameters for axis in part.reduce})
     held = programs[0].stage.parameters
+    tied = {other for part in held if part.requires_grad for other in part.stages} - {programs[0].stage.stage}
     return StageProfile(
         seconds=seconds,
         memory=fullest.by_kind(),
         reduces=reduces,
+        tied=sorted(tied),
         modules=modules_held(part.name for part in held),
         parameters=sum(prod(part.shape) for part in held),
     )
