@@ -55,7 +55,7 @@ def _groups() -> list[tuple[int, dist.ProcessGroup]]:
 
 
 def _seconds(kind: str, impl: str, message_bytes: int, group: dist.ProcessGroup, budget_s: float) -> tuple[float, float]:
-    """Of the slowest rank's time the lower quartile over the repetitions; of the core's time that a rank takes the median, its members' mean.
+    """Of the slowest rank's time the lower quartile over the repetitions; of the core's time that a rank takes the median, then the mean.
 
     Of the first not the median: other processes delay a message by whole time slices, which a quartile leaves out where most are not
     delayed.
