@@ -12,14 +12,16 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, ParamSpec, TypeVar
 import typer
 from rich.console import Console
 
-from shardwise.errors import ShardwiseError
+from shardwise.errors import PlanError, ShardwiseError
 
 if TYPE_CHECKING:
     from shardwise import Plan
+    from shardwise.asked import Asked
 
 __all__ = ["app", "main"]
 
 DIFFERS, WRONG_INPUT, INFEASIBLE = 1, 2, 3
+DEFAULT_CLUSTER = "local:2"
 
 app = typer.Typer(
     help="Runs an ordinary single-device PyTorch model split over many devices, with the same numbers.",
@@ -47,6 +49,10 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for program
 RandomOption = Annotated[
     Literal["keyed", "fast"] | None,
     typer.Option("--random", help="keyed: one device's random numbers; fast: torch's own on each rank. Default: keyed."),
+]
+PlannedClusterOption = Annotated[
+    str | None,
+    typer.Option("--cluster", help="local:N, N ranks on this machine, or a cluster file (.toml). Default: local:2, or the plan's."),
 ]
 PlanOption = Annotated[Path | None, typer.Option("--plan", help="Use this plan.json instead of searching for one.")]
 
@@ -81,7 +87,7 @@ def _reported(command: Callable[_P, _R]) -> Callable[_P, _R]:
 @_reported
 def plan(
     model: ModelOption = None,
-    cluster: ClusterOption = "local:2",
+    cluster: ClusterOption = DEFAULT_CLUSTER,
     layout: LayoutOption = None,
     schedule: ScheduleOption = None,
     global_batch: GlobalBatchOption = None,
@@ -114,7 +120,7 @@ def train(
     steps: Annotated[int, typer.Option("--steps", min=1, help="Optimizer steps.")] = 100,
     learning_rate: Annotated[float, typer.Option("--lr", min=0.0, help="AdamW's learning rate.")] = 1e-3,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Of the weights and the order of the data.")] = 0,
-    cluster: ClusterOption = "local:2",
+    cluster: PlannedClusterOption = None,
     layout: LayoutOption = None,
     schedule: ScheduleOption = None,
     global_batch: GlobalBatchOption = None,
@@ -147,7 +153,7 @@ def train(
         steps=steps,
         learning_rate=learning_rate,
         seed=seed,
-        cluster=cluster,
+        cluster=cluster if plan_file else cluster or DEFAULT_CLUSTER,
         layout=_scheduled(layout, schedule),
         global_batch=global_batch,
         sequence=sequence,
@@ -166,7 +172,7 @@ def train(
 @_reported
 def verify(
     model: ModelOption = None,
-    cluster: ClusterOption = "local:2",
+    cluster: ClusterOption = DEFAULT_CLUSTER,
     layout: LayoutOption = None,
     schedule: ScheduleOption = None,
     global_batch: GlobalBatchOption = None,
@@ -247,7 +253,7 @@ def coverage(
 def simulate(
     model: ModelOption = None,
     plan_file: PlanOption = None,
-    cluster: ClusterOption = "local:2",
+    cluster: PlannedClusterOption = None,
     layout: LayoutOption = None,
     schedule: ScheduleOption = None,
     global_batch: GlobalBatchOption = None,
@@ -266,8 +272,14 @@ def simulate(
     shardwise simulate --model hf:config.json --cluster cluster.toml --layout tp=8
     """
     import shardwise as sw
+    from shardwise.asked import Asked
 
-    chosen = sw.Plan.load(plan_file) if plan_file else _plan(model, cluster, _scheduled(layout, schedule), global_batch, sequence)
+    if plan_file is None:
+        chosen = _plan(model, cluster or DEFAULT_CLUSTER, _scheduled(layout, schedule), global_batch, sequence)
+    else:
+        chosen = _planned(
+            plan_file, model, Asked(cluster=cluster, layout=_scheduled(layout, schedule), global_batch=global_batch), sequence
+        )
     simulation = sw.simulate(chosen)
     out.parent.mkdir(parents=True, exist_ok=True)
     simulation.save_trace(out)
@@ -421,6 +433,18 @@ def _plan(
 
     module, batch = load_model(_required(model), batch_size=global_batch, sequence=sequence, device="meta")
     return _feasible(sw.plan(module, batch, cluster=cluster, layout=layout, global_batch=global_batch, random=random or "keyed"))
+
+
+def _planned(path: Path, model: str | None, asked: Asked, sequence: int | None) -> Plan:
+    """The plan of a file, which no option contradicts."""
+    import shardwise as sw
+
+    given = [name for name, value in (("--model", model), ("--sequence", sequence)) if value is not None]
+    if given:
+        raise PlanError(f"{given[0]} has no effect beside --plan {path}, which holds what is simulated: leave one of the two out")
+    plan = sw.Plan.load(path)
+    asked.check(plan, path)
+    return plan
 
 
 def _feasible(result: Any) -> Any:

@@ -10,7 +10,7 @@ import torch
 from torch import fx
 
 from shardwise.cluster.model import Cluster
-from shardwise.cost.collectives import collective_cost, collective_seconds
+from shardwise.cost.collectives import Shares, collective_cost, collective_seconds, collective_shares
 from shardwise.cost.compute import op_seconds, streaming_seconds
 from shardwise.cost.fusion import fused_traffic
 from shardwise.cost.memory import bases, liveness, tensor_bytes
@@ -75,10 +75,11 @@ class MemoryUse:
 
 
 def graph_seconds(graph: fx.Graph, cluster: Cluster) -> Seconds:
-    """One run of a graph on a rank."""
+    """One run of a graph on a rank. Where ranks share cores, collectives take part of their time from them."""
     each = node_seconds(graph, cluster)
-    communicate = sum(seconds for node, seconds in each.items() if node.target in COLLECTIVES)
-    return Seconds(compute_s=sum(each.values()) - communicate, communicate_s=communicate)
+    talks = [_shares(node, cluster) for node in each if node.target in COLLECTIVES]
+    alone = sum(seconds for node, seconds in each.items() if node.target not in COLLECTIVES)
+    return Seconds(compute_s=alone + sum(talk.compute_s for talk in talks), communicate_s=sum(talk.communicate_s for talk in talks))
 
 
 def node_seconds(graph: fx.Graph, cluster: Cluster) -> dict[fx.Node, float]:
@@ -99,19 +100,32 @@ def node_seconds(graph: fx.Graph, cluster: Cluster) -> dict[fx.Node, float]:
 
 
 def _collective_seconds(node: fx.Node, cluster: Cluster) -> float:
-    kind = COLLECTIVES[node.target]  # type: ignore[index]
-    source = node.args[0]
+    kind, impl, message, ranks, stride = _collective(node)
+    return collective_seconds(kind, impl, message, ranks, cluster, stride) + _placed_seconds(node, cluster)
+
+
+def _shares(node: fx.Node, cluster: Cluster) -> Shares:
+    kind, impl, message, ranks, stride = _collective(node)
+    return collective_shares(kind, impl, message, ranks, cluster, stride)
+
+
+def _collective(node: fx.Node) -> tuple[str, str, int, int, int]:
+    """(kind, implementation, bytes of its message, ranks, from each of them to the next)."""
+    kind, source = COLLECTIVES[node.target], node.args[0]  # type: ignore[index]
     assert isinstance(source, fx.Node)
     message = tensor_bytes(node.meta["val"] if kind == "all_gather" else source.meta["val"])
     ranks = group_ranks(str(node.args[1]))
-    seconds = collective_seconds(kind, str(node.args[-1]), message, len(ranks), cluster, ranks[1] - ranks[0] if len(ranks) > 1 else 1)
-    if (
-        cluster.rates.copies_inner
-        and kind in ("all_gather", "reduce_scatter")
-        and prod(source.meta["val"].shape[: int(str(node.args[2]))]) > 1
-    ):
-        seconds += streaming_seconds(message, message, cluster)
-    return seconds
+    return kind, str(node.args[-1]), message, len(ranks), ranks[1] - ranks[0] if len(ranks) > 1 else 1
+
+
+def _placed_seconds(node: fx.Node, cluster: Cluster) -> float:
+    """Of copying into place what is gathered or scattered along another dim than the first."""
+    kind, _, message, _, _ = _collective(node)
+    if not cluster.rates.copies_inner or kind not in ("all_gather", "reduce_scatter"):
+        return 0.0
+    source, dim = node.args[0], int(str(node.args[2]))
+    assert isinstance(source, fx.Node)
+    return streaming_seconds(message, message, cluster) if prod(source.meta["val"].shape[:dim]) > 1 else 0.0
 
 
 def stage_times(program: Program, cluster: Cluster, optimizer: str) -> dict[int, dict[Kind, Seconds]]:
