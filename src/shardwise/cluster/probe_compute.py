@@ -162,7 +162,8 @@ def cached_bytes_per_s(watch: Stopwatch) -> tuple[float, float]:
 def _read_write(working_set: int, watch: Stopwatch, *, cold: bool) -> tuple[float, float]:
     """Those that explain an in-place scaling (only reads: the lines it writes are there already), a copy and a sum of two best, in the
     least-squares sense of relative errors."""
-    calls = [_streaming(working_set, tensors, call, cold=cold) for tensors, call in enumerate((_scale, _copy, _add), start=1)]
+    makers: tuple[Callable[..., Tensor], ...] = (_scale, _copy, _add)
+    calls = [_streaming(working_set, tensors, call, cold=cold) for tensors, call in enumerate(makers, start=1)]
     times = [watch.seconds(call) for call in calls]
     read = (working_set, working_set / 2, working_set * 2 / 3)
     write = (0.0, working_set / 2, working_set / 3)

@@ -278,7 +278,7 @@ def _meets(ranks: Mapping[int, _Rank]) -> dict[int, frozenset[int]]:
     """Rank → all, itself included, that end their reduction together: those of its stage, where they sum gradients, and those at its own
     place in the stages with which weights are shared; and theirs."""
     at = {(state.pipe, state.place): rank for rank, state in ranks.items()}
-    first = {state.pipe: rank for rank, state in reversed(list(ranks.items()))}
+    first: dict[int, int] = {}
     group = {rank: frozenset({rank}) for rank in ranks}
 
     def join(one: int, other: int) -> None:
@@ -289,7 +289,7 @@ def _meets(ranks: Mapping[int, _Rank]) -> dict[int, frozenset[int]]:
         for pipe in state.row.tied:
             join(rank, at[pipe, state.place])
         if state.row.reduces:
-            join(rank, first[state.pipe])
+            join(rank, first.setdefault(state.pipe, rank))
     return group
 
 
