@@ -28,7 +28,7 @@ def test_text_and_mappings_say_the_same() -> None:
     ("given_", "message"),
     [
         ("tp", "'tp' in layout 'tp' is no NAME=VALUE pair; write for example tp=2,pp=2"),
-        ("zp=2", "'zp' in the layout is unknown; there are dp, cp, tp, pp, chunks, microbatches, schedule"),
+        ("zp=2", "'zp' in the layout is unknown; there are dp, cp, tp, pp, chunks, microbatches, schedule, zero, shard, recompute"),
         ("tp=two", "tp=two in the layout is not a whole number of 1 or more"),
         ("tp=0", "tp=0 in the layout is not a whole number of 1 or more"),
         ("pp=-2", "pp=-2 in the layout is not a whole number of 1 or more"),
