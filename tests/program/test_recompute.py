@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from tests.models import gpt2, mlp, unet, vit
-from tests.program.support import build
+from tests.program.support import build, only_stage
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
@@ -51,13 +51,13 @@ def test_one_block_is_made_again_at_a_time() -> None:
 
 def test_the_rest_of_the_model_is_kept() -> None:
     """Embedding, last norm and head are in no block."""
-    again = Counter(str(node.target) for node in program(2, "full").stage.backward.nodes)
+    again = Counter(str(node.target) for node in only_stage(program(2, "full")).backward.nodes)
     assert again["aten.addmm.default"] == 2 * 3 + 0, "of each block all products but the last, which nothing needs"
     assert again["aten.embedding.default"] == 0
     assert again["aten.native_layer_norm.default"] == 2 * 2, "not the last one"
-    none = Counter(str(node.target) for node in program(2, "none").stage.backward.nodes)
+    none = Counter(str(node.target) for node in only_stage(program(2, "none")).backward.nodes)
     assert none["aten.addmm.default"] == none["aten.native_layer_norm.default"] == 0
-    selective = Counter(str(node.target) for node in program(2, "selective").stage.backward.nodes)
+    selective = Counter(str(node.target) for node in only_stage(program(2, "selective")).backward.nodes)
     assert selective["aten.addmm.default"] == 0 and selective["aten.native_layer_norm.default"] == 4
 
 
@@ -113,7 +113,7 @@ class Stack(nn.Module):
 def test_kept_code_runs_once_and_its_result_is_kept() -> None:
     torch.manual_seed(0)
     built = build((Stack(), {"x": torch.randn(4, 8), "y": torch.randn(4, 2)}), "dp=1,tp=1,pp=1,microbatches=1,recompute=full")
-    stage = built.programs[0].stage
+    stage = only_stage(built.programs[0])
     assert sum(node.target is OPERATOR for node in stage.forward.nodes) == 2
     assert not [node for node in stage.backward.nodes if node.target is OPERATOR]
     again = Counter(str(node.target) for node in stage.backward.nodes)
@@ -121,7 +121,7 @@ def test_kept_code_runs_once_and_its_result_is_kept() -> None:
 
 
 def test_buffers_are_updated_by_the_forward_pass_alone() -> None:
-    stage = build(unet(), "dp=1,tp=1,pp=1,microbatches=1,recompute=full").programs[0].stage
+    stage = only_stage(build(unet(), "dp=1,tp=1,pp=1,microbatches=1,recompute=full").programs[0])
     assert sum(binding.kind == "buffer" for binding in stage.forward_outputs) == 15
     assert all(binding.kind in ("parameter", "edge") for binding in stage.backward_outputs)
 

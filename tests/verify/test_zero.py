@@ -107,6 +107,15 @@ CASES: dict[str, tuple[Callable[[], Example], str]] = {
         lambda: gpt2(layers=2, dropout=0.1),
         "dp=2,pp=2,zero=3,recompute=full,microbatches=2,schedule=gpipe",
     ),
+    "tied stages, zero-bubble, zero 3, full": (
+        lambda: gpt2(layers=2),
+        "dp=2,pp=2,zero=3,recompute=full,microbatches=2,schedule=zb-h1",
+    ),
+    "several stages a rank, dropout, zero 1, selective": (
+        lambda: gpt2(layers=4, dropout=0.1),
+        "dp=2,pp=2,zero=1,recompute=selective,microbatches=2,schedule=interleaved",
+    ),
+    "zero-bubble in a V, zero 2": (lambda: gpt2(layers=4), "dp=2,pp=2,zero=2,microbatches=2,schedule=zb-v"),
     "llama, zero 2 with tp, full": (lambda: llama(layers=1), "dp=2,tp=2,zero=2,recompute=full"),
     "vit on 3, 5 samples, zero 1": (lambda: vit(layers=2, samples=5), "dp=3,zero=1"),
     "vit on 3, zero 3, full": (lambda: vit(layers=1, samples=5), "dp=3,zero=3,recompute=full"),
