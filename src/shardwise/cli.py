@@ -277,7 +277,7 @@ def simulate(
     """
     import shardwise as sw
 
-    chosen = sw.Plan.load(plan_file) if plan_file else _plan(model, cluster, _scheduled(layout, schedule), global_batch, sequence)
+    chosen = sw.Plan.load(plan_file) if plan_file else _plan(model, cluster, _pinned(layout, schedule=schedule), global_batch, sequence)
     simulation = sw.simulate(chosen)
     out.parent.mkdir(parents=True, exist_ok=True)
     simulation.save_trace(out)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from math import prod
 
@@ -233,17 +233,21 @@ def _with_update(program: Program, stages: dict[int, StageMemory]) -> dict[int, 
 def _passes(stage: StageProgram) -> tuple[int, int, int]:
     """(the most that a graph holds beside what is saved, bytes that forward saves, bytes that backward keeps for the weights' part)."""
     saved = saved_values(stage)
-    peaks = [liveness(stage.forward).peak_bytes - saved.nbytes, _peak_after(stage, Kind.BACKWARD, saved), 0]
+    peaks = [liveness(stage.forward).peak_bytes - saved.nbytes, _peak_after(stage.backward, saved, _sunk(stage, Kind.BACKWARD)), 0]
     if stage.weight is None:
         return max(peaks), saved.nbytes, 0
     kept = kept_values(stage, saved)
-    return max(*peaks, _peak_after(stage, Kind.WEIGHT, kept)), saved.nbytes, kept.nbytes
+    return max(*peaks, _peak_after(stage.weight, kept, _sunk(stage, Kind.WEIGHT))), saved.nbytes, kept.nbytes
 
 
-def _peak_after(stage: StageProgram, kind: Kind, passed: Passed) -> int:
-    """The most that a graph holds beside what was passed to it, which it frees; parameters' gradients go into their buffers."""
-    sunk = set(stage.gradients(kind).values())
-    return liveness(stage.graphs[kind], lambda node: passed.sizes.get(node, 0), passed.aliases, sunk).peak_bytes
+def _sunk(stage: StageProgram, kind: Kind) -> set[fx.Node]:
+    """Parameters' gradients, which go into their buffers."""
+    return set(stage.gradients(kind).values())
+
+
+def _peak_after(graph: fx.Graph, passed: Passed, sunk: Collection[fx.Node] = ()) -> int:
+    """The most that a graph holds beside what was passed to it, which it frees; sunk: as of `liveness`."""
+    return liveness(graph, lambda node: passed.sizes.get(node, 0), passed.aliases, sunk).peak_bytes
 
 
 def saved_values(stage: StageProgram) -> Passed:
