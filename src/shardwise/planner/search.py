@@ -44,6 +44,7 @@ _MESHES, _NEIGHBOURS = 3, 1  # layouts that are lowered and simulated: of unlike
 _HOPELESS = 1.25  # times the best: an estimate is not further off than that
 _THIN = 4  # layouts that are tried to say how much memory would do
 PREFER_SPLIT = 100.0  # times what it takes: a matrix product or parameter that stays whole, where all is to be split that can be
+_THRIFTS = 5  # layouts that divide or compute again more, tried where one does not fit
 _MOST_ZERO = 3  # optimizer states, gradients and parameters divided
 FULL_MEMORY = 0.92  # of a rank's memory that a plan may take; the rest is for the libraries and what is not foreseen
 
@@ -329,8 +330,7 @@ class _Search:
                 saved = sum(peak[kind] for kind in divided) * (1 - 1 / ranks) + (peak["saved"] if recompute != "none" else 0)
                 if thrifty != layout and sum(peak.values()) - saved <= self._limit():
                     found.append(thrifty)
-                    break  # more of it would cost more
-        return found
+        return found if len(found) <= _THRIFTS else [*found[: _THRIFTS - 1], found[-1]]
 
     def _simulate(self, trial: _Trial) -> None:
         assert trial.applied is not None

@@ -19,13 +19,13 @@ import torch
 from torch import Tensor
 
 from shardwise.program.program import ParameterPart
+from shardwise.program.reductions import ALONE_BYTES
 from shardwise.sharding.collectives import all_gather, reduce_scatter
 from shardwise.sharding.division import Division
 
 __all__ = ["Gathering", "gatherings", "packed", "packed_sizes", "unpacked"]
 
 Choose = Callable[[str, int, int], str]
-_ALONE_BYTES = 1 << 20  # of the whole: a message of this size is worth its latency
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,7 +90,9 @@ class _Gathered(torch.autograd.Function):
 
 
 def packed(divisions: Sequence[Division], wholes: Sequence[Tensor]) -> Tensor:
-    """Flat: all tensors' parts of rank 0, then of rank 1, …"""
+    """Flat: all tensors' parts of rank 0, then of rank 1, …; of one tensor whose parts are runs of memory, that memory."""
+    if len(wholes) == 1 and prod(wholes[0].shape[: divisions[0].dim]) == 1:
+        return wholes[0].reshape(-1)
     ranks = range(divisions[0].ranks)
     return torch.cat([division.take(whole, rank).reshape(-1) for rank in ranks for division, whole in zip(divisions, wholes, strict=True)])
 
@@ -113,7 +115,7 @@ def gatherings(parts: Iterable[ParameterPart], home: Mapping[str, str], choose: 
     """Parameter → what it is gathered with. home: parameter → its block, of those that one block alone reads."""
     messages: dict[Hashable, list[ParameterPart]] = {}
     for part in parts:
-        small = prod(part.local) * part.dtype.itemsize < _ALONE_BYTES and part.name in home
+        small = prod(part.local) * part.dtype.itemsize < ALONE_BYTES and part.name in home
         group = part.division.group if part.division else ""
         key: Hashable = (home[part.name], group, part.dtype, part.requires_grad) if small else part.name
         messages.setdefault(key, []).append(part)

@@ -7,7 +7,7 @@ that meets in them; data and tensor axes come before tied stages.
 
 Where data ranks divide the optimizer's states (ZeRO-1) a message is reduced to the ranks' parts before what else it is summed over; where
 they divide gradients (ZeRO-2, 3) the backward graph has done so. Parameters of which each rank has updated its part, and which all have
-whole, are gathered after the update, in messages of the same size.
+whole, are gathered after the update. Large parameters that are reduced to parts or gathered go alone.
 """
 
 from __future__ import annotations
@@ -23,11 +23,12 @@ from shardwise.program.program import ParameterPart, Program
 from shardwise.sharding.collectives import group_name
 from shardwise.sharding.division import Division
 
-__all__ = ["DATA_AXES", "Reduction", "Regathering", "joined_ranks", "reductions", "regatherings", "tie_ranks"]
+__all__ = ["ALONE_BYTES", "DATA_AXES", "Reduction", "Regathering", "joined_ranks", "reductions", "regatherings", "tie_ranks"]
 
 
 DATA_AXES = ("dp", "cp")  # gradients that are pending over both are summed over both at once
 BUCKET_BYTES = 24 * 2**20  # large enough for the link's full rate, small enough that most is sent before the backward pass ends
+ALONE_BYTES = 2**20  # of a parameter that goes alone where others would have to be copied for a message: worth its latency
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,7 +98,7 @@ def reductions(program: Program) -> list[Reduction]:
     return [
         Reduction(groups=groups, dtype=dtype, parameters=parameters, scatter=scatter)
         for groups, scatter, dtype in ordered
-        for parameters in _messages((*groups, scatter), keyed[groups, scatter, dtype], done)
+        for parameters in (_alone if scatter else _messages)(groups, keyed[groups, scatter, dtype], done)
     ]
 
 
@@ -111,8 +112,15 @@ def regatherings(program: Program) -> list[Regathering]:
     return [
         Regathering(group=group, dtype=dtype, parameters=parameters)
         for group, dtype in ordered
-        for parameters in _messages((group,), keyed[group, dtype], {})
+        for parameters in _alone((group,), keyed[group, dtype], {})
     ]
+
+
+def _alone(groups: tuple[str, ...], parameters: list[ParameterPart], done: dict[str, tuple[int, int]]) -> list[tuple[ParameterPart, ...]]:
+    """Parts of several parameters have to be put together for a message and taken apart again; large ones are spared that."""
+    small = [each for each in parameters if prod(each.local) * each.dtype.itemsize < ALONE_BYTES]
+    large = sorted((each for each in parameters if each not in small), key=lambda each: (done.get(each.name, (-1, -1)), each.name))
+    return [*((each,) for each in large), *(_messages((*groups, "divided"), small, done) if small else [])]
 
 
 def _messages(

@@ -52,7 +52,8 @@ class Parameters:
     def _gather(self, message: Regathering) -> None:
         divisions, parts = message.divisions, message.parameters
         sizes = packed_sizes(divisions, [part.local for part in parts])
-        mine = torch.cat([self.of[part.name].detach().reshape(-1) for part in parts])
+        own = [self.of[part.name].detach().reshape(-1) for part in parts]
+        mine = own[0] if len(own) == 1 else torch.cat(own)
         flat = self.transport.all_gather(mine, message.group, 0, sizes, self.choose("all_gather", message.nbytes, len(sizes)))
         pieces = iter(
             flat.split([prod(d.shape(p.local, rank)) for rank in range(len(sizes)) for d, p in zip(divisions, parts, strict=True)])

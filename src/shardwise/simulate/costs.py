@@ -17,7 +17,7 @@ from shardwise.cost.memory import bases, liveness, tensor_bytes
 from shardwise.cost.optimizer import optimizer_seconds
 from shardwise.program.actions import COMPUTES, Kind
 from shardwise.program.program import ParameterPart, Program, StageProgram
-from shardwise.program.reductions import reductions, regatherings
+from shardwise.program.reductions import Reduction, Regathering, reductions, regatherings
 from shardwise.program.tables import Slot, in_flight
 from shardwise.sharding.collectives import COLLECTIVES, group_ranks
 
@@ -312,7 +312,12 @@ def _copied_bytes(trained: Sequence[ParameterPart], zero: tuple[int, ...]) -> in
 
 
 def _message_bytes(program: Program) -> int:
-    """The largest message at the end of a step: what is sent and what is received, or put together."""
-    scattered = [2 * reduction.nbytes for reduction in reductions(program) if reduction.scatter]
-    gathered = [message.nbytes + message.nbytes // message.divisions[0].ranks for message in regatherings(program)]
+    """The largest message at the end of a step that reduces to parts or gathers: what is received, and what is put together to be sent."""
+    scattered = [reduction.nbytes * (1 if _in_place(reduction) else 2) for reduction in reductions(program) if reduction.scatter]
+    gathered = [message.nbytes * (1 if _in_place(message) else 2) for message in regatherings(program)]
     return max([*scattered, *gathered], default=0)
+
+
+def _in_place(message: Reduction | Regathering) -> bool:
+    """Whether it is sent from where it is: one parameter whose parts are runs of memory."""
+    return len(message.parameters) == 1 and prod(message.parameters[0].local[: message.divisions[0].dim]) == 1
