@@ -38,10 +38,16 @@ ModelOption = Annotated[
     typer.Option("--model", help="hf:CONFIG.json, or FILE.py:FUNCTION, a function that returns the model and an example batch."),
 ]
 ClusterOption = Annotated[str, typer.Option("--cluster", help="local:N, N ranks on this machine, or a cluster file (.toml).")]
-LayoutOption = Annotated[str | None, typer.Option("--layout", help="What to pin, such as tp=2,pp=2,microbatches=4. The rest is searched.")]
+LayoutOption = Annotated[
+    str | None, typer.Option("--layout", help="What to pin, such as tp=2,pp=2,microbatches=4 or dp=4,zero=3. The rest is searched.")
+]
 ScheduleOption = Annotated[
     str | None,
     typer.Option("--schedule", help="gpipe, 1f1b, interleaved, zb-h1, zb-2p, zb-v, or a file with a table of your own."),
+]
+RecomputeOption = Annotated[
+    Literal["none", "selective", "full"] | None,
+    typer.Option("--recompute", help="What the backward pass computes again, to save memory. Default: none where that fits."),
 ]
 GlobalBatchOption = Annotated[int | None, typer.Option("--global-batch", min=1, help="Examples in a step, over all ranks.")]
 SequenceOption = Annotated[int | None, typer.Option("--sequence", min=1, help="Tokens in an example, for hf: language models.")]
@@ -93,6 +99,7 @@ def plan(
     global_batch: GlobalBatchOption = None,
     sequence: SequenceOption = None,
     random: RandomOption = None,
+    recompute: RecomputeOption = None,
     out: Annotated[Path, typer.Option("--out", help="Where the plan goes.")] = Path("plan.json"),
     as_json: JsonOption = False,
 ) -> None:
@@ -104,7 +111,7 @@ def plan(
 
     shardwise plan --model train.py:model_and_batch --cluster local:4 --layout tp=2,pp=2 --out tp2pp2.json
     """
-    chosen = _plan(model, cluster, _scheduled(layout, schedule), global_batch, sequence, random)
+    chosen = _plan(model, cluster, _pinned(layout, schedule=schedule, recompute=recompute), global_batch, sequence, random)
     _save(chosen, out)
     if as_json:
         typer.echo(out.read_text())
@@ -126,6 +133,7 @@ def train(
     global_batch: GlobalBatchOption = None,
     sequence: SequenceOption = None,
     random: RandomOption = None,
+    recompute: RecomputeOption = None,
     plan_file: PlanOption = None,
     port: Annotated[int, typer.Option("--port", min=0, max=65535, help="For the ranks to meet at; 0 takes a free one.")] = 0,
     out: Annotated[Path, typer.Option("--out", help="A directory for plan.json, training.json, report.html and trace.json.")] = Path(
@@ -154,7 +162,7 @@ def train(
         learning_rate=learning_rate,
         seed=seed,
         cluster=cluster if plan_file else cluster or DEFAULT_CLUSTER,
-        layout=_scheduled(layout, schedule),
+        layout=_pinned(layout, schedule=schedule, recompute=recompute),
         global_batch=global_batch,
         sequence=sequence,
         random=random,
@@ -177,6 +185,7 @@ def verify(
     schedule: ScheduleOption = None,
     global_batch: GlobalBatchOption = None,
     sequence: SequenceOption = None,
+    recompute: RecomputeOption = None,
     dtype: Annotated[Precision, typer.Option("--dtype", help="float64 is the proof, float32 the practice.")] = Precision.FLOAT64,
     as_json: JsonOption = False,
 ) -> None:
@@ -194,7 +203,8 @@ def verify(
     from shardwise.models import load_model
 
     module, batch = load_model(_required(model), batch_size=global_batch, sequence=sequence)
-    report = _feasible(sw.verify(module, batch, cluster=cluster, layout=_scheduled(layout, schedule), dtype=getattr(torch, dtype.value)))
+    pinned = _pinned(layout, schedule=schedule, recompute=recompute)
+    report = _feasible(sw.verify(module, batch, cluster=cluster, layout=pinned, dtype=getattr(torch, dtype.value)))
     if as_json:
         names = ("ok", "max_relative_error", "first_difference", "layout")
         typer.echo(json.dumps({name: _plain(getattr(report, name)) for name in names}, indent=2))
@@ -274,12 +284,11 @@ def simulate(
     import shardwise as sw
     from shardwise.asked import Asked
 
+    pinned = _pinned(layout, schedule=schedule)
     if plan_file is None:
-        chosen = _plan(model, cluster or DEFAULT_CLUSTER, _scheduled(layout, schedule), global_batch, sequence)
+        chosen = _plan(model, cluster or DEFAULT_CLUSTER, pinned, global_batch, sequence)
     else:
-        chosen = _planned(
-            plan_file, model, Asked(cluster=cluster, layout=_scheduled(layout, schedule), global_batch=global_batch), sequence
-        )
+        chosen = _planned(plan_file, model, Asked(cluster=cluster, layout=pinned, global_batch=global_batch), sequence)
     simulation = sw.simulate(chosen)
     out.parent.mkdir(parents=True, exist_ok=True)
     simulation.save_trace(out)
@@ -415,9 +424,10 @@ def _required(model: str | None) -> str:
     return model
 
 
-def _scheduled(layout: str | None, schedule: str | None) -> str | None:
-    """The layout with the schedule that an option of its own names."""
-    return layout if schedule is None else ",".join(filter(None, (layout, f"schedule={schedule}")))
+def _pinned(layout: str | None, **options: str | None) -> str | None:
+    """The layout with what options of their own name."""
+    named = [f"{name}={value}" for name, value in options.items() if value is not None]
+    return ",".join(filter(None, (layout, *named))) or None
 
 
 def _plan(
