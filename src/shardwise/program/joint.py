@@ -171,7 +171,7 @@ class JointGraph:
             if node.op != "call_function" or node.name not in names or node.name in nodes:
                 continue
             copied = self.graph.node_copy(node, lambda n: nodes[n.name])
-            copied.meta = {"val": node.meta.get("val")} | marks
+            copied.meta = {"val": node.meta.get("val"), **marks}
             nodes[node.name] = copied
             if forward:
                 self.forward_nodes.add(copied)

@@ -41,7 +41,7 @@ _SUMS = ("all_reduce", "reduce_scatter")
 
 def blocks_of(graph: Graph) -> dict[Op, str]:
     """Operator → its block, of those that are in one."""
-    members = {op: found for op in graph.ops if (found := list_member(op.module)) is not None}
+    members = {op: member for op in graph.ops if (member := list_member(op.module)) is not None}
     lists = {place[0] for op, place in members.items() if op.module != _path(place)}  # of modules with submodules, not of single layers
     found = {op: _path(place) for op, place in members.items() if place[0] in lists}
     return found or {op: op.module.partition(".")[0] for op in graph.ops if op.module}
