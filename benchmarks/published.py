@@ -32,7 +32,8 @@ from rich.table import Table as Shown
 
 from benchmarks.published_machines import machines_of
 from benchmarks.published_models import TwinError, twin
-from benchmarks.published_rows import Layout, Row, read_directory, sweeps
+from benchmarks.published_rows import Row, read_directory, sweeps
+from benchmarks.published_software import Software, software_of
 from benchmarks.published_stats import kendall_tau, median_absolute_percentage_error, regret
 from shardwise.capture.export import capture
 from shardwise.cluster.model import Cluster, cluster_of
@@ -44,10 +45,8 @@ from shardwise.program.tables import splits_backward
 from shardwise.program.trace import Tracer
 from shardwise.simulate.simulator import simulate_profile
 
-_FUSED_SINCE = {"": 2024, "llm-foundry": 2023, "torchtitan": 2023, "maxtext": 2023}  # when frameworks came to fuse attention by default
-_BEFORE_FUSED = ("v100", "a100", "tpu-v4")  # devices of that time; for later ones all fuse it
-_EAGER = ("torchtitan", "llm-foundry", "composer", "mosaic", "torch", "fsdp")  # run operator by operator unless they say that they compile
 _ROOM = 1.1  # of a device's memory, by which a prediction may exceed it before another recomputation is supposed
+_FULL_TOKENS = 8192  # of a microbatch, with which products reach most of their rate
 _LAYERS = 4  # of a model of which one layer was timed
 _SEQUENCE_PARALLEL_SINCE = 2023  # and split the sequence beside tensors, where nothing is said
 _PRODUCTS = {"fp8": "fp8", "fp4": "fp8", "fp16": "float16", "tf32": "tf32", "fp32": "float32"}
@@ -89,60 +88,81 @@ class Predictor:
         self.costs: dict[Any, tuple[Outline, tuple[PieceCost, ...]]] = {}
         self.tracer = Tracer(device=torch.device("cpu"))
 
-    def predict(self, row: Row, year: int) -> Prediction:
-        """The row's step. What cannot be expressed says why. year: of the source, which says what its software could do."""
+    def predict(self, row: Row, year: int, words: str = "") -> Prediction:
+        """The row's step. What cannot be expressed says why. year, words: of the source, which say what its software could do."""
         if not row.usable:
             return Prediction(row=row, reason=row.reason or "nothing to compare with")
+        software = software_of(row, year, words)
         try:
-            found = [self._step(row, year, recompute) for recompute in _recomputations(row)]
+            found = [self._step(row, year, software, recompute) for recompute in _recomputations(row, software)]
         except (TwinError, ShardwiseError) as error:
             return Prediction(row=row, reason=str(error).splitlines()[0])
-        chosen = next((each for each in found if each.fits), found[0])
+        chosen = next((each for each in found if each.fits), min(found, key=lambda each: each.memory_bytes or 0.0))
         times = [each.step_s for each in found if each.step_s is not None]
         return replace(chosen, low_s=min(times), high_s=max(times))
 
-    def _step(self, row: Row, year: int, recompute: str) -> Prediction:
-        cluster = cluster_of(machines_of(row.machine))
-        if _is_eager(row):
-            cluster = replace(cluster, rates=cluster.rates.model_copy(update={"fuses": False}))
-        if products := _PRODUCTS.get(row.layout.precision or ""):
-            cluster = _with_products_in(cluster, products)
-        shape, costs = self._pieces(row, year, cluster)
+    def _step(self, row: Row, year: int, software: Software, recompute: str) -> Prediction:
+        cluster = _cluster(row, software)
+        shape, costs = self._pieces(row, year, software, cluster)
         if row.kind == "layer time":
             return Prediction(row=row, step_s=_block_seconds(shape, costs, recompute))
-        scheme = _scheme(row, recompute)
+        scheme = _scheme(row, software, recompute)
         profile = compose(shape, costs, scheme, cluster, splits_backward=splits_backward(scheme.schedule))
         step = simulate_profile(profile, scheme.mesh)
         memory = max(step.memory_bytes)
         return Prediction(row=row, step_s=step.step_time_s, memory_bytes=memory, fits=memory <= _ROOM * cluster.memory_bytes)
 
-    def _pieces(self, row: Row, year: int, cluster: Cluster) -> tuple[Outline, tuple[PieceCost, ...]]:
-        layout, fused = row.layout, _attention_is_fused(row, year)
+    def _pieces(self, row: Row, year: int, software: Software, cluster: Cluster) -> tuple[Outline, tuple[PieceCost, ...]]:
+        layout, fused = row.layout, software.fused_attention
         model = replace(row.model, layers=_LAYERS) if row.kind == "layer time" else row.model
         if layout.ep > 1 and model.experts:  # a rank's share of the experts
             model = replace(model, experts=max(model.topk, model.experts // layout.ep))
-        key = (model, layout.micro_batch or 1, fused)
+        key = (model, _micro_batch(row), fused)
         if key not in self.twins:
-            made = twin(model, micro_batch=layout.micro_batch or 1, fused_attention=fused)
+            made = twin(model, micro_batch=_micro_batch(row), fused_attention=fused)
             self.twins[key] = (capture(made.module.train(), made.batch), made.counts)
         graph, counts = self.twins[key]
         sequence = layout.sequence_parallel if layout.sequence_parallel is not None else year >= _SEQUENCE_PARALLEL_SINCE
         split = TwinLayout(tp=layout.tp, cp=layout.cp, sequence_parallel=bool(sequence))
         near = cluster.machines.span(1, layout.tp * layout.cp) if cluster.machines else None
-        full = (key, split, near, cluster.rates.matmul_of("bfloat16").cubes_flops.values, cluster.rates.fuses)
+        full = (key, split, near, cluster.rates.model_dump_json())
         if full not in self.costs:
             self.costs[full] = split_twin(graph, counts, split, cluster, self.tracer)
         return self.costs[full]
 
 
-def _recomputations(row: Row) -> Sequence[str]:
+def _cluster(row: Row, software: Software) -> Cluster:
+    """The row's machines as its software uses them."""
+    cluster = cluster_of(machines_of(row.machine), software.attention)
+    changes = {
+        "fuses": cluster.rates.fuses and not software.eager,
+        "copies_inner": software.copies_inner,
+        "call_s": software.call_s or cluster.rates.call_s,
+    }
+    cluster = replace(cluster, rates=cluster.rates.model_copy(update=changes))
+    if products := _PRODUCTS.get(row.layout.precision or ""):
+        cluster = _with_products_in(cluster, products)
+    return cluster if software.products == 1 else _slower(cluster, software.products)
+
+
+def _slower(cluster: Cluster, share: float) -> Cluster:
+    """Products at a share of their rate; attention has its own kernels."""
+    rates = cluster.rates
+    matmul = {
+        name: each.model_copy(update={"cubes_flops": each.cubes_flops.times(share), "batched_flops": each.batched_flops.times(share)})
+        for name, each in rates.matmul.items()
+    }
+    return replace(cluster, rates=rates.model_copy(update={"matmul": matmul}))
+
+
+def _recomputations(row: Row, software: Software) -> Sequence[str]:
     given = row.layout.recompute
-    if given is None:  # a policy of its own keeps some of the products
-        return ("selective", "full") if row.layout.recompute_text else ("none", "full")
-    return (given,)
+    if given is None:
+        return (software.recompute, "full")
+    return (software.selective if given == "selective" else given,)
 
 
-def _scheme(row: Row, recompute: str) -> Scheme:
+def _scheme(row: Row, software: Software, recompute: str) -> Scheme:
     layout = row.layout
     chunks = layout.virtual_stages or 1
     return Scheme(
@@ -152,33 +172,29 @@ def _scheme(row: Row, recompute: str) -> Scheme:
         cp=layout.cp,
         ep=layout.ep,
         chunks=chunks,
-        microbatches=_microbatches(layout),
+        microbatches=_microbatches(row),
         schedule=_SCHEDULES.get(layout.schedule or "", "interleaved" if chunks > 1 else "1f1b"),
-        zero=3 if layout.zero == "hybrid" else int(layout.zero or 0),
+        zero=3 if layout.zero == "hybrid" else software.zero if layout.zero is None else int(layout.zero),
         shard=layout.shard_devices or 0,
         recompute=recompute,
         even=True,
+        overlap=software.overlap,
+        hidden=software.hidden,
+        gather_each=software.gather_each,
     )
 
 
-def _microbatches(layout: Layout) -> int:
-    """Of one sample each where nothing is said of them."""
-    if layout.microbatches:
-        return layout.microbatches
-    return max(1, (layout.global_batch or layout.dp) // (layout.dp * (layout.micro_batch or 1)))
+def _micro_batch(row: Row) -> int:
+    """Samples of a microbatch. Where nothing is said of it: one through a pipeline, else as many as fill the products."""
+    layout, length = row.layout, row.model.seq_len or 1
+    if layout.micro_batch:
+        return layout.micro_batch
+    return 1 if layout.pp > 1 else max(1, min((layout.global_batch or layout.dp) // layout.dp, _FULL_TOKENS // length))
 
 
-def _attention_is_fused(row: Row, year: int) -> bool:
-    """Whether its software ran attention as one kernel."""
-    later = not (row.machine.device or "").startswith(_BEFORE_FUSED)
-    return later or year >= _FUSED_SINCE.get(row.framework or "", _FUSED_SINCE[""])
-
-
-def _is_eager(row: Row) -> bool:
-    """Whether its software runs every elementwise operator as a kernel of its own."""
-    options = dict(row.layout.options)
-    compiled = next((value for name, value in options.items() if "compile" in name), "")
-    return (row.framework or "") in _EAGER and compiled.lower() not in ("true", "yes", "on", "full", "model")
+def _microbatches(row: Row) -> int:
+    layout = row.layout
+    return layout.microbatches or max(1, (layout.global_batch or layout.dp) // (layout.dp * _micro_batch(row)))
 
 
 def _block_seconds(shape: Outline, costs: Sequence[PieceCost], recompute: str) -> float:
@@ -244,7 +260,7 @@ def _predicted(job: tuple[Path, str]) -> tuple[FileResult, list[Prediction]]:
     folder, name = job
     table = next(table for table in read_directory(folder) if table.path.name == name)
     predictor = Predictor()
-    predictions = [predictor.predict(row, table.year or 2023) for row in table.rows]
+    predictions = [predictor.predict(row, table.year or 2023, table.words) for row in table.rows]
     return summarise(table.path.stem, predictions), predictions
 
 

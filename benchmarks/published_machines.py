@@ -146,11 +146,18 @@ def _inside(machine: Machine, home: NodeSpec, names: Catalog) -> LinkSpec:
     if "pci" in words and not re.search("nvlink|nvswitch", words):
         name = _PCIE.get(_chip(home.device), name)
     link = names.link(name)
+    if lines := re.search(r"(\d+) (?:inter-gpu )?(?:connects|links)\b", words):
+        return _with_links(link, int(lines[1]))
     rate = machine.intra_bytes_per_s or _SLOWER_NVLINK.get(_chip(machine.device or ""), link.bytes_per_s)
     if abs(rate / link.bytes_per_s - 1) < _SAME:
         return link
     changes = {"name": f"{name}-{rate / 1e9:g}", "title": f"{link.label}, {rate / 1e9:g} GB/s of a device", "aliases": ()}
     return link.model_copy(update={**changes, "link_bytes_per_s": rate / link.links})
+
+
+def _with_links(link: LinkSpec, links: int) -> LinkSpec:
+    """As many of them as the source says a device has."""
+    return link.model_copy(update={"name": f"{link.name}-{links}", "title": f"{links} × {link.label}", "aliases": (), "links": links})
 
 
 # -- between nodes -----------------------------------------------------------------------------------------------------------------------

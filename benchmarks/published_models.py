@@ -44,6 +44,7 @@ _SQUARED_RELU = re.compile(r"nemotron|squared.?relu|relu2")
 _QUERY_NORM = re.compile(r"qwen-?3|qk.?norm")
 _QUERY_BIAS = re.compile(r"qwen-?(1\.5|2)")
 _PATCH = re.compile(r"/(\d+)\b")
+_UNPADDED = 0.5  # of 512: what is no padding in BERT's second phase (Krell et al. 2021, arXiv:2107.02027, table 1: packing factor 2.0)
 _T5_TARGETS = 114 / 512  # target tokens for each input token: T5 (arXiv:1910.10683), section 3.1.4
 _LATENT = {  # DeepSeek-V3 technical report (arXiv:2412.19437), section 4.2; Kimi K2 has the same
     "q_lora_rank": 1536,
@@ -99,6 +100,8 @@ def twin(
     make = _RECIPES.get(model.family)
     if make is None or not model.has_shape or (model.experts and model.family not in ("decoder", "moe")):
         raise TwinError(f"{_name(model)}: {_why_not(model)}")
+    if "unpadded" in model.arch.lower() and model.seq_len:
+        model = replace(model, seq_len=round(model.seq_len * _UNPADDED))
     recipe = make(_filled(model, _dropout(model) if dropout is None else dropout))
     try:
         made = Twin(module=_built(recipe, fused_attention), batch=_batch(model, micro_batch, dtype), counts=recipe.counts)

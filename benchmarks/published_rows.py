@@ -11,8 +11,9 @@ Units: seconds, bytes, bytes/s in each direction, flop/s. A step is one optimize
 
 **TFLOP/s.** A source counts either the *model's* flops (3 forwards) or the *hardware's* (4 forwards of a recomputed layer), and the whole
 square of attention or its causal half. Where rows of a file have a step time as well, the convention is the one that agrees best with them;
-else the words of the row or of the notes decide; else the year: recomputation was counted until 2022 (Narayanan et al., SC21, eq. 3), and
-not since model-flops utilisation became usual (Chowdhery et al., PaLM, 2022). The causal half is counted only where that fits or is said.
+else the words of the row or of the notes decide; else the year: recomputation was counted in 2021 and 2022 (Narayanan et al., SC21,
+equation 3), and not since model-flops utilisation became usual (Chowdhery et al., PaLM, 2022). The
+causal half is counted only where that fits or is said.
 """
 
 from __future__ import annotations
@@ -187,11 +188,11 @@ class FlopConvention:
 
 @dataclass(frozen=True, kw_only=True)
 class Table:
-    """One file."""
+    """One file. words: its source's title and its notes."""
 
     path: Path
     year: int | None
-    notes: str
+    words: str
     rows: tuple[Row, ...]
     convention: FlopConvention
 
@@ -229,7 +230,7 @@ def read_table(path: Path) -> Table:
     pairs = [(raw, _row(path.name, index, raw, hardware, title)) for index, raw in enumerate(content["rows"])]
     convention = flop_convention(pairs, notes, year)
     rows = tuple(_with_flops(raw, row, convention) for raw, row in pairs)
-    return Table(path=path, year=year, notes=notes, rows=rows, convention=convention)
+    return Table(path=path, year=year, words=f"{title} {notes}", rows=rows, convention=convention)
 
 
 def _row(file: str, index: int, raw: Json, hardware: Json, title: str) -> Row:
@@ -548,16 +549,17 @@ def inter_link(text: str, node_devices: int | None) -> float | None:
     return None if node_devices is None else rate * (int(count[-1]) if count else 1) / node_devices
 
 
-_FRAMEWORKS = r"maxtext|t5x|pax|torchtitan|deepspeed|llm-foundry|fms-fsdp|torchgpipe|hugectr|automodel|nemo|megatron|tpu-recipes"
+_FRAMEWORKS = r"maxtext|t5x|pax|torchtitan|deepspeed|zero-\d+b|llm-foundry|fms-fsdp|torchgpipe|hugectr|automodel|nemo|megatron|tpu-recipes"
 
 
 def read_framework(raw: Json, title: str) -> str | None:
-    """The framework that a row's words name, else its source's title and address; NeMo trains with Megatron's layers."""
+    """The framework that a row's words name, else its source's title and address; NeMo trains with Megatron's layers, ZeRO-100B is
+    DeepSpeed's first form."""
     own = " ".join(str(raw.get(name) or "") for name in ("framework", "zero_fsdp", "kernel", "where"))
     for words in (own.lower(), title.lower()):
         found = re.search(_FRAMEWORKS, words)
         if found:
-            return {"nemo": "megatron", "tpu-recipes": "maxtext"}.get(found[0], found[0])
+            return {"nemo": "megatron", "tpu-recipes": "maxtext"}.get(found[0], "deepspeed" if found[0].startswith("zero") else found[0])
     return None
 
 
@@ -652,7 +654,9 @@ def read_zero(text: Any, machine: Machine, parallel: int) -> tuple[Stage, int | 
         return 3, degree
     if re.search(r"^(none|no)\b", words):
         return 0, None
-    if re.search(r"distributed.{0,7}(optimizer|adam|lamb)", words):
+    if re.search(r"distributed.{0,7}lamb", words):
+        return 1, degree or machine.node_devices  # apex's divides its states inside a node and sums between nodes
+    if re.search(r"distributed.{0,7}(optimizer|adam)", words):
         return 1, degree
     return (0, None) if re.search(r"\bd?dp\b", words) else (None, None)
 
@@ -759,7 +763,7 @@ def flop_convention(pairs: Sequence[tuple[Json, Row]], notes: str, year: int | N
         return FlopConvention(recompute=False, causal=causal, why="words")
     if re.search(r"(count|includ|incl\.)\w*[^.;]{0,40}recomput", words):
         return FlopConvention(recompute=True, causal=causal, why="words")
-    return FlopConvention(recompute=year is not None and year <= 2022, causal=causal, why="year")
+    return FlopConvention(recompute=year in (2021, 2022), causal=causal, why="year")
 
 
 def _misfit(rows: Iterable[Row], convention: FlopConvention) -> float:

@@ -12,16 +12,18 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, ParamSpec, TypeVar
 import typer
 from rich.console import Console
 
-from shardwise.errors import ShardwiseError
+from shardwise.errors import PlanError, ShardwiseError
 
 if TYPE_CHECKING:
     from shardwise import Plan
+    from shardwise.asked import Asked
     from shardwise.outlook import Outlook
     from shardwise.planner.proposal import Proposal
 
 __all__ = ["app", "main"]
 
 DIFFERS, WRONG_INPUT, INFEASIBLE = 1, 2, 3
+DEFAULT_CLUSTER = "local:2"
 
 app = typer.Typer(
     help="Runs an ordinary single-device PyTorch model split over many devices, with the same numbers.",
@@ -38,13 +40,27 @@ ModelOption = Annotated[
     typer.Option("--model", help="hf:CONFIG.json, or FILE.py:FUNCTION, a function that returns the model and an example batch."),
 ]
 ClusterOption = Annotated[str, typer.Option("--cluster", help="local:N, N ranks on this machine, or a cluster file (.toml).")]
-LayoutOption = Annotated[str | None, typer.Option("--layout", help="What to pin, such as tp=2,pp=2,microbatches=4. The rest is searched.")]
+LayoutOption = Annotated[
+    str | None, typer.Option("--layout", help="What to pin, such as tp=2,pp=2,microbatches=4 or dp=4,zero=3. The rest is searched.")
+]
+ScheduleOption = Annotated[
+    str | None,
+    typer.Option("--schedule", help="gpipe, 1f1b, interleaved, zb-h1, zb-2p, zb-v, or a file with a table of your own."),
+]
+RecomputeOption = Annotated[
+    Literal["none", "selective", "full"] | None,
+    typer.Option("--recompute", help="What the backward pass computes again, to save memory. Default: none where that fits."),
+]
 GlobalBatchOption = Annotated[int | None, typer.Option("--global-batch", min=1, help="Examples in a step, over all ranks.")]
 SequenceOption = Annotated[int | None, typer.Option("--sequence", min=1, help="Tokens in an example, for hf: language models.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for programs instead of text for people.")]
 RandomOption = Annotated[
     Literal["keyed", "fast"] | None,
     typer.Option("--random", help="keyed: one device's random numbers; fast: torch's own on each rank. Default: keyed."),
+]
+PlannedClusterOption = Annotated[
+    str | None,
+    typer.Option("--cluster", help="local:N, N ranks on this machine, or a cluster file (.toml). Default: local:2, or the plan's."),
 ]
 RunnableOption = Annotated[bool, typer.Option("--runnable", help="Only layouts that can be run today.")]
 BudgetOption = Annotated[
@@ -92,11 +108,13 @@ def _reported(command: Callable[_P, _R]) -> Callable[_P, _R]:
 @_reported
 def plan(
     model: ModelOption = None,
-    cluster: ClusterOption = "local:2",
+    cluster: ClusterOption = DEFAULT_CLUSTER,
     layout: LayoutOption = None,
+    schedule: ScheduleOption = None,
     global_batch: GlobalBatchOption = None,
     sequence: SequenceOption = None,
     random: RandomOption = None,
+    recompute: RecomputeOption = None,
     out: Annotated[Path, typer.Option("--out", help="Where the plan goes.")] = Path("plan.json"),
     runnable: RunnableOption = False,
     budget: BudgetOption = None,
@@ -131,17 +149,18 @@ def plan(
 
     shardwise plan --model llama3-70b --cluster h100:32x8 --objective devices --within 20
     """
+    pinned = _pinned(layout, schedule=schedule, recompute=recompute)
     wished: Any = {"runnable": runnable, "budget": budget, "objective": objective, "within": within, "price": price}
     chosen: Plan | Proposal
     if _proposes(model, cluster, whole=whole, random=random):
-        found = _outlook(_required(model), cluster, layout, global_batch, sequence, **wished)
+        found = _outlook(_required(model), cluster, pinned, global_batch, sequence, **wished)
         from shardwise.whatif import usual_changes, with_what_ifs
 
         changes = [each for text in what_if or [] for each in (usual_changes(found.cluster) if text == "usual" else [text])]
         chosen = with_what_ifs(found, changes)
     else:
         _without_effect(what_if=what_if or None, **wished)
-        chosen = _plan(model, cluster, layout, global_batch, sequence, random)
+        chosen = _plan(model, cluster, pinned, global_batch, sequence, random)
     _save(chosen, out)
     if as_json:
         typer.echo(out.read_text())
@@ -157,11 +176,13 @@ def train(
     steps: Annotated[int, typer.Option("--steps", min=1, help="Optimizer steps.")] = 100,
     learning_rate: Annotated[float, typer.Option("--lr", min=0.0, help="AdamW's learning rate.")] = 1e-3,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Of the weights and the order of the data.")] = 0,
-    cluster: ClusterOption = "local:2",
+    cluster: PlannedClusterOption = None,
     layout: LayoutOption = None,
+    schedule: ScheduleOption = None,
     global_batch: GlobalBatchOption = None,
     sequence: SequenceOption = None,
     random: RandomOption = None,
+    recompute: RecomputeOption = None,
     plan_file: PlanOption = None,
     port: Annotated[int, typer.Option("--port", min=0, max=65535, help="For the ranks to meet at; 0 takes a free one.")] = 0,
     out: Annotated[Path, typer.Option("--out", help="A directory for plan.json, training.json, report.html and trace.json.")] = Path(
@@ -189,8 +210,8 @@ def train(
         steps=steps,
         learning_rate=learning_rate,
         seed=seed,
-        cluster=cluster,
-        layout=layout,
+        cluster=cluster if plan_file else cluster or DEFAULT_CLUSTER,
+        layout=_pinned(layout, schedule=schedule, recompute=recompute),
         global_batch=global_batch,
         sequence=sequence,
         random=random,
@@ -208,10 +229,12 @@ def train(
 @_reported
 def verify(
     model: ModelOption = None,
-    cluster: ClusterOption = "local:2",
+    cluster: ClusterOption = DEFAULT_CLUSTER,
     layout: LayoutOption = None,
+    schedule: ScheduleOption = None,
     global_batch: GlobalBatchOption = None,
     sequence: SequenceOption = None,
+    recompute: RecomputeOption = None,
     dtype: Annotated[Precision, typer.Option("--dtype", help="float64 is the proof, float32 the practice.")] = Precision.FLOAT64,
     as_json: JsonOption = False,
 ) -> None:
@@ -229,7 +252,8 @@ def verify(
     from shardwise.models import load_model
 
     module, batch = load_model(_required(model), batch_size=global_batch, sequence=sequence)
-    report = _feasible(sw.verify(module, batch, cluster=cluster, layout=layout, dtype=getattr(torch, dtype.value)))
+    pinned = _pinned(layout, schedule=schedule, recompute=recompute)
+    report = _feasible(sw.verify(module, batch, cluster=cluster, layout=pinned, dtype=getattr(torch, dtype.value)))
     if as_json:
         names = ("ok", "max_relative_error", "first_difference", "layout")
         typer.echo(json.dumps({name: _plain(getattr(report, name)) for name in names}, indent=2))
@@ -288,8 +312,9 @@ def coverage(
 def simulate(
     model: ModelOption = None,
     plan_file: PlanOption = None,
-    cluster: ClusterOption = "local:2",
+    cluster: PlannedClusterOption = None,
     layout: LayoutOption = None,
+    schedule: ScheduleOption = None,
     global_batch: GlobalBatchOption = None,
     sequence: SequenceOption = None,
     out: Annotated[Path, typer.Option("--out", help="Where the timeline goes; open it in Perfetto or chrome://tracing.")] = Path(
@@ -306,12 +331,18 @@ def simulate(
     shardwise simulate --model hf:config.json --cluster cluster.toml --layout tp=8
     """
     import shardwise as sw
+    from shardwise.asked import Asked
 
-    chosen = sw.Plan.load(plan_file) if plan_file else _plan(model, cluster, layout, global_batch, sequence)
+    pinned = _pinned(layout, schedule=schedule)
+    if plan_file is None:
+        chosen = _plan(model, cluster or DEFAULT_CLUSTER, pinned, global_batch, sequence)
+    else:
+        chosen = _planned(plan_file, model, Asked(cluster=cluster, layout=pinned, global_batch=global_batch), sequence)
     simulation = sw.simulate(chosen)
     out.parent.mkdir(parents=True, exist_ok=True)
     simulation.save_trace(out)
-    _show({"step_time_s": simulation.step_time_s, "memory_bytes": _plain(simulation.memory_bytes), "trace": str(out)}, as_json)
+    found = {"step_time_s": simulation.step_time_s, "bubble": simulation.bubble, "memory_bytes": _plain(simulation.memory_bytes)}
+    _show(found | {"trace": str(out)}, as_json)
 
 
 @app.command()
@@ -467,6 +498,12 @@ def _required(model: str | None) -> str:
     return model
 
 
+def _pinned(layout: str | None, **options: str | None) -> str | None:
+    """The layout with what options of their own name."""
+    named = [f"{name}={value}" for name, value in options.items() if value is not None]
+    return ",".join(filter(None, (layout, *named))) or None
+
+
 def _plan(
     model: str | None,
     cluster: str,
@@ -480,6 +517,18 @@ def _plan(
 
     module, batch = load_model(_required(model), batch_size=global_batch, sequence=sequence, device="meta")
     return _feasible(sw.plan(module, batch, cluster=cluster, layout=layout, global_batch=global_batch, random=random or "keyed"))
+
+
+def _planned(path: Path, model: str | None, asked: Asked, sequence: int | None) -> Plan:
+    """The plan of a file, which no option contradicts."""
+    import shardwise as sw
+
+    given = [name for name, value in (("--model", model), ("--sequence", sequence)) if value is not None]
+    if given:
+        raise PlanError(f"{given[0]} has no effect beside --plan {path}, which holds what is simulated: leave one of the two out")
+    plan = sw.Plan.load(path)
+    asked.check(plan, path)
+    return plan
 
 
 def _proposes(model: str | None, cluster: str, *, whole: bool, random: str | None) -> bool:

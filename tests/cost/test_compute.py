@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,7 +13,8 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from shardwise.cluster.model import Cluster
+from shardwise.cluster.model import Cluster, cluster_of
+from shardwise.cluster.specs import machines
 from shardwise.cost.compute import op_bytes, op_flops, op_seconds
 from shardwise.cost.optimizer import optimizer_seconds
 from shardwise.errors import ShardwiseError
@@ -202,3 +204,36 @@ def test_optimizer(cluster: Cluster) -> None:
     assert optimizer_seconds(1, torch.float32, "adamw", cluster) == pytest.approx(1e-5, rel=1e-3)
     with pytest.raises(ShardwiseError, match="no figures of the optimizer 'lion' on round; there are adamw"):
         optimizer_seconds(1, torch.float32, "lion", cluster)
+
+
+def test_ragged_products_are_slower() -> None:
+    h100 = Cluster.parse("h100:1x8")
+
+    def mm(m: int, n: int, k: int) -> float:
+        left, right = meta(m, k, dtype=torch.bfloat16), meta(k, n, dtype=torch.bfloat16)
+        return seconds(h100, torch.ops.aten.mm.default, left, right) / (m * n * k)
+
+    assert mm(4096, 4096, 4096) < mm(4096, 4096, 4104) < mm(4096, 4096, 4097)
+
+
+def test_attention_by_kernel_and_device() -> None:
+    def attention(device: str, kernel: str, causal: bool) -> float:
+        cluster = cluster_of(machines(f"{device}:1x8"), kernel)
+        query = meta(1, 16, 8192, 128, dtype=torch.bfloat16)
+        return seconds(cluster, torch.ops.aten.scaled_dot_product_attention.default, query, query, query, None, 0.0, causal)
+
+    oldest, middle, newest = (attention("h100", kernel, True) for kernel in ("flash1", "flash2", "flash3"))
+    assert oldest > middle > newest == attention("h100", "", True)
+    assert 1.9 < attention("h100", "", False) / newest < 2.1, "half of the square"
+    flops = 4 * 16 * 8192**2 * 128 / 2
+    assert newest == pytest.approx(flops / (0.62 * 989e12), rel=0.1), "610 Tflop/s"
+    assert attention("a100-80g", "flash3", True) == attention("a100-80g", "", True), "the newest that it has"
+
+
+def test_a_kernel_s_own_time_does_not_depend_on_where_its_data_is(cluster: Cluster) -> None:
+    """In cache it takes 5 ns an element, of which 0.8 for 8 bytes at the cached rates; a step meets its data cold, at the curves'."""
+    cached = replace(cluster, rates=cluster.rates.model_copy(update={"cached_bytes_per_s": (1e10, 1e10)}))
+    own = 5e-9 - 4 / 1e10 - 4 / 1e10
+    assert seconds(cached, aten.gelu.default, meta(1000, 1000)) == pytest.approx(1e6 * own + traffic_s(4e6, 4e6) + CALL_S)
+    plain = 5e-9 - 4 / 1e10 - 4 / 2e10
+    assert seconds(cluster, aten.gelu.default, meta(1000, 1000)) == pytest.approx(1e6 * plain + traffic_s(4e6, 4e6) + CALL_S)

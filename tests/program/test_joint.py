@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor, fx
 
 from shardwise.program.joint import Halves, JointGraph
+from shardwise.program.recompute import RECOMPUTE
 from shardwise.program.trace import Tracer
 
 SIZE = 4
@@ -52,10 +54,15 @@ CALLS: dict[str, tuple[int, Function]] = {
 
 @dataclass(frozen=True)
 class Computation:
-    """trained: which of the inputs need a gradient. calls: (name, indices of what it reads among inputs and all earlier results)."""
+    """trained: which of the inputs need a gradient. calls: (name, indices of what it reads among inputs and all earlier results).
+
+    segments: the block that each call belongs to, "" for none; recompute: what the blocks keep.
+    """
 
     trained: tuple[bool, ...]
     calls: tuple[tuple[str, tuple[int, ...]], ...]
+    segments: tuple[str, ...] = ()
+    recompute: str = "none"
 
 
 @st.composite
@@ -66,7 +73,8 @@ def computations(draw: st.DrawFn) -> Computation:
         name = draw(st.sampled_from(sorted(CALLS)))
         calls.append((name, tuple(draw(st.integers(0, known - 1)) for _ in range(CALLS[name][0]))))
         known += 2 if name == "halves" else 1
-    return Computation(trained, tuple(calls))
+    segments = tuple(draw(st.sampled_from(["", "a", "b", "c"])) for _ in calls)  # in any order, so that blocks read each other's
+    return Computation(trained, tuple(calls), segments, draw(st.sampled_from(RECOMPUTE)))
 
 
 def eager(computation: Computation, inputs: list[Tensor], cotangent: Tensor) -> tuple[Tensor, list[Tensor | None]]:
@@ -82,17 +90,21 @@ def eager(computation: Computation, inputs: list[Tensor], cotangent: Tensor) -> 
     return values[-1].detach(), [next(found_gradients) if leaf.requires_grad else None for leaf in leaves]
 
 
-def built(computation: Computation) -> Halves:
+def built(computation: Computation, parameters: Sequence[bool] | None = None) -> Halves:
+    """parameters: which of the inputs are, where the backward pass is wanted in two parts."""
     tracer = Tracer(device=torch.device("cpu"))
     joint = JointGraph(tracer=tracer)
     meta = tracer.tensor((SIZE, SIZE), torch.float64)
     sources = [joint.placeholder(f"x{number}", meta, grad=grad) for number, grad in enumerate(computation.trained)]
     nodes = list(sources)
-    for name, indices in computation.calls:
+    for (name, indices), segment in zip_longest(computation.calls, computation.segments, fillvalue=""):
+        joint.segment = segment or None  # type: ignore[assignment]
         nodes += joint.apply(CALLS[name][1], name, [nodes[index] for index in indices], grad=True, module="")
+    joint.segment = None
     seed = joint.placeholder("seed", meta, forward=False)
     joint.backward([(nodes[-1], seed)])
-    return joint.split([nodes[-1]], [joint.cotangents.get(node) if node in joint.tracked else None for node in sources])
+    gradients = [joint.cotangents.get(node) if node in joint.tracked else None for node in sources]
+    return joint.split([nodes[-1]], gradients, computation.recompute, for_parameters=parameters)
 
 
 def run(graph: fx.Graph, inputs: Sequence[Tensor]) -> list[Any]:
@@ -100,17 +112,19 @@ def run(graph: fx.Graph, inputs: Sequence[Tensor]) -> list[Any]:
         return list(fx.GraphModule(torch.nn.Module(), graph)(*inputs))
 
 
-def check(computation: Computation) -> None:
+def check(computation: Computation, parameters: Sequence[bool] | None = None) -> None:
     generator = torch.Generator().manual_seed(0)
     inputs = [torch.randn(SIZE, SIZE, dtype=torch.float64, generator=generator) for _ in computation.trained]
     cotangent = torch.randn(SIZE, SIZE, dtype=torch.float64, generator=generator)
     expected, gradients = eager(computation, inputs, cotangent)
-    halves = built(computation)
+    halves = built(computation, parameters)
     before = [tensor.clone() for tensor in inputs]
     result, *saved = run(halves.forward, inputs)
     assert len(saved) == halves.saved
     torch.testing.assert_close(result, expected, rtol=1e-12, atol=1e-12)
     found = run(halves.backward, [*saved, cotangent])
+    if parameters is not None:
+        found = in_two_parts(halves, parameters, found)
     for mine, right in zip(found, gradients, strict=True):
         if right is None:
             assert mine is None or not mine.any()
@@ -119,10 +133,48 @@ def check(computation: Computation) -> None:
     assert all(torch.equal(x, y) for x, y in zip(inputs, before, strict=True)), "inputs are left as they were"
 
 
-@settings(max_examples=60, deadline=None)
+def in_two_parts(halves: Halves, parameters: Sequence[bool], found: list[Any]) -> list[Any]:
+    """The gradients, of what backward returned and what the weights' part makes of what it kept."""
+    first, kept = found[: len(parameters)], found[len(parameters) :]
+    assert halves.weight is not None and len(kept) == halves.kept
+    assert all(parameters[number] and first[number] is None for number in halves.later)
+    kept_before = [tensor.clone() for tensor in kept]
+    second = dict(zip(halves.later, run(halves.weight, kept), strict=True))
+    assert all(torch.equal(x, y) for x, y in zip(kept, kept_before, strict=True)), "kept values are left as they were"
+    return [second.get(number, gradient) for number, gradient in enumerate(first)]
+
+
+@settings(max_examples=150, deadline=None)
 @given(computations())
 def test_gradients_are_those_of_autograd(computation: Computation) -> None:
     check(computation)
+
+
+@settings(max_examples=100, deadline=None)
+@given(computations(), st.lists(st.booleans(), min_size=3, max_size=3))
+def test_gradients_in_two_parts_are_those_of_autograd(computation: Computation, parameters: list[bool]) -> None:
+    check(computation, parameters[: len(computation.trained)])
+
+
+def test_what_only_parameters_need_comes_later() -> None:
+    """x1 a weight: a product's gradient in x0 is made at once, that in x1 later, of what came in and x0."""
+    halves = built(Computation((True, True), (("matrix product", (0, 1)), ("tanh", (2,)))), [False, True])
+    assert halves.weight is not None and halves.later == [1] and halves.kept == 2
+    products = [[str(node.target) for node in graph.nodes].count("aten.mm.default") for graph in (halves.backward, halves.weight)]
+    assert products == [1, 1]
+    assert [node.op for node in halves.weight.nodes].count("placeholder") == 2
+
+
+def test_a_first_stage_leaves_everything_for_later() -> None:
+    halves = built(Computation((True, True), (("matrix product", (0, 1)),)), [True, True])
+    assert halves.later == [0, 1] and not [node for node in halves.backward.nodes if node.op == "call_function"]
+
+
+def test_a_gradient_that_is_there_on_the_way_is_not_put_off() -> None:
+    """A norm's backward makes all its gradients in one operator."""
+    halves = built(Computation((True, True), (("multiply", (0, 1)), ("norm", (2,)))), [False, False])
+    assert halves.later == [] and halves.kept == 0
+    assert halves.weight is not None and not [node for node in halves.weight.nodes if node.op != "output"]
 
 
 @pytest.mark.parametrize(

@@ -95,9 +95,13 @@ def _local(spec: str, refresh: bool) -> Cluster:
     )
 
 
-def cluster_of(found: Machines) -> Cluster:
-    """Unlike devices are taken as the slowest of them: equal parts wait for it. Memory is that of the smallest."""
-    rates = min((device_rates(device) for device in found.devices), key=lambda each: each.matmul_of("bfloat16").cubes_flops.values[-1])
+def cluster_of(found: Machines, attention: str = "") -> Cluster:
+    """Unlike devices are taken as the slowest of them: equal parts wait for it. Memory is that of the smallest.
+
+    attention: the kernel that computes it (`shardwise.cluster.roofline`), the newest where none is named.
+    """
+    found_rates = [device_rates(device, attention) for device in found.devices]
+    rates = min(found_rates, key=lambda each: each.matmul_of("bfloat16").cubes_flops.values[-1])
     return Cluster(
         name=found.name,
         ranks=found.ranks,

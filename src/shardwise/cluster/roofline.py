@@ -9,6 +9,7 @@ The constants were fitted on published measurements (`benchmarks/published.py`);
 
 from __future__ import annotations
 
+import re
 from functools import cache
 
 from shardwise.cluster.catalog import DeviceSpec
@@ -18,25 +19,39 @@ __all__ = ["device_rates"]
 
 # Share of the dense 16-bit peak that the largest products reach. Clocks fall under load the more, the more power the peak wants.
 _REACH = {
-    "v100": 0.77,
-    "a100": 0.74,
-    "h100": 0.72,
+    "v100": 0.76,
+    "a100": 0.72,
+    "h100": 0.74,
     "h200": 0.74,
     "b200": 0.72,
     "b300": 0.72,
     "gb200": 0.75,
     "gb300": 0.75,
     "tpu": 0.85,
+    "tpu-v6e": 0.77,
     "mi": 0.55,
 }
 _OTHER_REACH = 0.75
 _POWER_W = {"h100": 700.0, "h200": 700.0, "b200": 1000.0}  # at which the reach was found; a device that may take less is slower
 _POWER_EXPONENT = 0.7  # clocks by power, between proportional and the cube root of a CMOS circuit's
-_FP8_REACH = 0.80  # of what 16-bit products reach, for doubled peak: casts and scales
+_FP8_REACH = 0.84  # of what 16-bit products reach, for doubled peak: casts and scales
 _BANDWIDTH_REACH = 0.85
 _HALF_PRODUCT_S = 12e-6  # a product that takes this long at full rate runs at half of it: waves of tiles, start and end
 _HALF_THIN = 48.0  # the smallest of m, n, k at which a product reaches half of its rate
-_FORWARD_ATTENTION, _BACKWARD_ATTENTION = 0.72, 0.58  # of products' rate
+_ATTENTION: dict[str, dict[str, tuple[float, float]]] = {
+    "flash1": {"ampere": (0.40, 0.31), "hopper": (0.28, 0.21)},
+    "flash2": {"ampere": (0.56, 0.44), "hopper": (0.35, 0.29), "blackwell": (0.17, 0.14)},
+    "flash3": {"hopper": (0.62, 0.48), "blackwell": (0.55, 0.42)},
+}
+"""Kernel → architecture → share of the dense 16-bit peak, forward and backward; the half that a causal mask hides is not computed.
+flash1: FlashAttention as a Triton program, as llm-foundry ran it. flash2: Dao 2023, figures 4 to 7: on an A100 some 180 and 140 Tflop/s,
+on an H100 and, by the same instructions, a B200 340 and 280. flash3: Shah et al. 2024, figures 5 and 6, and cuDNN: 610 and 470 Tflop/s on
+an H100."""
+_ARCHITECTURES = {"hopper": "h", "blackwell": "b|gb|rtx5", "ampere": "a|rtx3|rtx4|l40"}
+_OTHER_ATTENTION = (0.72, 0.58)  # of products' rate
+_RAGGED = ((64, 0.85), (8, 0.35))
+"""Of products: tiles of 64 elements are filled; 16 bytes are what tensor cores load at once (NVIDIA, Matrix Multiplication Background
+User's Guide, section 3)."""
 _CALL_S = 5e-6  # kernels queue up: what is left is the gap between two
 _OPTIMIZER_BYTES = {
     "sgd": 12,
@@ -47,12 +62,15 @@ _OPTIMIZER_BYTES = {
 
 
 @cache
-def device_rates(device: DeviceSpec) -> Rates:
-    """All figures of one rank on the device. Collectives are not among them: they depend on where the ranks are."""
+def device_rates(device: DeviceSpec, attention: str = "") -> Rates:
+    """All figures of one rank on the device. Collectives are not among them: they depend on where the ranks are.
+
+    attention: which kernel computes it, of flash1, flash2, flash3; the newest for the device where none is named.
+    """
     bandwidth = device.memory_bytes_per_s * _BANDWIDTH_REACH
     matmul = {dtype: _matmul(_reached(device, dtype)) for dtype in ("float32", "tf32", "float16", "bfloat16", "fp8")}
     base = _reached(device, "float32")
-    forward, backward = Curve.constant(base * _FORWARD_ATTENTION), Curve.constant(base * _BACKWARD_ATTENTION)
+    forward, backward = (Curve.constant(base * share) for share in _attention(device, attention))
     convolution = Curve(sizes=(1.0, 64.0), values=(base / 64, base * 0.7))
     parts = [part + suffix for part in ("forward", "backward_input", "backward_weight") for suffix in ("", "_transposed")]
     return Rates(
@@ -69,6 +87,7 @@ def device_rates(device: DeviceSpec) -> Rates:
         fresh_bytes_per_s=bandwidth,
         fresh_from_bytes=float("inf"),
         element_s={},
+        product_ragged=_RAGGED,
         call_s=_CALL_S,
         view_s=0.0,
         collectives=(),
@@ -77,14 +96,32 @@ def device_rates(device: DeviceSpec) -> Rates:
         },
         overlaps_memory=True,
         fuses=True,
+        copies_inner=True,
     )
+
+
+def _attention(device: DeviceSpec, kernel: str) -> tuple[float, float]:
+    """Forward and backward, of the rate of products."""
+    architecture = next((name for name, words in _ARCHITECTURES.items() if re.match(rf"({words})\d", device.name)), "")
+    known = [name for name, found in _ATTENTION.items() if architecture in found]
+    if not known:
+        return _OTHER_ATTENTION
+    forward, backward = _ATTENTION[kernel if kernel in known else known[-1]][architecture]
+    return forward / _usual_reach(device), backward / _usual_reach(device)
+
+
+def _family(device: DeviceSpec) -> str:
+    return max((family for family in _REACH if device.name.startswith(family)), key=len, default="")
+
+
+def _usual_reach(device: DeviceSpec) -> float:
+    return _REACH.get(_family(device), _OTHER_REACH)
 
 
 def _reached(device: DeviceSpec, dtype: str) -> float:
     """Flop/s of the largest products."""
-    families = sorted((family for family in _REACH if device.name.startswith(family)), key=len)
-    reach = _REACH[families[-1]] if families else _OTHER_REACH
-    if device.power_w is not None and families and (usual := _POWER_W.get(families[-1])):
+    reach, family = _usual_reach(device), _family(device)
+    if device.power_w is not None and (usual := _POWER_W.get(family)):
         reach *= min(1.0, device.power_w / usual) ** _POWER_EXPONENT
     return device.peak(dtype) * reach * (_FP8_REACH if dtype == "fp8" and "fp8" in device.peak_flops else 1.0)
 

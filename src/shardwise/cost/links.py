@@ -20,6 +20,10 @@ __all__ = ["link_seconds"]
 _REACH = {"nvswitch": 0.78, "nvlink": 0.78, "infiniband": 0.88, "ethernet": 0.75, "pcie": 0.75, "xgmi": 0.7, "ici": 0.8}
 """Share of a link's rate that long messages reach: NCCL's bus bandwidths on DGX machines (NVIDIA/nccl-tests) ÷ the data sheets'."""
 
+_PROTOCOLS = ((1.0, 0.25), (2.0, 0.92), (5.5, 1.0))
+"""(latency ÷ that of the smallest messages, share of the rate) of NCCL's LL, LL128 and Simple, of which it takes the fastest (NVIDIA/nccl,
+src/graph/tuning.cc: hwLat, and the efficiency of the words that carry flags)."""
+
 _SOFTWARE_S = 6e-6  # beginning a collective: kernel start and synchronisation of the channels
 _OTHER_REACH = 0.75
 
@@ -63,12 +67,17 @@ def _latency(crossing: Crossing) -> float:
 def _ring(kind: str, message_bytes: float, crossing: Crossing) -> float:
     rounds = 2 if kind == "all_reduce" else 1
     part = 1.0 if kind == "broadcast" else (crossing.size - 1) / crossing.size
-    return _SOFTWARE_S + rounds * (_latency(crossing) + part * message_bytes / _narrowest(crossing))
+    return _SOFTWARE_S + rounds * _fastest(_latency(crossing), part * message_bytes / _narrowest(crossing))
+
+
+def _fastest(latency_s: float, transfer_s: float) -> float:
+    """By the best protocol."""
+    return min(slower * latency_s + transfer_s / share for slower, share in _PROTOCOLS)
 
 
 def _tree(message_bytes: float, crossing: Crossing) -> float:
     depth = sum(ceil(log2(hop.parts)) * hop.level.latency_s for hop in crossing.hops if hop.parts > 1)
-    return _SOFTWARE_S + 2 * (depth + message_bytes / _narrowest(crossing))
+    return _SOFTWARE_S + 2 * _fastest(depth, message_bytes / _narrowest(crossing))
 
 
 def _switch(message_bytes: float, crossing: Crossing) -> float:

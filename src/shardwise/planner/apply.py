@@ -12,7 +12,7 @@ from shardwise.errors import PlanError
 from shardwise.planner.plan import Plan, Random, looked_up, op_with_key, read_choice, read_placement
 from shardwise.program.lower import Cut
 from shardwise.sharding.assignment import Assignment, possible, set_choice, split_sizes
-from shardwise.sharding.data import batch_choices, prelude_of, split_batch
+from shardwise.sharding.data import batch_choices, microbatch_obstacle, prelude_of, split_batch
 from shardwise.sharding.rules import signature_of
 from shardwise.sharding.rules.random import fast
 from shardwise.sharding.sequence import sequence_choices, sequence_dims, split_sequence
@@ -63,10 +63,10 @@ def analyse(graph: Graph, random: Random = "keyed", named: Mapping[str, int | No
     )
 
 
-def assign(analysis: Analysis, dp: int, microbatches: int, tp: int, cp: int = 1) -> Assignment:
-    """An assignment whose data and context axes are decided and whose tensor axis is not."""
+def assign(analysis: Analysis, dp: int, microbatches: int, tp: int, cp: int = 1, *, zero: int = 0, shard: int = 0) -> Assignment:
+    """An assignment whose data and context axes are decided and whose tensor axis is not. zero, shard: as of `Assignment`."""
     mesh = {"dp": dp, "mb": microbatches, "cp": cp, "tp": tp}
-    assignment = Assignment(graph=analysis.graph, mesh=mesh, signatures=analysis.signatures)
+    assignment = Assignment(graph=analysis.graph, mesh=mesh, signatures=analysis.signatures, zero=zero, shard=shard)
     split_batch(assignment, analysis.batch, analysis.prelude)
     split_sequence(assignment, analysis.sequence if cp > 1 else {}, analysis.batch, analysis.prelude)
     return assignment
@@ -86,7 +86,9 @@ def apply_plan(plan: Plan, graph: Graph, *, same_fingerprint: bool = True) -> Ap
     _check_names("operator", plan.operators, (op.key for op in graph.ops))
     _check_names("parameter", plan.parameters, graph.parameters)
     analysis = analyse(graph, plan.random, _sequence_dims(plan, graph))
-    assignment = assign(analysis, plan.dp, plan.microbatches, plan.tp, plan.cp)
+    if plan.microbatches > 1 and (obstacle := microbatch_obstacle(graph, analysis.signatures, analysis.batch, analysis.prelude)):
+        raise PlanError(f"microbatches={plan.microbatches} would change the numbers: {obstacle}; use microbatches=1")
+    assignment = assign(analysis, plan.dp, plan.microbatches, plan.tp, plan.cp, zero=plan.zero, shard=plan.shard)
     for op in graph.ops:
         text = looked_up(plan.operators, op.key) or "R"
         choice = Choice("R") if op in analysis.prelude else read_choice(text, op.key)
@@ -153,10 +155,11 @@ def _check_choice(assignment: Assignment, op: Op, choice: Choice) -> None:
 
 def _cut(plan: Plan, graph: Graph, prelude: set[Op]) -> Cut:
     starts = [graph.ops.index(op_with_key(graph, key)) for key in plan.stages]
-    if len(starts) != plan.pp or starts != sorted(starts):
-        raise PlanError(f"the plan has pp={plan.pp} but names {len(starts)} stage starts, which must be in the order of the model")
+    if len(starts) != plan.pp * plan.chunks or starts != sorted(starts):
+        chunks = f" × chunks={plan.chunks}" if plan.chunks > 1 else ""
+        raise PlanError(f"the plan has pp={plan.pp}{chunks} but names {len(starts)} stage starts, which must be in the order of the model")
     stage_of: dict[Op, int] = {}
     for index, op in enumerate(graph.ops):
         if op not in prelude:
             stage_of[op] = max((stage for stage, start in enumerate(starts) if start <= index), default=0)
-    return Cut(stage_of=stage_of, prelude=frozenset(prelude))
+    return Cut(stage_of=stage_of, prelude=frozenset(prelude), recompute=plan.recompute)

@@ -24,8 +24,6 @@ from shardwise.simulate.simulator import Mesh
 
 __all__ = ["Scheme", "compose", "divide", "recomputed"]
 
-_OVERLAPPED = 0.85  # of the backward pass: reductions of gradients run beside so much of it
-_HIDDEN = 0.9  # of a ZeRO-3 gather: what the piece before it hides at most
 _STATE_BYTES = 12  # Adam in mixed precision: float32 parameter and two moments
 _UPDATE_BYTES = 30  # read and written by the update of one number: gradient 4, states 24, new 16-bit parameter 2
 _CONTEXT_BYTES = 1.5e9  # CUDA context, communication buffers, workspaces
@@ -39,9 +37,13 @@ class Scheme:
     dp, cp, tp, pp: ranks; ep: over how many of the data ranks experts are divided (the pieces hold one's share of them); chunks: stages of
     each pipeline rank.
     zero: 0 to 3; shard: over how many data ranks ZeRO divides, all of them if 0.
-    recompute: "none", "full" (each block keeps what it is given) or "selective" (and what its products with weights make).
+    recompute: "none", "full" (each block keeps what it is given), "selective" (and what its products with weights make) or "alternate"
+    (and what every second of these makes).
     gradient_bytes: of a number's gradient in memory and on the link.
     even: stages of equally many blocks, the first and last with what stands before and after them; else stages of equal time.
+    overlap: of the last microbatch's backward pass, beside which gradients are reduced; of the first's forward pass, beside which
+    updated parameters are gathered; of a piece, beside which ZeRO-3 gathers the next. hidden: of what the ranks of the tensor axis send
+    each other, that products hide. gather_each: whether ZeRO-3 gathers each parameter by itself, not a block's together.
     """
 
     dp: int = 1
@@ -57,6 +59,9 @@ class Scheme:
     recompute: str = "none"
     gradient_bytes: int = 4
     even: bool = False
+    overlap: float = 0.85
+    hidden: float = 0.0
+    gather_each: bool = False
 
     @property
     def stages(self) -> int:
@@ -186,17 +191,18 @@ class _Stage:
         forward = backward = weight = Work()
         for cost, count, again in self._each():
             gathered, routed = self._gather(cost), self._route(cost)
-            forward += _times(_beside(cost.forward + routed, gathered), count)
-            inputs = cost.backward_input + recomputed(cost, again) + routed + (routed if again == "full" else Work())
+            forward += _times(_beside(self._shown(cost.forward) + routed, gathered, self.scheme.overlap), count)
+            inputs = self._shown(cost.backward_input + recomputed(cost, again)) + routed + (routed if again == "full" else Work())
             scattered = self._scatter(cost)
             if splits_backward:
-                backward += _times(_beside(inputs, gathered), count)
-                weight += _times(_beside(cost.backward_weight, scattered), count)
+                backward += _times(_beside(inputs, gathered, self.scheme.overlap), count)
+                weight += _times(_beside(cost.backward_weight, scattered, self.scheme.overlap), count)
             else:
-                backward += _times(_beside(inputs + cost.backward_weight, gathered + scattered), count)
+                backward += _times(_beside(inputs + cost.backward_weight, gathered + scattered, self.scheme.overlap), count)
         prelude = Work()
         for cost, _, _ in self._each():
             prelude += cost.prelude
+        saved = int(self._saved() * _FRAGMENTS)
         seconds = {
             "prelude": prelude,
             "forward": forward,
@@ -207,9 +213,14 @@ class _Stage:
         return StageProfile(
             seconds={kind: (work.compute_s, work.communicate_s) for kind, work in seconds.items()},
             memory=self._memory(),
-            saved_bytes=int(self._saved() * _FRAGMENTS),
+            saved_bytes=saved,
+            kept_bytes=saved if splits_backward else 0,
             parameters=self._sum("parameters") * self.scheme.tp,
         )
+
+    def _shown(self, work: Work) -> Work:
+        """Without the communication that products hide."""
+        return Work(compute_s=work.compute_s, communicate_s=work.communicate_s * (1 - self.scheme.hidden))
 
     # -- communication -----------------------------------------------------------------------------------------------------------------
 
@@ -233,11 +244,14 @@ class _Stage:
         return Work(communicate_s=2 * each)
 
     def _gather(self, cost: PieceCost) -> float:
-        return self._over_data("all_gather", cost.parameters * cost.item) if self.scheme.zero == 3 else 0.0
+        messages = max(1, cost.tensors) if self.scheme.gather_each else 1
+        return messages * self._over_data("all_gather", cost.parameters * cost.item / messages) if self.scheme.zero == 3 else 0.0
 
     def _scatter(self, cost: PieceCost) -> float:
         trained = cost.parameters - cost.frozen
-        return self._over_data("reduce_scatter", trained * self.scheme.gradient_bytes) if self._keeps_parts else 0.0
+        messages = max(1, cost.tensors) if self.scheme.gather_each else 1
+        each = self._over_data("reduce_scatter", trained * self.scheme.gradient_bytes / messages)
+        return messages * each if self._keeps_parts else 0.0
 
     @property
     def _keeps_parts(self) -> bool:
@@ -258,9 +272,9 @@ class _Stage:
         else:
             reduced = self._across(gradients) + (0.0 if self._keeps_parts else self._over_data("reduce_scatter", gradients))
             gathered = self._over_data("all_gather", self._sum("parameters") * self._item())
-        hidden = _OVERLAPPED * backward_s
+        hidden = scheme.overlap * backward_s
         forward_s = sum(cost.forward.compute_s * count for cost, count, _ in self._each())
-        return pending + max(reduced - hidden, reduced * 0.05) + max(gathered - _OVERLAPPED * forward_s, gathered * 0.05)
+        return pending + max(reduced - hidden, reduced * 0.05) + max(gathered - scheme.overlap * forward_s, gathered * 0.05)
 
     def _item(self) -> int:
         return max((cost.item for cost, _, _ in self._each()), default=2)
@@ -298,19 +312,21 @@ class _Stage:
 
 def recomputed(cost: PieceCost, recompute: str) -> Work:
     """What the backward pass computes once more."""
-    return {"none": Work(), "selective": cost.light, "full": cost.forward}[recompute]
+    products = Work(compute_s=cost.forward.compute_s - cost.light.compute_s)
+    return {"none": Work(), "selective": cost.light, "alternate": cost.light + _times(products, 0.5), "full": cost.forward}[recompute]
 
 
 def _kept(cost: PieceCost, recompute: str) -> int:
     """Bytes that a microbatch keeps."""
-    return {"none": cost.saved, "selective": min(cost.saved, cost.entered + cost.made), "full": min(cost.saved, cost.entered)}[recompute]
+    made = {"selective": cost.made, "alternate": cost.made // 2, "full": 0}
+    return cost.saved if recompute == "none" else min(cost.saved, cost.entered + made[recompute])
 
 
-def _times(work: Work, count: int) -> Work:
+def _times(work: Work, count: float) -> Work:
     return Work(compute_s=work.compute_s * count, communicate_s=work.communicate_s * count)
 
 
-def _beside(work: Work, collective_s: float) -> Work:
+def _beside(work: Work, collective_s: float, overlap: float) -> Work:
     """A collective that runs while the work does: what it takes longer, and the part that never hides."""
-    total = work.compute_s + work.communicate_s
-    return Work(compute_s=work.compute_s, communicate_s=work.communicate_s + max(collective_s - total, (1 - _HIDDEN) * collective_s))
+    total = overlap * (work.compute_s + work.communicate_s)
+    return Work(compute_s=work.compute_s, communicate_s=work.communicate_s + max(collective_s - total, (1 - overlap) * collective_s))

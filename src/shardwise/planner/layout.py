@@ -1,47 +1,65 @@
-"""Layouts: what a user pins of a plan, `"tp=2,pp=2,microbatches=4,schedule=1f1b"`; what is not named is searched."""
+"""Layouts: what a user pins of a plan, `"tp=2,pp=2,microbatches=4,schedule=1f1b"` or `"dp=4,zero=3,recompute=full"`; what is not named is
+searched."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from math import prod
+from pathlib import Path
 from typing import Any
 
 from shardwise.errors import BatchError, LayoutError
-from shardwise.program.schedules import SCHEDULES
+from shardwise.program.recompute import RECOMPUTE
+from shardwise.program.tables import NAMES, OWN, Slot, least_chunks, placement, rank_tables, read_tables
 
 __all__ = ["Layout", "completions"]
 
-_NUMBERS = ("dp", "cp", "tp", "pp", "microbatches")
+_NUMBERS = ("dp", "cp", "tp", "pp", "chunks", "microbatches")
+_NAMES = (*_NUMBERS, "schedule", "zero", "shard", "recompute")
+_MOST_ZERO = 3
 
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
     """dp × cp × tp × pp ranks: copies of the model on parts of the batch, ranks that share each sequence, ranks that share each operator,
-    stages; None: not pinned. cp is not searched: it is 1 where it is not pinned."""
+    ranks of the pipeline; None: not pinned. cp is not searched: it is 1 where it is not pinned.
+
+    chunks: stages of each pipeline rank, as few as the schedule takes where not pinned. table: the text of a schedule of the user's own.
+    zero: what data ranks divide (0 to 3), in groups of `shard` where that is not all of them; recompute: none, selective or full. Where
+    these are not pinned they are 0 and none, and more only where memory would not do.
+    """
 
     dp: int | None = None
     cp: int | None = None
     tp: int | None = None
     pp: int | None = None
+    chunks: int | None = None
     microbatches: int | None = None
     schedule: str | None = None
+    table: str = ""
+    zero: int | None = None
+    shard: int | None = None
+    recompute: str | None = None
 
     @classmethod
     def parse(cls, given: Layout | str | Mapping[str, Any] | None) -> Layout:
-        """Reads text or a mapping. Raises LayoutError for what is not understood."""
+        """Reads text or a mapping; `schedule` is a name, or a file with a table. Raises LayoutError for what is not understood."""
         if given is None or isinstance(given, Layout):
             return given or cls()
         pairs: dict[str, Any] = dict(given) if isinstance(given, Mapping) else dict(_pairs(given))
-        for name, value in pairs.items():
-            if name in _NUMBERS:
-                pairs[name] = _positive(name, value)
-            elif name == "schedule":
-                if value not in SCHEDULES:
-                    raise LayoutError(f"schedule={value} in the layout is unknown; there are {', '.join(SCHEDULES)}")
-            else:
-                raise LayoutError(f"{name!r} in the layout is unknown; there are {', '.join((*_NUMBERS, 'schedule'))}")
-        return cls(**pairs)
+        pairs = {name: _read(name, value) for name, value in pairs.items()}
+        if pairs.get("shard") and not pairs.get("zero"):
+            raise LayoutError(
+                f"shard={pairs['shard']} in the layout says how many ranks divide what zero divides: name zero=1, 2 or 3, too"
+            )
+        schedule = pairs.get("schedule")
+        if schedule is not None and schedule not in NAMES:
+            return _with_table(cls(**{**pairs, "schedule": OWN}), str(schedule))
+        layout = cls(**pairs)
+        if layout.schedule and layout.chunks:
+            placement(layout.schedule, layout.pp or 1, layout.chunks)  # refuses a number of chunks that it does not take
+        return layout
 
     @property
     def ranks(self) -> int:
@@ -53,9 +71,49 @@ class Layout:
         """(dp, cp, tp, pp) of a complete layout."""
         return self.dp or 1, self.cp or 1, self.tp or 1, self.pp or 1
 
+    @property
+    def stages(self) -> int:
+        """Of a complete layout."""
+        return (self.pp or 1) * (self.chunks or 1)
+
+    @property
+    def tables(self) -> list[list[Slot]]:
+        """Each pipeline rank's slots, of a complete layout."""
+        if self.table:
+            return read_tables(self.table)
+        assert self.schedule and self.microbatches, f"{self} is not complete"
+        return rank_tables(self.schedule, self.pp or 1, self.chunks or 1, self.microbatches)
+
     def __str__(self) -> str:
-        names = (*_NUMBERS, "schedule")
+        names = [name for name in _NAMES if name != "chunks" or (self.chunks or 1) > 1]
         return ",".join(f"{name}={getattr(self, name)}" for name in names if getattr(self, name) is not None)
+
+
+def _with_table(layout: Layout, source: str) -> Layout:
+    """With the table of a file, and the sizes that it is for."""
+    path = Path(source)
+    if not path.is_file():
+        raise LayoutError(f"schedule={source} in the layout is unknown; there are {', '.join(NAMES)}, or a file with a table of your own")
+    try:
+        text = path.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise LayoutError(f"the table {source} cannot be read: {error}") from error
+    try:
+        tables = read_tables(text)
+    except LayoutError as error:
+        raise LayoutError(f"{source}: {error}") from error
+    slots = [slot for row in tables for slot in row]
+    sizes = {
+        "pp": len(tables),
+        "chunks": len({slot.stage for slot in slots}) // len(tables),
+        "microbatches": 1 + max(slot.microbatch for slot in slots),
+    }
+    for name, size in sizes.items():
+        if getattr(layout, name) not in (None, size):
+            raise LayoutError(
+                f"{name}={getattr(layout, name)} in the layout, but the table {source} is for {name}={size}; leave {name} out"
+            )
+    return replace(layout, table=text, pp=sizes["pp"], chunks=sizes["chunks"], microbatches=sizes["microbatches"])
 
 
 def _pairs(text: str) -> Iterator[tuple[str, str]]:
@@ -68,6 +126,20 @@ def _pairs(text: str) -> Iterator[tuple[str, str]]:
             raise LayoutError(f"{name} is named twice in layout {text!r}")
         seen.add(name)
         yield name, value
+
+
+def _read(name: str, value: Any) -> Any:
+    """What is given for a name; a schedule as it is."""
+    known = {"zero": range(_MOST_ZERO + 1), "recompute": RECOMPUTE}
+    if name in (*_NUMBERS, "shard"):
+        return _positive(name, value)
+    if name in known:
+        if str(value) not in map(str, known[name]):
+            raise LayoutError(f"{name}={value} in the layout is unknown; there are {', '.join(map(str, known[name]))}")
+        return int(value) if name == "zero" else value
+    if name != "schedule":
+        raise LayoutError(f"{name!r} in the layout is unknown; there are {', '.join(_NAMES)}")
+    return value
 
 
 def _positive(name: str, value: Any) -> int:
@@ -86,8 +158,7 @@ def completions(layout: Layout, ranks: int, samples: int, obstacle: str) -> list
     obstacle: why the batch must not be cut into microbatches, "" when it may be.
     Raises LayoutError and BatchError when none is left, saying which two things contradict each other.
     """
-    if layout.cp == 1:
-        layout = replace(layout, cp=None)  # as where it is not named
+    layout = _without_defaults(layout)
     pinned = layout.ranks
     if pinned > ranks:
         raise LayoutError(f"layout {layout} takes {pinned} ranks, the cluster has {ranks}; lower one of the sizes or name a larger cluster")
@@ -95,10 +166,42 @@ def completions(layout: Layout, ranks: int, samples: int, obstacle: str) -> list
     if free and ranks % pinned:
         raise LayoutError(f"layout {layout} takes {pinned} ranks, which do not divide the cluster's {ranks}; pin sizes whose product does")
     meshes = [layout] if not free else list(_fill(layout, free, ranks // pinned))
+    meshes = [_in_groups(mesh) for mesh in meshes if _divides(mesh)] or _refuse_zero(layout, meshes)
     found = [complete for mesh in meshes for complete in _microbatched(mesh, layout, samples, obstacle)]
     if not found:
         _explain(layout, meshes, samples, obstacle)
     return found
+
+
+def _without_defaults(layout: Layout) -> Layout:
+    """What says no more than leaving it out would."""
+    return replace(
+        layout,
+        cp=None if layout.cp == 1 else layout.cp,
+        zero=layout.zero or None,
+        recompute=None if layout.recompute == "none" else layout.recompute,
+    )
+
+
+def _divides(mesh: Layout) -> bool:
+    """Whether there are ranks that can divide what the layout wants divided."""
+    data = (mesh.dp or 1) * (mesh.cp or 1)
+    return not mesh.zero or (data > 1 and data % (mesh.shard or 1) == 0 and mesh.shard != 1)
+
+
+def _in_groups(mesh: Layout) -> Layout:
+    """One group of all data ranks needs no naming."""
+    return replace(mesh, shard=None) if mesh.shard == (mesh.dp or 1) * (mesh.cp or 1) else mesh
+
+
+def _refuse_zero(layout: Layout, meshes: list[Layout]) -> list[Layout]:
+    counts = ", ".join(map(str, sorted({(mesh.dp or 1) * (mesh.cp or 1) for mesh in meshes})))
+    if layout.shard:
+        raise LayoutError(
+            f"shard={layout.shard} in layout {layout} divides no number of data ranks that there can be ({counts}) into groups of two or "
+            "more; pin a dp that it divides"
+        )
+    raise LayoutError(f"zero={layout.zero} divides over data ranks, of which layout {layout} has {counts}; pin dp=2 or more, or zero=0")
 
 
 def _fill(layout: Layout, free: list[str], left: int) -> Iterator[Layout]:
@@ -124,8 +227,8 @@ def _microbatched(mesh: Layout, pinned: Layout, samples: int, obstacle: str) -> 
     counts = [pinned.microbatches] if pinned.microbatches else useful
     for count in counts:
         if each % count == 0 and (count == 1 or not obstacle):
-            schedules = [pinned.schedule] if pinned.schedule else ["1f1b"]
-            yield from (replace(mesh, microbatches=count, schedule=name) for name in schedules)
+            schedule = pinned.schedule or ("interleaved" if (pinned.chunks or 1) > 1 else "1f1b")
+            yield replace(mesh, microbatches=count, schedule=schedule, chunks=pinned.chunks or least_chunks(schedule))
 
 
 def _useful_counts(samples: int, stages: int) -> list[int]:

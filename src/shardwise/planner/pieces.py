@@ -25,8 +25,10 @@ from shardwise.cost.operators import name_of
 from shardwise.errors import PlanError
 from shardwise.program.build import build_programs, rank_of
 from shardwise.program.lower import Cut
-from shardwise.program.program import Program
+from shardwise.program.program import Program, StageProgram
+from shardwise.program.recompute import WEIGHED
 from shardwise.program.trace import Tracer
+from shardwise.program.weights import edges_need
 from shardwise.sharding.assignment import Assignment
 from shardwise.sharding.collectives import COLLECTIVES
 from shardwise.simulate.costs import node_seconds, sink_seconds
@@ -35,7 +37,6 @@ __all__ = ["Outline", "Piece", "PieceCost", "Work", "outline", "piece_costs"]
 
 
 _GATHER = torch.ops.shardwise.all_gather.default
-_WEIGHED = frozenset({"mm", "addmm", "expert_mm"})  # products with weights, as linear layers are lowered
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,7 +129,7 @@ class PieceCost:
     flops: of products and attention, both passes.
     transient: most bytes beside. light: of the forward pass what is no product with weights; made: bytes that these products make.
     routed: bytes of what goes to experts and comes back from them; experts: numbers of their weights.
-    parameters: numbers that the rank holds; frozen: of them, without gradient; item: bytes of one.
+    parameters: numbers that the rank holds, in so many tensors; frozen: of them, without gradient; item: bytes of one.
     pending: numbers whose gradients are summed over the tensor axis once a step.
     """
 
@@ -146,6 +147,7 @@ class PieceCost:
     flops: float
     transient: int
     parameters: int
+    tensors: int
     frozen: int
     item: int
     pending: int
@@ -163,10 +165,10 @@ def piece_costs(shape: Outline, assignment: Assignment, prelude: set[Op], cluste
 
 
 def _cost(program: Program, cluster: Cluster) -> PieceCost:
-    stage = program.stage
-    weights = _only_for_weights(program)
+    (stage,) = program.stages.values()
+    weights = _only_for_weights(stage)
     forward, backward = node_seconds(stage.forward, cluster), node_seconds(stage.backward, cluster)
-    saved, entered = _saved(program, fuses=cluster.rates.fuses)
+    saved, entered = _saved(stage, fuses=cluster.rates.fuses)
     trained = [part for part in stage.parameters if part.requires_grad]
     sizes = [prod(part.local) for part in stage.parameters]
     peaks = liveness(stage.forward).peak_bytes - saved, liveness(stage.backward).peak_bytes
@@ -176,16 +178,17 @@ def _cost(program: Program, cluster: Cluster) -> PieceCost:
         backward_weight=_work({node: seconds for node, seconds in backward.items() if node in weights})
         + Work(compute_s=sink_seconds(stage.parameters, cluster)),
         prelude=_work(node_seconds(stage.prelude, cluster)),
-        light=_work({node: seconds for node, seconds in forward.items() if name_of(node.target) not in _WEIGHED}),
+        light=_work({node: seconds for node, seconds in forward.items() if name_of(node.target) not in WEIGHED}),
         saved=saved,
         entered=entered,
         routed=_routed(stage.forward),
         experts=sum(tensor_bytes(each) // each.element_size() for each in _expert_weights(stage.forward)),
-        made=sum(tensor_bytes(node.meta["val"]) for node in forward if name_of(node.target) in _WEIGHED),
+        made=sum(tensor_bytes(node.meta["val"]) for node in forward if name_of(node.target) in WEIGHED),
         sent=sum(edge.nbytes for edge in program.edges if edge.source == stage.stage and edge.target == stage.stage + 1),
         flops=sum(_flops(node) for node in (*forward, *backward)),
         transient=max(0, *peaks),
         parameters=sum(sizes),
+        tensors=len(sizes),
         frozen=sum(sizes) - sum(prod(part.local) for part in trained),
         item=max((part.dtype.itemsize for part in stage.parameters), default=0),
         pending=sum(prod(part.local) for part in trained if part.reduce),
@@ -218,28 +221,18 @@ def _flops(node: fx.Node) -> float:
     return op_flops(node.target, args, kwargs, node.meta.get("val"))
 
 
-def _only_for_weights(program: Program) -> set[fx.Node]:
+def _only_for_weights(stage: StageProgram) -> set[fx.Node]:
     """The nodes of the backward graph that only gradients of parameters need."""
-    gradients = program.stage.backward.output_node().args[0]
-    assert isinstance(gradients, (list, tuple))
-    bound = zip(gradients, program.stage.backward_outputs, strict=True)
-    needed = [node for node, binding in bound if isinstance(node, fx.Node) and binding.kind != "parameter"]
-    seen: set[fx.Node] = set()
-    while needed:
-        node = needed.pop()
-        if node not in seen:
-            seen.add(node)
-            needed.extend(node.all_input_nodes)
-    return {node for node in program.stage.backward.nodes if node.op == "call_function" and node not in seen}
+    needed = edges_need(stage.backward, [binding.kind == "parameter" for binding in stage.backward_outputs])
+    return {node for node in stage.backward.nodes if node.op == "call_function" and node not in needed}
 
 
-def _saved(program: Program, *, fuses: bool) -> tuple[int, int]:
+def _saved(stage: StageProgram, *, fuses: bool) -> tuple[int, int]:
     """Bytes that the forward pass keeps for the backward pass, and of these what came in from other pieces.
 
     Where elementwise chains are fused a value is not kept that such a chain makes again from fewer bytes that are kept, nor a gathered one
     that is gathered again (Korthikanti et al. 2022, section 4.2.2).
     """
-    stage = program.stage
     base = bases(stage.forward, {})
     returned = stage.forward.output_node().args[0]
     assert isinstance(returned, (list, tuple))

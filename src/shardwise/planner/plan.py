@@ -17,7 +17,9 @@ from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from shardwise.capture.blocks import block_pattern
 from shardwise.capture.graph import Graph, Op
-from shardwise.errors import PlanError
+from shardwise.errors import LayoutError, PlanError
+from shardwise.program.recompute import Recompute
+from shardwise.program.tables import OWN, Slot, placed, placement, rank_tables, read_tables
 from shardwise.sharding.signature import Choice
 from shardwise.sharding.types import I, P, Placement, R, Shard
 from shardwise.simulate.profile import Profile
@@ -83,8 +85,11 @@ class Plan(_Strict):
     """How a model is split.
 
     fingerprint: of the captured graph that the plan is for. stages: key of each stage's first operator.
+    chunks: stages of each pipeline rank. schedule: the name of one, or "table" for the user's own, whose lines `table` has.
     random: "keyed", random numbers are the same in every layout; "fast", they come from torch's generator, seeded for each part.
     sequence_dims: where cp splits the sequence, batch input → its sequence dim.
+    zero: what the data ranks divide (0 nothing, 1 optimizer states, 2 gradients too, 3 parameters too), shard: in groups of how many, 0: of
+    all. recompute: what the backward pass makes again (`shardwise.program.recompute`).
     operators, parameters: pattern → choice or type on the tensor axis; what is not named is whole.
     collectives: "kind/ranks" → (up to so many bytes, implementation), measured on the cluster.
     profile: what the stages take, for the simulator.
@@ -100,11 +105,16 @@ class Plan(_Strict):
     cp: int = 1
     tp: int
     pp: int
+    chunks: int = 1
     microbatches: int
     schedule: str
+    table: list[str] = []
     global_batch: int
     optimizer: str
     random: Random = "keyed"
+    zero: Literal[0, 1, 2, 3] = 0
+    shard: int = 0
+    recompute: Recompute = "none"
     sequence_dims: dict[str, int] = {}
     stages: list[str]
     operators: dict[str, str] = {}
@@ -126,18 +136,67 @@ class Plan(_Strict):
             raise ValueError(f"a global batch of {self.global_batch} leaves some of the ranks on dp={self.dp} without a sample")
         if self.microbatches > 1 and self.global_batch % (self.dp * self.microbatches):
             raise ValueError(f"dp={self.dp} × microbatches={self.microbatches} do not divide global_batch={self.global_batch}")
+        self._check_schedule()
+        data = self.dp * self.cp
+        if self.zero and data == 1:
+            raise ValueError(
+                f"zero={self.zero} divides over data ranks, of which there is one; use zero=0, or plan again with dp=2 or more"
+            )
+        if self.shard and (not self.zero or self.shard in (1, data) or data % self.shard):
+            raise ValueError(
+                f"shard={self.shard} must divide dp · cp={data} data ranks into several groups of two or more, for zero=1 to 3"
+            )
         return self
+
+    def _check_schedule(self) -> None:
+        if (self.schedule == OWN) != bool(self.table):
+            raise ValueError(
+                f"schedule={self.schedule} and a table of {len(self.table)} lines: a table of one's own goes with schedule=table"
+            )
+        try:
+            tables = self.tables if self.table else None
+            stages = (
+                len(placement(self.schedule, self.pp, self.chunks))
+                if tables is None
+                else len({slot.stage for row in tables for slot in row})
+            )
+        except LayoutError as error:
+            raise ValueError(str(error)) from error
+        if tables is not None:
+            have = len(tables), stages, 1 + max(slot.microbatch for row in tables for slot in row)
+            if have != (self.pp, self.pp * self.chunks, self.microbatches):
+                raise ValueError(
+                    f"the table is for pp={have[0]}, chunks={have[1] // have[0]}, microbatches={have[2]}, the plan says pp={self.pp}, "
+                    f"chunks={self.chunks}, microbatches={self.microbatches}"
+                )
 
     @property
     def layout(self) -> str:
         """The plan in a layout's words."""
         context = f"cp={self.cp}," if self.cp > 1 else ""
-        return f"dp={self.dp},{context}tp={self.tp},pp={self.pp},microbatches={self.microbatches},schedule={self.schedule}"
+        chunks = f"chunks={self.chunks}," if self.chunks > 1 else ""
+        more = [f",{name}={value}" for name in ("zero", "shard", "recompute") if (value := getattr(self, name)) not in (0, "none")]
+        schedule = f"microbatches={self.microbatches},schedule={self.schedule}{''.join(more)}"
+        return f"dp={self.dp},{context}tp={self.tp},pp={self.pp},{chunks}{schedule}"
+
+    @property
+    def tables(self) -> list[list[Slot]]:
+        """Each pipeline rank's slots. Raises LayoutError for a schedule that is unknown or does not take the plan's sizes."""
+        if self.table:
+            return read_tables("\n".join(self.table))
+        return rank_tables(self.schedule, self.pp, self.chunks, self.microbatches)
+
+    @property
+    def placement(self) -> tuple[int, ...]:
+        """Stage → which of the pipeline's ranks has it."""
+        home = placed(self.tables)
+        return tuple(home[stage] for stage in sorted(home))
 
     @property
     def mesh(self) -> Mesh:
         """The plan's sizes; those of dp and cp as one, since they do alike."""
-        return Mesh(dp=self.dp * self.cp, tp=self.tp, pp=self.pp, microbatches=self.microbatches, schedule=self.schedule)
+        data = self.dp * self.cp
+        return Mesh(dp=data, tp=self.tp, pp=self.pp, chunks=self.chunks, microbatches=self.microbatches, schedule=self.schedule)
 
     def chooser(self) -> Chooser:
         """(kind, message bytes, ranks) → implementation."""
@@ -204,7 +263,7 @@ class Infeasible(_Strict):
 
 def simulate(plan: Plan) -> Simulation:
     """A step of the plan on virtual clocks: its time, each rank's memory, and the timeline."""
-    return simulate_profile(plan.profile, plan.mesh)
+    return simulate_profile(plan.profile, plan.mesh, plan.tables)
 
 
 def choice_text(choice: Choice) -> str:

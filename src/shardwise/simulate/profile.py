@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from math import prod
 
 from pydantic import BaseModel, ConfigDict
 
 from shardwise.cluster.model import Cluster
+from shardwise.program.actions import Kind
 from shardwise.program.holdings import modules_held
-from shardwise.program.program import Edge, Program
-from shardwise.simulate.costs import MemoryUse, memory_use, stage_times
+from shardwise.program.program import Edge, Program, StageProgram
+from shardwise.simulate.costs import Seconds, StageMemory, stage_memory, stage_times, transfer_seconds
 
 __all__ = ["EdgeProfile", "Profile", "StageProfile", "profile_programs"]
 
@@ -23,15 +25,18 @@ class StageProfile(_Strict):
     """One rank of a stage (where they differ, the slowest and the fullest).
 
     seconds: kind of action → (computing, communicating); "backward" is the inputs' part where there is "weight", too, the whole where not.
-    memory: bytes by kind at the peak. saved_bytes: what one microbatch keeps from its forward to the end of its backward pass; 0 where
-    memory's "saved" counts it for all that are in flight.
-    reduces: axes over which gradients are summed. modules: what the stage holds; parameters: how many numbers, over all its ranks.
+    memory: bytes by kind at the peak, "saved" only where saved_bytes is 0. saved_bytes: what one microbatch keeps from its forward to its
+    backward pass; kept_bytes: from there to the weights' part of it, where that is apart.
+    reduces: axes over which gradients are summed. tied: other stages with which a weight is shared, whose gradient is summed over all of
+    them. modules: what the stage holds; parameters: how many numbers, over all its ranks.
     """
 
     seconds: dict[str, tuple[float, float]]
     memory: dict[str, int]
     saved_bytes: int = 0
+    kept_bytes: int = 0
     reduces: list[str] = []
+    tied: list[int] = []
     modules: list[str] = []
     parameters: int = 0
 
@@ -59,17 +64,16 @@ class Profile(_Strict):
 
 def profile_programs(programs: Mapping[int, Program], cluster: Cluster, optimizer: str) -> Profile:
     """The profile of a plan's programs."""
-    by_stage: dict[int, list[Program]] = {}
-    for program in programs.values():
-        by_stage.setdefault(program.stage.stage, []).append(program)
+    stages: dict[int, list[_OnRank]] = {}
     edges: dict[str, EdgeProfile] = {}
     for program in programs.values():
-        times = stage_times(program, cluster, optimizer)
+        times, memory = stage_times(program, cluster, optimizer), stage_memory(program, optimizer)
+        for number, stage in program.stages.items():
+            stages.setdefault(number, []).append(_OnRank(stage=stage, times=times[number], memory=memory[number]))
+        transfers = transfer_seconds(program, cluster)
         for edge in program.edges:
-            edges.setdefault(edge.name, _edge(edge, times.transfer_s[edge.name]))
-    return Profile(
-        stages=[_stage(by_stage[stage], cluster, optimizer) for stage in sorted(by_stage)], edges=list(edges.values()), cores=cluster.cores
-    )
+            edges.setdefault(edge.name, _edge(edge, transfers[edge.name]))
+    return Profile(stages=[_stage(stages[number]) for number in sorted(stages)], edges=list(edges.values()), cores=cluster.cores)
 
 
 def _edge(edge: Edge, transfer_s: float) -> EdgeProfile:
@@ -78,16 +82,29 @@ def _edge(edge: Edge, transfer_s: float) -> EdgeProfile:
     )
 
 
-def _stage(programs: list[Program], cluster: Cluster, optimizer: str) -> StageProfile:
-    times = [stage_times(program, cluster, optimizer).of for program in programs]
+@dataclass(frozen=True, kw_only=True)
+class _OnRank:
+    """A stage on one of its ranks."""
+
+    stage: StageProgram
+    times: dict[Kind, Seconds]
+    memory: StageMemory
+
+
+def _stage(ranks: list[_OnRank]) -> StageProfile:
+    times = [rank.times for rank in ranks]
     seconds = {kind.value: (max(t[kind].compute_s for t in times), max(t[kind].communicate_s for t in times)) for kind in times[0]}
-    fullest: MemoryUse = max((memory_use(program, optimizer) for program in programs), key=lambda use: use.total)
-    reduces = sorted({axis for program in programs for part in program.stage.parameters for axis in part.reduce})
-    held = programs[0].stage.parameters
+    fullest = max((rank.memory for rank in ranks), key=lambda memory: memory.use.total + memory.saved_bytes)
+    reduces = sorted({axis for rank in ranks for part in rank.stage.parameters for axis in part.reduce})
+    held = ranks[0].stage.parameters
+    tied = {other for part in held if part.requires_grad for other in part.stages} - {ranks[0].stage.stage}
     return StageProfile(
         seconds=seconds,
-        memory=fullest.by_kind(),
+        memory=fullest.use.by_kind(),
+        saved_bytes=fullest.saved_bytes,
+        kept_bytes=fullest.kept_bytes,
         reduces=reduces,
+        tied=sorted(tied),
         modules=modules_held(part.name for part in held),
         parameters=sum(prod(part.shape) for part in held),
     )

@@ -1,0 +1,98 @@
+"""What the software of a published measurement could do, from what its row and source say, else from its framework and year.
+
+Kernels and overlaps differ more between frameworks and years than devices of one generation do: attention as one kernel or as many, in
+which generation; elementwise operators fused or one by one; communication beside computation or after it.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from benchmarks.published_rows import Row
+
+__all__ = ["Software", "software_of"]
+
+_TORCH = ("torchtitan", "llm-foundry", "fms-fsdp", "composer", "torch", "fsdp")  # programs of PyTorch's own operators
+_JAX = ("pax", "t5x")  # XLA writes scores and softmax out unless told otherwise
+_FUSED_SINCE = 2024  # frameworks came to fuse attention by default ...
+_FUSED_EARLIER = {"llm-foundry": 2023, "torchtitan": 2023, "maxtext": 2023}
+_BEFORE_FUSED = ("v100", "a100", "tpu-v4")  # ... on devices of that time; for later ones all fuse it
+_LAUNCHED = {"v100": 2017, "a100": 2020, "h100": 2022, "h200": 2024, "b200": 2024, "b300": 2025, "gb200": 2024, "gb300": 2025}
+_YOUNG = (
+    0.82  # of its products' rate, that PyTorch's operators reach in a device's first year: MPT on H100, 2023, against Megatron-LM, 2024
+)
+_OVERLAP = {2022: 0.0, 2023: 0.25}  # until that year: Megatron-LM 3.0 reduced gradients after the backward pass, NeMo 23 partly beside it
+_OVERLAP_NOW = 0.85
+_ALWAYS_OVERLAPS = ("maxtext",)  # XLA's latency-hiding scheduler
+_DISTRIBUTED_SINCE = 2023  # Megatron's distributed optimizer in all of NVIDIA's recipes
+_OVERLAPS_TENSORS_SINCE = 2024  # Megatron-LM's README and NeMo's recipes
+_EAGER_UNTIL = 2019  # then Megatron-LM fused softmax, biases and dropout
+_BLOCKING_S = 50e-6  # between two kernels where the host waits for the first before it launches the second
+_HIDDEN = 0.5  # of what tensor ranks send, by Transformer Engine's user buffers
+
+
+@dataclass(frozen=True, kw_only=True)
+class Software:
+    """fused_attention, attention: whether it is one kernel, and of which generation (`shardwise.cluster.roofline`; "" for the newest).
+
+    eager: every elementwise operator is a kernel. copies_inner: as in `shardwise.cluster.rates.Rates`. products: share of the usual rate of
+    products. overlap, hidden, gather_each: as in `shardwise.planner.compose.Scheme`. selective: what "selective" recomputation is there;
+    recompute: what there is where nothing is said. call_s: a kernel's fixed time, None for the usual. zero: the stage where a row says
+    nothing of it.
+    """
+
+    fused_attention: bool
+    attention: str
+    eager: bool
+    copies_inner: bool
+    products: float
+    overlap: float
+    hidden: float
+    gather_each: bool
+    selective: str
+    recompute: str
+    call_s: float | None
+    zero: int
+
+
+def software_of(row: Row, year: int, words: str = "") -> Software:
+    """year: of the source; words: its title and its remarks on all rows."""
+    framework, options = row.framework or "", dict(row.layout.options)
+    year -= bool(re.search(r"\(SC\d\d\)", words))  # a conference's papers were measured in the year before
+    said = " ".join((row.layout.precision_text, row.layout.recompute_text, *options.values())).lower()
+    torch = framework in _TORCH
+    compiled = next((value for name, value in options.items() if "compile" in name), "").lower() in ("true", "yes", "on", "full", "model")
+    device = re.sub(r"-.*", "", row.machine.device or "")
+    young = torch and year - _LAUNCHED.get(device, 0) <= 1
+    overlap = _OVERLAP_NOW if "mlperf" in words.lower() else next((share for last, share in _OVERLAP.items() if year <= last), _OVERLAP_NOW)
+    return Software(
+        fused_attention=_fused(row, year, framework, said),
+        attention="flash1" if framework == "llm-foundry" and year <= 2023 else "flash2" if torch else "",
+        eager=(torch and not compiled) or year <= _EAGER_UNTIL,
+        copies_inner=torch,  # Megatron-LM has the sequence first, XLA lays tensors out as collectives want them
+        products=_YOUNG if young else 1.0,
+        overlap=_OVERLAP_NOW if torch or framework in _ALWAYS_OVERLAPS else overlap,
+        hidden=_HIDDEN if _overlaps_tensors(framework, year, options, words) else 0.0,
+        gather_each="deepspeed" in framework or "deepspeed" in said,
+        selective="alternate" if framework == "torchtitan" else "selective",
+        recompute="alternate" if framework == "torchtitan" else "selective" if row.layout.recompute_text else "none",
+        zero=1 if framework == "megatron" and year >= _DISTRIBUTED_SINCE else 0,
+        call_s=_BLOCKING_S if "CUDA_LAUNCH_BLOCKING" in words else None,
+    )
+
+
+def _fused(row: Row, year: int, framework: str, words: str) -> bool:
+    """Whether attention is one kernel."""
+    if re.search(r"\bte\b|transformer.?engine|flash|cudnn", words):
+        return True
+    device = row.machine.device or ""
+    if framework in _JAX and not device.startswith("tpu"):
+        return False
+    return not device.startswith(_BEFORE_FUSED) or year >= _FUSED_EARLIER.get(framework, _FUSED_SINCE)
+
+
+def _overlaps_tensors(framework: str, year: int, options: dict[str, str], words: str) -> bool:
+    said = options.get("tp_comm_overlap", "").lower()
+    usual = framework == "megatron" and year >= _OVERLAPS_TENSORS_SINCE
+    return said == "true" or (not said and (usual or bool(re.search(r"tp comm(unication)? overlap", words, re.IGNORECASE))))
