@@ -31,7 +31,7 @@ MODELS: dict[str, Callable[[], Example]] = {
     "bert": lambda: bert(layers=3, hidden=128),
 }
 SPACES = [
-    ("llama", "a100-80g:1x4", 6, "cp=1"),
+    ("llama", "a100-80g:1x4", 6, "cp=1,microbatch=1"),
     ("gpt2", "rtx4090:2x2, 25 GbE", 4, "microbatch=1"),
     ("bert", "h100:2x4", 8, "tp=2,cp=1,recompute=none"),
 ]
@@ -222,29 +222,45 @@ def test_a_search_for_what_cannot_fit_lowers_nothing() -> None:
 
 def test_a_known_model_in_the_command_line(tmp_path: Path) -> None:
     out = tmp_path / "plan.json"
-    command = ["--model", "gpt3-125m", "--cluster", "a100-80g:8", "--global-batch", "64"]
-    run = CliRunner().invoke(app, ["plan", *command, "--out", str(out), "--what-if", "nodes=2,device=h100"])
+    command = ["--model", "gpt3-125m", "--cluster", "a100-80g:8", "--global-batch", "64", "--layout", "cp=1,microbatch=4"]
+    run = CliRunner().invoke(app, ["plan", *command, "--out", str(out)])
     assert run.exit_code == 0, run.output
-    assert max(map(len, run.stdout.splitlines())) <= 100
+    assert max(map(len, run.stdout.replace(str(out), "plan.json").splitlines())) <= 100
     plan = json.loads(out.read_text())
     assert plan["kind"] == "proposal" and 0.05 < plan["predicted"]["peak_share"] < 0.8
     assert plan["runnable"] == (plan["because"] == [])
     assert sum(plan["predicted"]["parts"].values()) == pytest.approx(plan["predicted"]["step_time_s"], rel=1e-6)
     assert sum(plan["stages"]) == 12 and len(plan["stages"]) == plan["pp"] * plan["chunks"]
-    assert "h100:2x8" in plan["what_if"][0]["cluster"] and plan["what_if"][0]["step_time_s"] < plan["predicted"]["step_time_s"]
     assert any(source.startswith("a100-80g memory_bytes") for source in plan["sources"])
     with pytest.raises(sw.PlanError, match="is a proposal, made from a few layers"):
         sw.Plan.load(out)
     table = CliRunner().invoke(app, ["layouts", *command, "--json"])
     first = json.loads(table.stdout)["layouts"][0]
     assert first["layout"] == plan["layout"] and first["step_time_s"] == pytest.approx(plan["predicted"]["step_time_s"])
-    pinned = tmp_path / "pinned.json"
-    other = CliRunner().invoke(app, ["plan", *command, "--layout", "dp=1,tp=8", "--out", str(pinned)])
-    assert other.exit_code == 0, other.output
-    both = CliRunner().invoke(app, ["compare", str(out), str(pinned)])
-    assert both.exit_code == 0 and f"{out} is" in both.stdout.replace("\n", ""), both.output
-    document = json.loads(CliRunner().invoke(app, ["compare", str(out), str(pinned), "--json"]).stdout)
-    assert document["differs"]["tp"] == [str(plan["tp"]), "8"] and document["same"]["model"] == "gpt3-125m"
+
+
+def test_what_another_cluster_would_change() -> None:
+    from shardwise.whatif import with_what_ifs
+
+    plan = with_what_ifs(looked("a100-80g:8", pins=Pins(cp=1, microbatch=4)), ["nodes=2,device=h100", "global-batch=128"])
+    larger, longer = plan.what_if
+    assert "h100:2x8" in larger.cluster and larger.step_time_s < plan.predicted.step_time_s  # type: ignore[operator]
+    assert longer.step_time_s > plan.predicted.step_time_s  # type: ignore[operator]
+    assert f"nodes=2,device=h100: {larger.verdict}"[:60] in " ".join(" ".join(plan.explanation).split())
+
+
+def test_plans_side_by_side(tmp_path: Path) -> None:
+    paths = [tmp_path / "a.json", tmp_path / "b.json"]
+    plans = [looked("a100-80g:8", pins=Pins.parse(pins)).proposal() for pins in ("cp=1,microbatch=4", "dp=1,tp=8,cp=1")]
+    for path, plan in zip(paths, plans, strict=True):
+        plan.save(path)
+    assert plans[0].predicted.step_time_s < plans[1].predicted.step_time_s
+    shown = CliRunner().invoke(app, ["compare", *map(str, paths)])
+    assert shown.exit_code == 0 and f"{paths[0]} is" in shown.stdout.replace("\n", ""), shown.output
+    document = json.loads(CliRunner().invoke(app, ["compare", *map(str, paths), "--json"]).stdout)
+    assert document["differs"]["tp"] == [str(plans[0].tp), "8"] and document["same"]["model"] == "gpt3-125m"
+    more = sum(document["seconds_more"].values())
+    assert more == pytest.approx(plans[1].predicted.step_time_s - plans[0].predicted.step_time_s, rel=1e-6)
 
 
 def test_a_model_that_fits_nowhere_says_so() -> None:

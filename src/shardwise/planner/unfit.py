@@ -38,15 +38,15 @@ def why_unfit(search: ScaleSearch, larger: Callable[[int], Cluster | None]) -> I
 
 
 def _changes(search: ScaleSearch, larger: Callable[[int], Cluster | None]) -> Iterator[tuple[str, ScaleSearch]]:
-    """The cheapest first: what costs time, then what costs devices. Each is tried with all else as it is, then with the ones before."""
+    """The cheapest first: what costs time, then what costs devices; each with all else as it is."""
     pins = search.pins
     if search.only_runnable:
-        yield "leave out --runnable: ZeRO and recomputation would do", _with(search, pins, only_runnable=False)
+        yield "leave out --runnable", _with(search, pins, only_runnable=False)
     eased = {"recompute": ("selective", "full"), "zero": (1, 2, 3)}
     for name, values in eased.items():
         now = getattr(pins, name)
         for value in values[values.index(now) + 1 :] if now in values else values if now is not None else ():
-            yield f"{name}={value} instead of {name}={now}", _with(search, replace(pins, **{name: value}))
+            yield f"{name}={value} instead of {name}={now}", _with(search, Pins.parse(pins.named | {name: value}))
     for name in pins.named:
         yield f"leave {name} open instead of {name}={getattr(pins, name)}", _with(search, pins.without([name]))
     if len(pins.named) > 1:
