@@ -14,7 +14,7 @@ import shardwise
 from shardwise.cli import app
 from shardwise.errors import LayoutError
 
-COMMANDS = ("plan", "train", "verify", "coverage", "simulate", "doctor", "rules")
+COMMANDS = ("plan", "train", "verify", "coverage", "simulate", "layouts", "compare", "cluster", "doctor", "rules")
 MODEL = """
 import torch
 
