@@ -70,7 +70,13 @@ class Scheme:
     @property
     def mesh(self) -> Mesh:
         """For the simulator: data and sequence ranks do alike."""
-        return Mesh(dp=self.replicas, tp=self.tp, pp=self.pp, chunks=self.chunks, microbatches=self.microbatches, schedule=self.schedule)
+        sizes = {"dp": self.replicas, "tp": self.tp, "pp": self.pp, "chunks": self.chunks, "coupled": self.coupled}
+        return Mesh(**sizes, microbatches=self.microbatches, schedule=self.schedule)
+
+    @property
+    def coupled(self) -> int:
+        """Neighbouring ranks that do each microbatch together: those that share operators, sequences, experts, or gather parameters."""
+        return self.tp * max(self.cp, self.ep, self.sharded if self.zero == 3 else 1)
 
     @property
     def replicas(self) -> int:
@@ -207,6 +213,7 @@ class _Stage:
             seconds={kind: (work.compute_s, work.communicate_s) for kind, work in seconds.items()},
             memory=self._memory(),
             saved_bytes=int(self._saved() * _FRAGMENTS),
+            reduces=["dp"] if self.scheme.replicas > 1 else [],
             parameters=self._sum("parameters") * self.scheme.tp,
         )
 

@@ -9,16 +9,16 @@ import torch
 from torch import fx
 
 from shardwise.cluster.model import Cluster
-from shardwise.cost.collectives import collective_cost, collective_seconds
+from shardwise.cost.collectives import collective_cost
 from shardwise.cost.compute import op_seconds, streaming_seconds
 from shardwise.cost.fusion import fused_traffic
 from shardwise.cost.memory import bases, liveness, tensor_bytes
 from shardwise.cost.optimizer import optimizer_seconds
 from shardwise.program.actions import Kind
 from shardwise.program.program import ParameterPart, Program
-from shardwise.program.reductions import reductions
 from shardwise.program.schedules import in_flight
-from shardwise.sharding.collectives import COLLECTIVES, group_ranks
+from shardwise.sharding.collectives import COLLECTIVES
+from shardwise.simulate.traffic import reduction_traffic, traffic_of, traffic_seconds
 
 __all__ = ["OPTIMIZER_STATES", "MemoryUse", "StageTimes", "graph_seconds", "memory_use", "node_seconds", "sink_seconds", "stage_times"]
 
@@ -81,7 +81,7 @@ def node_seconds(graph: fx.Graph, cluster: Cluster) -> dict[fx.Node, float]:
         if node.op != "call_function":
             continue
         if node.target in COLLECTIVES:
-            found[node] = _collective_seconds(node, cluster)
+            found[node] = traffic_seconds([traffic_of(node)], cluster)
         elif node in fused:
             found[node] = streaming_seconds(*fused[node], cluster)
         else:
@@ -90,28 +90,12 @@ def node_seconds(graph: fx.Graph, cluster: Cluster) -> dict[fx.Node, float]:
     return found
 
 
-def _collective_seconds(node: fx.Node, cluster: Cluster) -> float:
-    kind = COLLECTIVES[node.target]  # type: ignore[index]
-    source = node.args[0]
-    assert isinstance(source, fx.Node)
-    message = tensor_bytes(node.meta["val"] if kind == "all_gather" else source.meta["val"])
-    ranks = group_ranks(str(node.args[1]))
-    seconds = collective_seconds(kind, str(node.args[-1]), message, len(ranks), cluster, ranks[1] - ranks[0] if len(ranks) > 1 else 1)
-    if (
-        cluster.rates.copies_inner
-        and kind in ("all_gather", "reduce_scatter")
-        and prod(source.meta["val"].shape[: int(str(node.args[2]))]) > 1
-    ):
-        seconds += streaming_seconds(message, message, cluster)
-    return seconds
-
-
 def stage_times(program: Program, cluster: Cluster, optimizer: str) -> StageTimes:
     """What the actions of a rank take."""
     stage = program.stage
-    reduce_s = _reduction_seconds(program, cluster)
     update_s = sum(optimizer_seconds(prod(p.local), p.dtype, optimizer, cluster) for p in stage.parameters if p.requires_grad)
-    transfers = {edge.name: collective_cost("send_recv", edge.nbytes, 2, cluster).seconds for edge in program.edges}
+    apart = prod(program.mesh[axis] for axis in ("dp", "cp", "tp"))
+    transfers = {edge.name: collective_cost("send_recv", edge.nbytes, 2, cluster, apart).seconds for edge in program.edges}
     backward = graph_seconds(stage.backward, cluster)
     sinks = sink_seconds(stage.parameters, cluster)
     return StageTimes(
@@ -119,7 +103,7 @@ def stage_times(program: Program, cluster: Cluster, optimizer: str) -> StageTime
             Kind.PRELUDE: graph_seconds(stage.prelude, cluster),
             Kind.FORWARD: graph_seconds(stage.forward, cluster),
             Kind.BACKWARD: Seconds(compute_s=backward.compute_s + sinks, communicate_s=backward.communicate_s),
-            Kind.REDUCE: Seconds(compute_s=0.0, communicate_s=reduce_s),
+            Kind.REDUCE: Seconds(compute_s=0.0, communicate_s=traffic_seconds(reduction_traffic(program), cluster)),
             Kind.UPDATE: Seconds(compute_s=update_s, communicate_s=0.0),
         },
         transfer_s=transfers,
@@ -135,12 +119,6 @@ def sink_seconds(parameters: list[ParameterPart], cluster: Cluster) -> float:
             meta = torch.empty(parameter.local, dtype=parameter.dtype, device="meta")
             seconds += op_seconds(copy, (meta, meta), {}, meta, cluster)
     return seconds
-
-
-def _reduction_seconds(program: Program, cluster: Cluster) -> float:
-    """Summing the pending gradients at the end of a step."""
-    groups = [(reduction.nbytes, len(group_ranks(group))) for reduction in reductions(program) for group in reduction.groups]
-    return sum(collective_cost("all_reduce", message, ranks, cluster).seconds for message, ranks in groups)
 
 
 def memory_use(program: Program, optimizer: str) -> MemoryUse:
