@@ -45,6 +45,20 @@ RandomOption = Annotated[
     typer.Option("--random", help="keyed: one device's random numbers; fast: torch's own on each rank. Default: keyed."),
 ]
 PlanOption = Annotated[Path | None, typer.Option("--plan", help="Use this plan.json instead of searching for one.")]
+SlowRankOption = Annotated[
+    list[str] | None,
+    typer.Option("--slow-rank", help="RANK=FACTOR or FIRST-LAST=FACTOR: computes so many times as long; may be repeated."),
+]
+SlowStageOption = Annotated[
+    list[str] | None, typer.Option("--slow-stage", help="STAGE=FACTOR: all its ranks compute so many times as long; may be repeated.")
+]
+SlowLinkOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--slow-link",
+        help="NAME=SHARE: keeps this share of its rate; a level of links (network, node), or 0-1 between two stages. May be repeated.",
+    ),
+]
 
 
 class Precision(StrEnum):
@@ -244,26 +258,44 @@ def simulate(
     layout: LayoutOption = None,
     global_batch: GlobalBatchOption = None,
     sequence: SequenceOption = None,
+    slow_rank: SlowRankOption = None,
+    slow_stage: SlowStageOption = None,
+    slow_link: SlowLinkOption = None,
+    mtbf: Annotated[str | None, typer.Option("--mtbf", help="Mean time between failures of one device: 50000h.")] = None,
+    job_mtbf: Annotated[str | None, typer.Option("--job-mtbf", help="The same of the whole job: 3h.")] = None,
+    checkpoint: Annotated[str | None, typer.Option("--checkpoint", help="How long training stands still for a checkpoint: 30s.")] = None,
+    checkpoint_every: Annotated[
+        str | None, typer.Option("--checkpoint-every", help="Training between checkpoints: 15min. Default: what wastes least.")
+    ] = None,
+    restart: Annotated[str | None, typer.Option("--restart", help="From a failure to training on: 10min. Default: 0.")] = None,
     out: Annotated[Path, typer.Option("--out", help="Where the timeline goes; open it in Perfetto or chrome://tracing.")] = Path(
         "trace.json"
     ),
     as_json: JsonOption = False,
 ) -> None:
-    """Predict a step's time and each rank's memory, without running it.
+    """Predict a step's time and each rank's memory, without running it; also with something slow, and what failures leave of the time.
 
     [bold]Examples[/bold]
 
     shardwise simulate --plan plan.json --out trace.json
 
     shardwise simulate --model hf:config.json --cluster cluster.toml --layout tp=8
+
+    shardwise simulate --plan plan.json --slow-rank 3=1.3 --slow-link 0-1=0.5
+
+    shardwise simulate --plan plan.json --mtbf 50000h --checkpoint 30s --restart 10min --json
     """
     import shardwise as sw
+    from shardwise.scenario import Scenario
 
+    times = {"mtbf": mtbf, "job-mtbf": job_mtbf, "checkpoint": checkpoint, "checkpoint-every": checkpoint_every, "restart": restart}
+    scenario = Scenario.parse(ranks=slow_rank or (), stages=slow_stage or (), links=slow_link or (), times=times)
     chosen = sw.Plan.load(plan_file) if plan_file else _plan(model, cluster, layout, global_batch, sequence)
-    simulation = sw.simulate(chosen)
+    step = sw.simulate(chosen, scenario.slow)
+    outcome = scenario.outcome(step, sw.simulate(chosen) if scenario.slow else step)
     out.parent.mkdir(parents=True, exist_ok=True)
-    simulation.save_trace(out)
-    _show({"step_time_s": simulation.step_time_s, "memory_bytes": _plain(simulation.memory_bytes), "trace": str(out)}, as_json)
+    step.save_trace(out)
+    _show((outcome.as_json() if as_json else outcome.lines()) | {"trace": str(out)}, as_json)
 
 
 @app.command()

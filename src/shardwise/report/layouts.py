@@ -11,7 +11,7 @@ from shardwise.report.charts import Figure
 from shardwise.report.markup import Markup, element
 from shardwise.report.units import bytes_text, seconds_text, time_unit
 
-__all__ = ["KINDS", "Point", "layouts_table", "points_of", "tradeoff_figure"]
+__all__ = ["KINDS", "Point", "layouts_table", "limit_is_drawn", "points_of", "tradeoff_figure"]
 
 _COLUMNS = ("dp", "cp", "tp", "pp", "microbatches", "schedule")
 _OPEN_ROWS = 10  # the others are folded away
@@ -69,7 +69,7 @@ def _table(rows: list[Markup], columns: list[str]) -> Markup:
 
 def _row(each: Candidate, plan: Plan, columns: list[str]) -> Markup:
     chosen = each.layout == plan.layout
-    cells = [element("td", "★" if chosen else "", title="chosen" if chosen else None)]
+    cells = [element("td", "★" if chosen else "", title="chosen" if chosen else None, class_="star")]
     cells += [element("td", text) for text in _parts(each.layout, columns)]
     cells += [element("td", "—" if value is None else seconds_text(value)) for value in (each.estimate_s, each.step_time_s)]
     cells.append(element("td", "—" if each.memory_bytes is None else bytes_text(each.memory_bytes)))
@@ -106,7 +106,7 @@ def tradeoff_figure(points: Sequence[Point], limit_bytes: float | None = None) -
     wide = max(times) > 8 * min(times)
     drawn = [kind for kind in reversed(KINDS) if any(each.kind == kind for each in points)]  # the chosen one last, on top
     heights = [each.memory_bytes for each in points]
-    near = limit_bytes is not None and limit_bytes <= 3 * max(heights)
+    near = limit_bytes is not None and limit_is_drawn(points, limit_bytes)
     high = max(heights) > 8 * (limit_bytes or max(heights))
     return {
         "data": [_trace(kind, [each for each in points if each.kind == kind], scale, named=len(points) <= _NAMED) for kind in drawn],
@@ -122,6 +122,11 @@ def tradeoff_figure(points: Sequence[Point], limit_bytes: float | None = None) -
     }
 
 
+def limit_is_drawn(points: Sequence[Point], limit_bytes: float) -> bool:
+    """A limit far above all points would only press them together."""
+    return limit_bytes <= 3 * max(each.memory_bytes for each in points)
+
+
 def _scale(wide: bool) -> Figure:
     """Of an axis; a logarithmic one has ticks at 1, 2 and 5."""
     return {"type": "log", "dtick": "D2"} if wide else {"rangemode": "tozero"}
@@ -129,9 +134,8 @@ def _scale(wide: bool) -> Figure:
 
 def _limit(y: float) -> Figure:
     """A line where the memory ends."""
-    label = {"text": f"a rank may hold {bytes_text(y)}", "textposition": "end", "font": {"color": KINDS["does not fit"], "size": 11}}
     line = {"color": KINDS["does not fit"], "width": 1.5, "dash": "dash"}
-    return {"type": "line", "xref": "paper", "x0": 0, "x1": 1, "y0": y, "y1": y, "line": line, "label": label}
+    return {"type": "line", "xref": "paper", "x0": 0, "x1": 1, "y0": y, "y1": y, "line": line}
 
 
 def _trace(kind: str, points: Sequence[Point], scale: float, *, named: bool) -> Figure:

@@ -14,6 +14,7 @@ from shardwise.report.drawing import drawing
 from shardwise.report.header import header
 from shardwise.report.layouts import KINDS as CANDIDATES
 from shardwise.report.layouts import Point, layouts_table, points_of, tradeoff_figure
+from shardwise.report.layouts import limit_is_drawn as near_limit
 from shardwise.report.markup import Markup, element, join
 from shardwise.report.measured import Measured
 from shardwise.report.memory import KINDS, MEASURED, limit_is_drawn, memory_figure
@@ -123,6 +124,9 @@ def scatter(points: list[Point], limit_bytes: float | None) -> Markup:
     """Time against memory of all layouts whose memory is known."""
     kinds = {kind: colour for kind, colour in CANDIDATES.items() if any(each.kind == kind for each in points)}
     shapes = {"chosen": "star", "simulated": "disc", "estimated": "ring", "does not fit": "cross"}
+    if limit_bytes is not None and near_limit(points, limit_bytes):
+        said = f"limit {bytes_text(limit_bytes)}"
+        kinds[said], shapes[said] = CANDIDATES["does not fit"], "dashed"
     drawn = chart("layouts", tradeoff_figure(points, limit_bytes), "time and memory of layouts")
     return join(legend(kinds, shapes), drawn)
 

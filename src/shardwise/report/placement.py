@@ -212,7 +212,7 @@ def _map(machines: Machines, sizes: Sizes) -> Markup:
     """A square for each node, or for several; one row after the other."""
     each = -(-machines.nodes // _MOST_SQUARES)
     squares = -(-machines.nodes // each)
-    columns = min(64, squares) if squares > 32 else squares
+    columns = min(squares, 64 if squares <= 512 else 128)
     side = min(26.0, _MAP_WIDTH / columns)
     firsts = _first_ranks(machines)
     drawn = [_square(number, each, columns, side, machines, sizes, firsts) for number in range(squares)]
