@@ -15,7 +15,7 @@ from shardwise.cli import app
 from shardwise.errors import LayoutError
 from shardwise.simulate.simulator import Simulation
 
-COMMANDS = ("plan", "train", "verify", "coverage", "simulate", "doctor", "rules")
+COMMANDS = ("plan", "train", "verify", "coverage", "simulate", "layouts", "compare", "cluster", "doctor", "rules")
 MODEL = """
 import torch
 

@@ -16,6 +16,8 @@ from shardwise.errors import ShardwiseError
 
 if TYPE_CHECKING:
     from shardwise import Plan
+    from shardwise.outlook import Outlook
+    from shardwise.planner.proposal import Proposal
 
 __all__ = ["app", "main"]
 
@@ -44,6 +46,19 @@ RandomOption = Annotated[
     Literal["keyed", "fast"] | None,
     typer.Option("--random", help="keyed: one device's random numbers; fast: torch's own on each rank. Default: keyed."),
 ]
+RunnableOption = Annotated[bool, typer.Option("--runnable", help="Only layouts that can be run today.")]
+BudgetOption = Annotated[
+    float | None,
+    typer.Option("--budget", help="Seconds to search; the best found so far and how much may be left. Default: a fixed effort."),
+]
+ObjectiveOption = Annotated[
+    str,
+    typer.Option(
+        "--objective", help="throughput on all devices; latency, cost of a step, on all or fewer; devices, the fewest nodes that do."
+    ),
+]
+WithinOption = Annotated[float | None, typer.Option("--within", help="Seconds that a step may take, for --objective devices.")]
+PriceOption = Annotated[float | None, typer.Option("--price", help="Dollars for a device and hour, instead of the catalog's list price.")]
 PlanOption = Annotated[Path | None, typer.Option("--plan", help="Use this plan.json instead of searching for one.")]
 SlowRankOption = Annotated[
     list[str] | None,
@@ -97,17 +112,50 @@ def plan(
     sequence: SequenceOption = None,
     random: RandomOption = None,
     out: Annotated[Path, typer.Option("--out", help="Where the plan goes.")] = Path("plan.json"),
+    runnable: RunnableOption = False,
+    budget: BudgetOption = None,
+    objective: ObjectiveOption = "throughput",
+    within: WithinOption = None,
+    price: PriceOption = None,
+    what_if: Annotated[
+        list[str] | None,
+        typer.Option("--what-if", help="nodes=129, nodes=+1, network=2x, device=h200, global-batch=3072, or usual; may be repeated."),
+    ] = None,
+    whole: Annotated[
+        bool, typer.Option("--whole", help="Lower every layer and say how each operator is split, as training needs it.")
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Choose how to split a model over a cluster, explain the choice and write it to plan.json.
+
+    A known model on devices of the catalog is planned from a few of its layers: the file proposes a layout among all kinds of parallelism,
+    and marks what cannot run yet. Any other plan, or one with --whole, says how every operator is split; train and verify take it.
 
     [bold]Examples[/bold]
 
     shardwise plan --model hf:config.json --cluster local:4
 
     shardwise plan --model train.py:model_and_batch --cluster local:4 --layout tp=2,pp=2 --out tp2pp2.json
+
+    shardwise plan --model gpt3-175b --cluster a100-80g:128x8 --out plan.json
+
+    shardwise plan --model llama3-70b --cluster h100:32x8 --layout tp=8,zero=1 --budget 30
+
+    shardwise plan --model llama3-70b --cluster h100:32x8 --what-if nodes=33 --what-if network=2x,device=h200
+
+    shardwise plan --model llama3-70b --cluster h100:32x8 --objective devices --within 20
     """
-    chosen = _plan(model, cluster, layout, global_batch, sequence, random)
+    wished: Any = {"runnable": runnable, "budget": budget, "objective": objective, "within": within, "price": price}
+    chosen: Plan | Proposal
+    if _proposes(model, cluster, whole=whole, random=random):
+        found = _outlook(_required(model), cluster, layout, global_batch, sequence, **wished)
+        from shardwise.whatif import usual_changes, with_what_ifs
+
+        changes = [each for text in what_if or [] for each in (usual_changes(found.cluster) if text == "usual" else [text])]
+        chosen = with_what_ifs(found, changes)
+    else:
+        _without_effect(what_if=what_if or None, **wished)
+        chosen = _plan(model, cluster, layout, global_batch, sequence, random)
     _save(chosen, out)
     if as_json:
         typer.echo(out.read_text())
@@ -305,7 +353,12 @@ def layouts(
     cluster: Annotated[str, typer.Option("--cluster", help='Devices of the catalog, such as h100:128x8; "shardwise cluster" lists them.')],
     global_batch: GlobalBatchOption = None,
     sequence: SequenceOption = None,
-    runnable: Annotated[bool, typer.Option("--runnable", help="Only layouts that can be run today.")] = False,
+    layout: LayoutOption = None,
+    runnable: RunnableOption = False,
+    budget: BudgetOption = None,
+    objective: ObjectiveOption = "throughput",
+    within: WithinOption = None,
+    price: PriceOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Rank the layouts of a known model on devices that you need not have: time of a step, memory, use of the devices.
@@ -316,19 +369,39 @@ def layouts(
 
     shardwise layouts --model llama3-70b --cluster h100:32x8 --global-batch 512 --runnable
     """
-    from shardwise.cluster.model import Cluster
-    from shardwise.outlook import outlook
-
-    console = Console(stderr=True)
-    with console.status(f"costing layouts of {model} on {cluster} …"):
-        found = outlook(model, Cluster.parse(cluster), global_batch, sequence, runnable=runnable)
+    wished: Any = {"runnable": runnable, "budget": budget, "objective": objective, "within": within, "price": price}
+    found = _outlook(model, cluster, layout, global_batch, sequence, **wished)
     if as_json:
         typer.echo(json.dumps(found.as_json(), indent=2))
-    elif not found.found:
-        _give_up(f"{model} fits no layout of {cluster} with a batch of {found.global_batch}; take more or larger devices")
     else:
-        typer.echo(f"{found.model} on {found.cluster.name}: {found.global_batch} samples a step, bfloat16; {len(found.found)} layouts fit")
+        typer.echo(f"{found.study.preset.name} on {found.cluster.name}: {found.search.global_batch} samples a step, bfloat16")
         Console().print(found.table())
+        typer.echo(f"nothing left out takes less than {found.searched.lower_s:.3g} s: {found.searched.gap:.1%} may be gained")
+
+
+@app.command()
+@_reported
+def compare(
+    first: Annotated[Path, typer.Argument(help="A plan file.")],
+    second: Annotated[Path, typer.Argument(help="Another one.")],
+    as_json: JsonOption = False,
+) -> None:
+    """Show two plans side by side: what differs, which is faster and where it gains its time.
+
+    [bold]Examples[/bold]
+
+    shardwise compare plan1.json plan2.json
+
+    shardwise compare plan1.json plan2.json --json
+    """
+    from shardwise.whatif import compare as compared
+
+    found = compared(first, second)
+    if as_json:
+        typer.echo(json.dumps(found.as_json(), indent=2))
+    else:
+        Console().print(found.table())
+        typer.echo(f"\n{found.verdict}")
 
 
 @app.command()
@@ -441,6 +514,58 @@ def _plan(
     return _feasible(sw.plan(module, batch, cluster=cluster, layout=layout, global_batch=global_batch, random=random or "keyed"))
 
 
+def _proposes(model: str | None, cluster: str, *, whole: bool, random: str | None) -> bool:
+    """Whether the plan is one for a known model on devices of the catalog, made from a few of its layers."""
+    if whole or random or model is None or cluster.startswith("local:"):
+        return False
+    from shardwise.outlook import covers
+
+    return covers(model, cluster)
+
+
+def _outlook(
+    model: str,
+    cluster: str,
+    layout: str | None,
+    global_batch: int | None,
+    sequence: int | None,
+    *,
+    runnable: bool,
+    budget: float | None,
+    objective: str,
+    within: float | None,
+    price: float | None,
+) -> Outlook:
+    from shardwise.cluster.model import Cluster
+    from shardwise.outlook import Study, Wish
+    from shardwise.planner.space import Pins
+
+    wish = Wish(
+        global_batch=global_batch,
+        pins=Pins.parse(layout),
+        runnable=runnable,
+        budget_s=budget,
+        objective=objective,  # type: ignore[arg-type]
+        within_s=within,
+        price_per_hour=price,
+    )
+    machine = Cluster.parse(cluster)
+    with Console(stderr=True).status(f"costing layouts of {model} on {cluster} …"):
+        study = Study.of(model, sequence, wish.pins.microbatch)
+        return _feasible(study.outlook(machine, wish))
+
+
+def _without_effect(**given: Any) -> None:
+    """Refuses options of searches among known models, where another plan is made."""
+    usual = {"runnable": False, "objective": "throughput"}
+    for name, value in given.items():
+        if value is not None and value != usual.get(name):
+            option = "--" + name.replace("_", "-")
+            raise ShardwiseError(
+                f"{option} has no effect here: it is for a known model (gpt3-175b) on devices of the catalog, without --whole"
+            )
+
+
 def _feasible(result: Any) -> Any:
     import shardwise as sw
 
@@ -454,7 +579,7 @@ def _give_up(reasons: str) -> None:
     raise typer.Exit(INFEASIBLE)
 
 
-def _save(chosen: Plan, path: Path) -> None:
+def _save(chosen: Plan | Proposal, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     chosen.save(path)
 

@@ -2,7 +2,8 @@
 
     seconds of a stage     the sum of its pieces'; recomputation adds the forward pass to the backward pass
     gradients              all-reduced over the data ranks, or reduced to parts of which the updated parameters are gathered (ZeRO)
-    ZeRO-3                 parameters gathered before each use, in every microbatch, while the piece before it computes
+    ZeRO-2                 gradients reduced to parts in every microbatch, while the piece before it computes
+    ZeRO-3                 parameters gathered, too, before each use, in every microbatch, while the piece before it computes
     memory                 parameters, gradients and states by their dtypes and their division; what microbatches in flight keep
 
 Sources: ZeRO, Rajbhandari et al. 2020; recomputation, Chen et al. 2016 and Korthikanti et al. 2022; 1F1B and interleaving, Narayanan et al.
@@ -155,20 +156,24 @@ def compose(shape: Outline, costs: Sequence[PieceCost], scheme: Scheme, cluster:
     """The profile of a step. splits_backward: whether the schedule runs the weights' part of the backward pass by itself."""
     stages = divide(shape, costs, scheme)
     made = [_Stage(shape=shape, costs=costs, parts=parts, scheme=scheme, cluster=cluster) for parts in stages]
-    profiles = [stage.profile(splits_backward=splits_backward) for stage in made]
-    return Profile(stages=profiles, edges=list(_edges(made, scheme, cluster)), cores=None)
+    alike = {tuple(stage.parts): stage for stage in made}
+    each = {parts: stage.profile(splits_backward=splits_backward) for parts, stage in alike.items()}
+    return Profile(stages=[each[tuple(stage.parts)] for stage in made], edges=list(_edges(made, scheme, cluster)), cores=None)
 
 
 def _edges(made: Sequence[_Stage], scheme: Scheme, cluster: Cluster) -> Iterator[EdgeProfile]:
     """A message that all tensor ranks have whole is sent in parts and put together beyond, where that is faster (Narayanan et al. 2021,
     section 4.1)."""
     stride = scheme.dp * scheme.cp * scheme.tp
+    sent: dict[int, float] = {}
     for number, stage in enumerate(made[:-1]):
         nbytes = stage.costs[stage.parts[-1][0]].sent
-        whole = collective_cost("send_recv", nbytes, 2, cluster, stride).seconds
-        gathered = collective_cost("all_gather", nbytes, scheme.tp, cluster).seconds
-        parts = collective_cost("send_recv", nbytes / scheme.tp, 2, cluster, stride).seconds + gathered
-        seconds = min(whole, parts) if scheme.pp > 1 else 0.0
+        if nbytes not in sent:
+            whole = collective_cost("send_recv", nbytes, 2, cluster, stride).seconds
+            gathered = collective_cost("all_gather", nbytes, scheme.tp, cluster).seconds
+            parts = collective_cost("send_recv", nbytes / scheme.tp, 2, cluster, stride).seconds + gathered
+            sent[nbytes] = min(whole, parts) if scheme.pp > 1 else 0.0
+        seconds = sent[nbytes]
         yield EdgeProfile(name=f"h→{number + 1}", source=number, target=number + 1, nbytes=nbytes, transfer_s=seconds, requires_grad=True)
 
 
@@ -196,7 +201,8 @@ class _Stage:
             inputs = self._shown(cost.backward_input + recomputed(cost, again)) + routed + (routed if again == "full" else Work())
             scattered = self._scatter(cost)
             if splits_backward:
-                backward, weight = backward + _times(inputs, count), weight + _times(cost.backward_weight, count)
+                backward += _times(_beside(inputs, gathered, self.scheme.overlap), count)
+                weight += _times(_beside(cost.backward_weight, scattered, self.scheme.overlap), count)
             else:
                 backward += _times(_beside(inputs + cost.backward_weight, gathered + scattered, self.scheme.overlap), count)
         prelude = Work()
@@ -248,10 +254,15 @@ class _Stage:
 
     def _scatter(self, cost: PieceCost) -> float:
         trained = cost.parameters - cost.frozen
+        if not self._keeps_parts:
+            return 0.0
         messages = max(1, cost.tensors) if self.scheme.gather_each else 1
-        return (
-            messages * self._over_data("reduce_scatter", trained * self.scheme.gradient_bytes / messages) if self.scheme.zero == 3 else 0.0
-        )
+        return messages * self._over_data("reduce_scatter", trained * self.scheme.gradient_bytes / messages)
+
+    @property
+    def _keeps_parts(self) -> bool:
+        """Whether gradients are reduced to parts in every microbatch, since nobody has room for whole ones."""
+        return self.scheme.zero == 3 or (self.scheme.zero == 2 and self.scheme.microbatches > 1)
 
     def _reduce(self, backward_s: float) -> float:
         """What is left of the reductions when the last microbatch's backward pass has ended."""
@@ -265,7 +276,7 @@ class _Stage:
         if scheme.zero == 0:
             reduced, gathered = self._over_data("all_reduce", gradients), 0.0
         else:
-            reduced = self._over_data("reduce_scatter", gradients) + self._across(gradients)
+            reduced = self._across(gradients) + (0.0 if self._keeps_parts else self._over_data("reduce_scatter", gradients))
             gathered = self._over_data("all_gather", self._sum("parameters") * self._item())
         hidden = scheme.overlap * backward_s
         forward_s = sum(cost.forward.compute_s * count for cost, count, _ in self._each())

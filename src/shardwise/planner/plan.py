@@ -169,6 +169,11 @@ class Plan(_Strict):
             found: Any = json.loads(text)
         except ValueError as error:
             raise PlanError(f"{source} is no JSON: {error}") from error
+        if isinstance(found, dict) and found.get("kind") == "proposal":
+            raise PlanError(
+                f"{source} is a proposal, made from a few layers: it does not say how each operator is split; "
+                "make a plan for the runtime with `shardwise plan --whole --layout ...`"
+            )
         version = found.get("format_version") if isinstance(found, dict) else None
         if version != FORMAT_VERSION:
             raise PlanError(f"{source} has format version {version}, this shardwise reads {FORMAT_VERSION}; make the plan again")

@@ -7,17 +7,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from shardwise.capture.graph import Graph, Op
 from shardwise.cluster.model import Cluster
 from shardwise.cost.collectives import collective_cost
-from shardwise.planner.apply import analyse, assign
+from shardwise.planner.apply import Analysis, analyse, assign
 from shardwise.planner.intra import Costs, representatives, split_tensors
 from shardwise.planner.pieces import Outline, PieceCost, outline, piece_costs
 from shardwise.planner.search import PREFER_SPLIT, OpCosts
 from shardwise.program.trace import Tracer
 
-__all__ = ["TwinLayout", "split_twin"]
+__all__ = ["Twin", "TwinLayout", "split_twin"]
 
 _SCATTERED = 3.0  # times its cost: an all-reduce, where the sequence is to be split between products
 
@@ -31,29 +32,57 @@ class TwinLayout:
     sequence_parallel: bool = True
 
 
+@dataclass(frozen=True, kw_only=True)
+class Twin:
+    """A thin graph and how many blocks each of its runs really has; what all splits have in common is made once."""
+
+    graph: Graph
+    counts: Sequence[int]
+    cluster: Cluster
+    tracer: Tracer
+
+    @cached_property
+    def analysis(self) -> Analysis:
+        """Rules, batch and sequence of its operators."""
+        return analyse(self.graph, "fast")
+
+    @cached_property
+    def shape(self) -> Outline:
+        """Its pieces."""
+        return outline(self.graph, self.analysis.prelude, self.counts)
+
+    @cached_property
+    def _each(self) -> OpCosts:
+        return OpCosts(cluster=self.cluster, tracer=self.tracer)
+
+    @cached_property
+    def _first(self) -> dict[Op, Op]:
+        return representatives(self.graph)
+
+    def split(self, layout: TwinLayout, microbatches: int = 1) -> tuple[Outline, tuple[PieceCost, ...]]:
+        """The pieces and what they cost a rank for one of so many microbatches of the graph's batch.
+
+        Raises LayoutError where the model cannot be split so.
+        """
+        analysis = self.analysis
+        assignment = assign(analysis, 1, microbatches, layout.tp, layout.cp)
+        dear = {"all_reduce": _SCATTERED} if layout.sequence_parallel else {}
+        costs = Costs(
+            operator=lambda op: self._each.of(self._first[op])[0] / microbatches,
+            heavy=lambda op: self._each.of(op)[1],
+            collective=lambda kind, message, ranks: collective_cost(kind, message, ranks, self.cluster).seconds * dear.get(kind, 1.0),
+            update=lambda nbytes: nbytes / 1e12,
+            state_bytes=lambda value: value.nbytes * 8.0,
+            limit_bytes=None,
+            prefer_split=PREFER_SPLIT,
+            forbidden={} if layout.sequence_parallel else analysis.sequence,
+        )
+        split_tensors(assignment, analysis.batch, analysis.prelude, costs)
+        return self.shape, piece_costs(self.shape, assignment, analysis.prelude, self.cluster, self.tracer)
+
+
 def split_twin(
     graph: Graph, counts: Sequence[int], layout: TwinLayout, cluster: Cluster, tracer: Tracer, *, microbatches: int = 1
 ) -> tuple[Outline, tuple[PieceCost, ...]]:
-    """The pieces of a thin graph (counts: how many blocks each of its runs really has) and what they cost a rank for one of so many
-    microbatches of the graph's batch."""
-    analysis = analyse(graph, "fast")
-    assignment = assign(analysis, 1, microbatches, layout.tp, layout.cp)
-    each, first = OpCosts(cluster=cluster, tracer=tracer), representatives(graph)
-
-    def seconds(op: Op) -> float:
-        return each.of(first[op])[0] / microbatches
-
-    dear = {"all_reduce": _SCATTERED} if layout.sequence_parallel else {}
-    costs = Costs(
-        operator=seconds,
-        heavy=lambda op: each.of(op)[1],
-        collective=lambda kind, message, ranks: collective_cost(kind, message, ranks, cluster).seconds * dear.get(kind, 1.0),
-        update=lambda nbytes: nbytes / 1e12,
-        state_bytes=lambda value: value.nbytes * 8.0,
-        limit_bytes=None,
-        prefer_split=PREFER_SPLIT,
-        forbidden={} if layout.sequence_parallel else analysis.sequence,
-    )
-    split_tensors(assignment, analysis.batch, analysis.prelude, costs)
-    shape = outline(graph, analysis.prelude, counts)
-    return shape, piece_costs(shape, assignment, analysis.prelude, cluster, tracer)
+    """The pieces of a thin graph in one split; see `Twin`."""
+    return Twin(graph=graph, counts=counts, cluster=cluster, tracer=tracer).split(layout, microbatches)
