@@ -61,7 +61,7 @@ def test_figures_for_programs_and_for_people() -> None:
     assert failures["useful"] + failures["checkpoints"] + failures["lost"] + failures["restarts"] == pytest.approx(1)
     lines = outcome.lines()
     assert lines["as it should be"] == "1 s: what is slow costs 30.0%"
-    assert lines["memory"] == "1 GB, 1 GB, 1 GB, 1 GB"
+    assert lines["memory"] == "1 GB on each of 4 ranks"
     assert lines["a failure"] == "every 4 h, on average" and lines["a checkpoint"].endswith("steps), which wastes least")
     assert lines["useful"].startswith(f"{failures['useful']:.1%} of all time")
 
@@ -75,4 +75,4 @@ def test_a_job_that_never_gets_on() -> None:
 
 def test_thousands_of_ranks_are_not_listed() -> None:
     lines = Scenario().outcome(step(1.0, 16384), step(1.0, 16384)).lines()
-    assert lines["memory"] == "1 GB on the fullest of 16,384" and "as it should be" not in lines
+    assert lines["memory"] == "1 GB on each of 16,384 ranks" and "as it should be" not in lines

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from shardwise import Plan
     from shardwise.outlook import Outlook
     from shardwise.planner.proposal import Proposal
+    from shardwise.simulate.simulator import Simulation
+    from shardwise.simulate.slow import Slow
 
 __all__ = ["app", "main"]
 
@@ -332,15 +334,17 @@ def simulate(
     shardwise simulate --plan plan.json --slow-rank 3=1.3 --slow-link 0-1=0.5
 
     shardwise simulate --plan plan.json --mtbf 50000h --checkpoint 30s --restart 10min --json
+
+    shardwise simulate --model llama3-70b --cluster h100:32x8 --slow-rank 3=1.3 --slow-link network=0.5
     """
-    import shardwise as sw
     from shardwise.scenario import Scenario
+    from shardwise.simulate.slow import Slow
 
     times = {"mtbf": mtbf, "job-mtbf": job_mtbf, "checkpoint": checkpoint, "checkpoint-every": checkpoint_every, "restart": restart}
     scenario = Scenario.parse(ranks=slow_rank or (), stages=slow_stage or (), links=slow_link or (), times=times)
-    chosen = sw.Plan.load(plan_file) if plan_file else _plan(model, cluster, layout, global_batch, sequence)
-    step = sw.simulate(chosen, scenario.slow)
-    outcome = scenario.outcome(step, sw.simulate(chosen) if scenario.slow else step)
+    simulated = _simulated(plan_file, model, cluster, layout, global_batch, sequence)
+    step = simulated(scenario.slow)
+    outcome = scenario.outcome(step, simulated(Slow()) if scenario.slow else step)
     out.parent.mkdir(parents=True, exist_ok=True)
     step.save_trace(out)
     _show((outcome.as_json() if as_json else outcome.lines()) | {"trace": str(out)}, as_json)
@@ -359,6 +363,7 @@ def layouts(
     objective: ObjectiveOption = "throughput",
     within: WithinOption = None,
     price: PriceOption = None,
+    report: Annotated[Path | None, typer.Option("--report", help="Also write a page about them (HTML).")] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Rank the layouts of a known model on devices that you need not have: time of a step, memory, use of the devices.
@@ -368,15 +373,43 @@ def layouts(
     shardwise layouts --model gpt3-175b --cluster a100-80g:128x8
 
     shardwise layouts --model llama3-70b --cluster h100:32x8 --global-batch 512 --runnable
+
+    shardwise layouts --model gpt3-175b --cluster a100-80g:128x8 --report layouts.html
     """
     wished: Any = {"runnable": runnable, "budget": budget, "objective": objective, "within": within, "price": price}
     found = _outlook(model, cluster, layout, global_batch, sequence, **wished)
+    if report is not None:
+        from shardwise.report.outlook import prospect_of
+        from shardwise.report.prospect import write_prospect
+
+        report.parent.mkdir(parents=True, exist_ok=True)
+        write_prospect(report, prospect_of(found))
     if as_json:
         typer.echo(json.dumps(found.as_json(), indent=2))
     else:
         typer.echo(f"{found.study.preset.name} on {found.cluster.name}: {found.search.global_batch} samples a step, bfloat16")
         Console().print(found.table())
         typer.echo(f"nothing left out takes less than {found.searched.lower_s:.3g} s: {found.searched.gap:.1%} may be gained")
+
+
+@app.command()
+@_reported
+def report(
+    plan_file: Annotated[Path, typer.Argument(help="A plan file.", metavar="PLAN")],
+    out: Annotated[Path, typer.Option("--out", help="Where the page goes.")] = Path("report.html"),
+) -> None:
+    """Write a page about a plan, one HTML file: the plan or the cluster drawn, timeline, memory, the layouts considered, the reasons.
+
+    [bold]Examples[/bold]
+
+    shardwise report plan.json --out report.html
+    """
+    from shardwise.report.files import report_file
+
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with Console(stderr=True).status(f"drawing {plan_file} …"):
+        report_file(plan_file, out)
+    typer.echo(f"report: {out}")
 
 
 @app.command()
@@ -514,6 +547,28 @@ def _plan(
     return _feasible(sw.plan(module, batch, cluster=cluster, layout=layout, global_batch=global_batch, random=random or "keyed"))
 
 
+def _simulated(
+    plan_file: Path | None, model: str | None, cluster: str, layout: str | None, global_batch: int | None, sequence: int | None
+) -> Callable[[Slow], Simulation]:
+    """What is slow → a step of the plan file, or of the plan for the model."""
+    import shardwise as sw
+    from shardwise.planner.proposal import Proposal
+    from shardwise.scenario import layout_of, simulate_layout
+    from shardwise.whatif import load_plan
+
+    chosen = load_plan(plan_file) if plan_file else None
+    found: Outlook | None = None
+    if isinstance(chosen, Proposal):
+        from shardwise.outlook import Study
+
+        found = layout_of(Study.of(chosen.model, chosen.sequence), chosen)
+    elif chosen is None and _proposes(model, cluster, whole=False, random=None):
+        found = _outlook(_required(model), cluster, layout, global_batch, sequence)
+    if found is not None:
+        return functools.partial(simulate_layout, found.search, found.found[0])
+    return functools.partial(sw.simulate, chosen or _plan(model, cluster, layout, global_batch, sequence))
+
+
 def _proposes(model: str | None, cluster: str, *, whole: bool, random: str | None) -> bool:
     """Whether the plan is one for a known model on devices of the catalog, made from a few of its layers."""
     if whole or random or model is None or cluster.startswith("local:"):
@@ -530,11 +585,11 @@ def _outlook(
     global_batch: int | None,
     sequence: int | None,
     *,
-    runnable: bool,
-    budget: float | None,
-    objective: str,
-    within: float | None,
-    price: float | None,
+    runnable: bool = False,
+    budget: float | None = None,
+    objective: str = "throughput",
+    within: float | None = None,
+    price: float | None = None,
 ) -> Outlook:
     from shardwise.cluster.model import Cluster
     from shardwise.outlook import Study, Wish

@@ -4,20 +4,26 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from shardwise.errors import ShardwiseError
+from shardwise.cluster.model import Cluster, cluster_of
+from shardwise.errors import LayoutError, PlanError, ShardwiseError
+from shardwise.outlook import Outlook, Study, Wish
+from shardwise.planner.plan import Infeasible
+from shardwise.planner.proposal import Proposal
+from shardwise.planner.scale import Found, ScaleSearch
+from shardwise.planner.space import Pins
 from shardwise.report.units import bytes_text, seconds_text
 from shardwise.simulate.failures import Failures, Goodput, goodput
-from shardwise.simulate.simulator import Simulation
+from shardwise.simulate.simulator import Simulation, simulate_profile
 from shardwise.simulate.slow import Slow
 
-__all__ = ["Outcome", "Scenario", "read_duration"]
+__all__ = ["Outcome", "Scenario", "layout_of", "read_duration", "simulate_layout"]
 
 _UNITS = {"ms": 1e-3, "": 1.0, "s": 1.0, "min": 60.0, "h": 3600.0, "d": 86400.0}
 _DURATION = re.compile(r"([0-9.]+(?:e[+-]?[0-9]+)?)\s*([a-z]*)", re.IGNORECASE)
-_LISTED = 64  # ranks whose memory is printed one by one
+_LISTED = 16  # ranks whose memory is printed one by one
 
 
 def read_duration(text: str, name: str = "duration") -> float:
@@ -116,10 +122,9 @@ class Outcome:
         if step.step_time_s != self.healthy_s:
             found["as it should be"] = f"{seconds_text(self.healthy_s)}: what is slow costs {step.step_time_s / self.healthy_s - 1:.1%}"
         found["ranks wait"] = f"{step.bubble:.1%} of their time"
-        each = (
-            ", ".join(map(bytes_text, memory)) if len(memory) <= _LISTED else f"{bytes_text(max(memory))} on the fullest of {len(memory):,}"
-        )
-        found["memory"] = each
+        each = list(map(bytes_text, memory))
+        fullest = f"{bytes_text(max(memory))} on {'each' if len(set(each)) == 1 else 'the fullest'} of {len(memory):,} ranks"
+        found["memory"] = fullest if len(memory) > _LISTED or len(set(each)) == 1 else ", ".join(each)
         if self.goodput is not None and self.failures is not None:
             found |= _failure_lines(self.failures, self.goodput)
         return {name: text.replace("\u00a0", " ") for name, text in found.items()}
@@ -143,3 +148,32 @@ def _long(seconds: float) -> str:
             value = seconds / _UNITS[unit]
             return f"{value:,.0f} {unit}" if value >= 100 else f"{value:.3g} {unit}"
     return seconds_text(seconds)
+
+
+def simulate_layout(search: ScaleSearch, found: Found, slow: Slow | None = None) -> Simulation:
+    """A step of a layout for many devices; what it would be with something slow.
+
+    Slow levels are costed again, each operator split as the planner would split it on such links. Raises LayoutError for a slow rank, stage
+    or link that is not there.
+    """
+    slow = slow or Slow()
+    if slow.levels:
+        machines = search.cluster.machines
+        if machines is None:
+            raise LayoutError(f"slow link {next(iter(slow.levels))}: {search.cluster.name} is not of the catalog and has no named links")
+        search = replace(search, cluster=cluster_of(machines.slowed(slow.levels)))
+    profile = slow.applied(search.composed(found.scheme, found.samples))
+    return simulate_profile(profile, found.scheme.mesh, slow=slow.ranks)
+
+
+_PINNED = ("dp", "cp", "tp", "ep", "pp", "chunks", "zero", "microbatches", "microbatch", "schedule", "recompute")
+
+
+def layout_of(study: Study, plan: Proposal) -> Outlook:
+    """A proposal's layout, costed again; the study is of its model. Raises PlanError where it fits no more."""
+    pins = Pins(**{name: getattr(plan, name) for name in _PINNED})
+    wish = Wish(global_batch=plan.global_batch, pins=pins, price_per_hour=plan.price_per_hour)
+    found = study.outlook(Cluster.parse(plan.cluster), wish)
+    if isinstance(found, Infeasible):
+        raise PlanError(f"the plan's layout {plan.layout} no longer fits {plan.cluster}: {found.reasons[0]}; make the plan again")
+    return found

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from html import escape
+from math import ceil, floor, log10
 
 from shardwise.planner.plan import Candidate, Plan
 from shardwise.report.charts import Figure
@@ -115,8 +116,18 @@ def tradeoff_figure(points: Sequence[Point], limit_bytes: float | None = None) -
             "showlegend": False,
             "hovermode": "closest",
             "margin": {"l": 10, "r": 40, "t": 26, "b": 46},
-            "xaxis": {"title": {"text": f"step time ({unit})"}, "automargin": True, **_scale(wide)},
-            "yaxis": {"title": {"text": "peak memory"}, "tickformat": "~s", "ticksuffix": "B", "automargin": True, **_scale(high)},
+            "xaxis": {
+                "title": {"text": f"step time ({unit})"},
+                "automargin": True,
+                **_scale(times, lambda each: f"{each:g}", scale, wide=wide),
+            },
+            "yaxis": {
+                "title": {"text": "peak memory"},
+                "tickformat": "~s",
+                "ticksuffix": "B",
+                "automargin": True,
+                **_scale(heights, bytes_text, wide=high),
+            },
             **({"shapes": [_limit(limit_bytes)]} if near and limit_bytes else {}),
         },
     }
@@ -127,9 +138,14 @@ def limit_is_drawn(points: Sequence[Point], limit_bytes: float) -> bool:
     return limit_bytes <= 3 * max(each.memory_bytes for each in points)
 
 
-def _scale(wide: bool) -> Figure:
+def _scale(values: Sequence[float], said: Callable[[float], str], scale: float = 1.0, *, wide: bool) -> Figure:
     """Of an axis; a logarithmic one has ticks at 1, 2 and 5."""
-    return {"type": "log", "dtick": "D2"} if wide else {"rangemode": "tozero"}
+    if not wide:
+        return {"rangemode": "tozero"}
+    low, high = min(values) * scale, max(values) * scale
+    decades = range(floor(log10(low)), ceil(log10(high)) + 1)
+    ticks = [digit * 10.0**decade for decade in decades for digit in (1, 2, 5)]
+    return {"type": "log", "tickvals": ticks, "ticktext": [said(tick) for tick in ticks]}
 
 
 def _limit(y: float) -> Figure:

@@ -42,7 +42,8 @@ _BETWEEN_RANKS = 0.35  # of a row
 _WAIT = "receive and wait"
 _SENT = "send"  # takes a rank no time to speak of: drawn as a mark, not as a bar
 _NOT_DRAWN = "not drawn"
-_MOST_BARS, _MOST_NUMBERS = 6000, 1500
+_MOST_BARS, _MOST_OF_ROW, _MOST_NUMBERS = 6000, 600, 1500  # more are thinner than a pixel
+_IN_TURN = {"shape": "|", "fgcolor": COLOURS["backward"], "bgcolor": COLOURS["forward"], "size": 5, "solidity": 0.6}
 _THIN = 1 / 2000  # of what is drawn: shorter waits are left out where there are too many bars
 
 
@@ -99,7 +100,7 @@ def _rows(ranks: Sequence[int], simulation: Simulation, measured: Measured | Non
         both = [("predicted", simulation.timeline), ("measured", measured.timeline)]
     rows: list[_Row] = []
     place = 0.0
-    most = _MOST_BARS // (len(ranks) * len(both))
+    most = min(_MOST_OF_ROW, _MOST_BARS // (len(ranks) * len(both)))
     for rank in ranks:
         for name, timeline in both:
             spans, hidden = _drawn([span for span in timeline if span.rank == rank], most)
@@ -173,7 +174,7 @@ def _gaps(rows: list[_Row], scale: float) -> Figure:
         "width": 0.86,
         "hovertext": [f"{len(row.hidden):,} more actions of rank {row.rank}, in the same order, are not drawn" for row in cut],
         "hovertemplate": "%{hovertext}<extra></extra>",
-        "marker": {"color": "#8a97a6", "opacity": 0.25, "line": {"width": 0}},
+        "marker": {"color": COLOURS["forward"], "opacity": 0.45, "line": {"width": 0}, "pattern": _IN_TURN},
     }
 
 
