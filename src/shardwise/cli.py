@@ -557,16 +557,16 @@ def _simulated(
     from shardwise.whatif import load_plan
 
     chosen = load_plan(plan_file) if plan_file else None
-    found: Outlook | None = None
     if isinstance(chosen, Proposal):
         from shardwise.outlook import Study
 
         found = layout_of(Study.of(chosen.model, chosen.sequence), chosen)
     elif chosen is None and _proposes(model, cluster, whole=False, random=None):
         found = _outlook(_required(model), cluster, layout, global_batch, sequence)
-    if found is not None:
-        return functools.partial(simulate_layout, found.search, found.found[0])
-    return functools.partial(sw.simulate, chosen or _plan(model, cluster, layout, global_batch, sequence))
+    else:
+        plan = chosen or _plan(model, cluster, layout, global_batch, sequence)
+        return functools.partial(sw.simulate, plan)
+    return functools.partial(simulate_layout, found.search, found.found[0])
 
 
 def _proposes(model: str | None, cluster: str, *, whole: bool, random: str | None) -> bool:
