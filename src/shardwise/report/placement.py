@@ -23,6 +23,7 @@ __all__ = ["Sizes", "placement"]
 _MOST_NODES = 6  # drawn with their devices
 _MOST_DEVICES = 16  # of a node, drawn with what they hold; of more the number alone
 _MOST_SHOWN = 144  # devices of a node
+_MOST_LETTERS = 12  # below a device's number
 _MAP_WIDTH, _MOST_SQUARES = 1160, 4096
 
 
@@ -148,7 +149,8 @@ def _device(rank: int, sizes: Sizes, device: str, *, told: bool) -> Markup:
 def _short(rank: int, sizes: Sizes) -> str:
     """`s1 d3 t7`."""
     names = zip("sdct", sizes.place(rank), (sizes.pp, sizes.dp, sizes.cp, sizes.tp), strict=True)
-    return " ".join(f"{name}{at}" for name, at, size in names if size > 1)
+    words = [f"{name}{at}" for name, at, size in names if size > 1]
+    return " ".join(words) if sum(map(len, words)) + len(words) <= _MOST_LETTERS else "".join(words)
 
 
 def _band(level: Level) -> Markup:

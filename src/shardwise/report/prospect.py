@@ -13,7 +13,7 @@ from shardwise.report.layouts import Point
 from shardwise.report.markup import Markup, element
 from shardwise.report.page import cluster_section, document, memory_section, scatter, section, timeline_section
 from shardwise.report.placement import Sizes
-from shardwise.report.units import bytes_text, count_text, seconds_text
+from shardwise.report.units import bytes_text, count_text, rate_text, seconds_text
 from shardwise.simulate.profile import Profile, StageProfile
 from shardwise.simulate.simulator import Mesh, Simulation
 
@@ -91,7 +91,7 @@ def _cards(found: Prospect) -> list[Markup]:
     step, fullest = found.simulation, max(found.simulation.memory, key=lambda use: sum(use.values()))
     peak = sum(fullest.values())
     kinds = sorted(fullest.items(), key=lambda pair: -pair[1])[:2]
-    rate = f"{_per_second(found.global_batch / step.step_time_s)} samples/s"
+    rate = rate_text(found.global_batch / step.step_time_s, "samples")
     tokens = "" if found.tokens is None else f", {count_text(found.tokens * found.global_batch / step.step_time_s)} tokens/s"
     dollars = "" if found.dollars is None else f", ${found.dollars:,.3g} a step"
     return [
@@ -104,10 +104,6 @@ def _cards(found: Prospect) -> list[Markup]:
         ),
         _card("Ranks wait, of their time", f"{step.bubble:.0%}", f"the busiest communicates {seconds_text(step.communication_s)} a step"),
     ]
-
-
-def _per_second(rate: float) -> str:
-    return f"{rate:,.0f}" if rate >= 100 else f"{rate:.3g}"
 
 
 def _card(title: str, big: str, line: str) -> Markup:
