@@ -107,6 +107,13 @@ def test_a_plan_is_explained_and_saved(interface: Interface, model: str, tmp_pat
     assert interface.calls == [("plan", {"cluster": "local:4", "layout": "tp=2", "global_batch": 8, "random": "keyed"})]
 
 
+def test_a_schedule_joins_the_layout(interface: Interface, model: str, tmp_path: Path) -> None:
+    out = ("--out", str(tmp_path / "plan.json"))
+    assert run("plan", "--model", model, "--layout", "pp=2", "--schedule", "zb-v", *out).exit_code == 0
+    assert run("plan", "--model", model, "--schedule", "own.txt", *out).exit_code == 0
+    assert [options["layout"] for _, options in interface.calls] == ["pp=2,schedule=zb-v", "schedule=own.txt"]
+
+
 def test_a_plan_as_json_is_nothing_but_json(interface: Interface, model: str, tmp_path: Path) -> None:
     result = run("plan", "--model", model, "--out", str(tmp_path / "plan.json"), "--json")
     assert json.loads(result.stdout) == {"format_version": 1}

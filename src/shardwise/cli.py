@@ -41,6 +41,10 @@ ModelOption = Annotated[
 ]
 ClusterOption = Annotated[str, typer.Option("--cluster", help="local:N, N ranks on this machine, or a cluster file (.toml).")]
 LayoutOption = Annotated[str | None, typer.Option("--layout", help="What to pin, such as tp=2,pp=2,microbatches=4. The rest is searched.")]
+ScheduleOption = Annotated[
+    str | None,
+    typer.Option("--schedule", help="gpipe, 1f1b, interleaved, zb-h1, zb-2p, zb-v, or a file with a table of your own."),
+]
 GlobalBatchOption = Annotated[int | None, typer.Option("--global-batch", min=1, help="Examples in a step, over all ranks.")]
 SequenceOption = Annotated[int | None, typer.Option("--sequence", min=1, help="Tokens in an example, for hf: language models.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for programs instead of text for people.")]
@@ -110,6 +114,7 @@ def plan(
     model: ModelOption = None,
     cluster: ClusterOption = "local:2",
     layout: LayoutOption = None,
+    schedule: ScheduleOption = None,
     global_batch: GlobalBatchOption = None,
     sequence: SequenceOption = None,
     random: RandomOption = None,
@@ -150,14 +155,14 @@ def plan(
     wished: Any = {"runnable": runnable, "budget": budget, "objective": objective, "within": within, "price": price}
     chosen: Plan | Proposal
     if _proposes(model, cluster, whole=whole, random=random):
-        found = _outlook(_required(model), cluster, layout, global_batch, sequence, **wished)
+        found = _outlook(_required(model), cluster, _scheduled(layout, schedule), global_batch, sequence, **wished)
         from shardwise.whatif import usual_changes, with_what_ifs
 
         changes = [each for text in what_if or [] for each in (usual_changes(found.cluster) if text == "usual" else [text])]
         chosen = with_what_ifs(found, changes)
     else:
         _without_effect(what_if=what_if or None, **wished)
-        chosen = _plan(model, cluster, layout, global_batch, sequence, random)
+        chosen = _plan(model, cluster, _scheduled(layout, schedule), global_batch, sequence, random)
     _save(chosen, out)
     if as_json:
         typer.echo(out.read_text())
@@ -175,6 +180,7 @@ def train(
     seed: Annotated[int, typer.Option("--seed", min=0, help="Of the weights and the order of the data.")] = 0,
     cluster: ClusterOption = "local:2",
     layout: LayoutOption = None,
+    schedule: ScheduleOption = None,
     global_batch: GlobalBatchOption = None,
     sequence: SequenceOption = None,
     random: RandomOption = None,
@@ -206,7 +212,7 @@ def train(
         learning_rate=learning_rate,
         seed=seed,
         cluster=cluster,
-        layout=layout,
+        layout=_scheduled(layout, schedule),
         global_batch=global_batch,
         sequence=sequence,
         random=random,
@@ -226,6 +232,7 @@ def verify(
     model: ModelOption = None,
     cluster: ClusterOption = "local:2",
     layout: LayoutOption = None,
+    schedule: ScheduleOption = None,
     global_batch: GlobalBatchOption = None,
     sequence: SequenceOption = None,
     dtype: Annotated[Precision, typer.Option("--dtype", help="float64 is the proof, float32 the practice.")] = Precision.FLOAT64,
@@ -245,7 +252,7 @@ def verify(
     from shardwise.models import load_model
 
     module, batch = load_model(_required(model), batch_size=global_batch, sequence=sequence)
-    report = _feasible(sw.verify(module, batch, cluster=cluster, layout=layout, dtype=getattr(torch, dtype.value)))
+    report = _feasible(sw.verify(module, batch, cluster=cluster, layout=_scheduled(layout, schedule), dtype=getattr(torch, dtype.value)))
     if as_json:
         names = ("ok", "max_relative_error", "first_difference", "layout")
         typer.echo(json.dumps({name: _plain(getattr(report, name)) for name in names}, indent=2))
@@ -306,6 +313,7 @@ def simulate(
     plan_file: PlanOption = None,
     cluster: ClusterOption = "local:2",
     layout: LayoutOption = None,
+    schedule: ScheduleOption = None,
     global_batch: GlobalBatchOption = None,
     sequence: SequenceOption = None,
     slow_rank: SlowRankOption = None,
@@ -342,7 +350,7 @@ def simulate(
 
     times = {"mtbf": mtbf, "job-mtbf": job_mtbf, "checkpoint": checkpoint, "checkpoint-every": checkpoint_every, "restart": restart}
     scenario = Scenario.parse(ranks=slow_rank or (), stages=slow_stage or (), links=slow_link or (), times=times)
-    simulated = _simulated(plan_file, model, cluster, layout, global_batch, sequence)
+    simulated = _simulated(plan_file, model, cluster, _scheduled(layout, schedule), global_batch, sequence)
     step = simulated(scenario.slow)
     outcome = scenario.outcome(step, simulated(Slow()) if scenario.slow else step)
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -530,6 +538,11 @@ def _required(model: str | None) -> str:
     if model is None:
         raise ShardwiseError("no model was given: add --model hf:CONFIG.json or --model FILE.py:FUNCTION.")
     return model
+
+
+def _scheduled(layout: str | None, schedule: str | None) -> str | None:
+    """The layout with the schedule that an option of its own names."""
+    return layout if schedule is None else ",".join(filter(None, (layout, f"schedule={schedule}")))
 
 
 def _plan(

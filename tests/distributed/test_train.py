@@ -57,7 +57,7 @@ def test_all_ranks_train_and_report(text: ByteText, capfd: pytest.CaptureFixture
     assert len(run.memory_bytes) == 2
     assert max(run.memory_bytes) < 40e6, "a model of 6 parameters: only the first collective's buffers and the like"
     assert 0 < run.step_time_s < 1
-    assert run.actions == [[("update", -1, "", -1, 1.0, 2.0)]] * 2
+    assert run.actions == [[("update", -1, -1, "", -1, 1.0, 2.0)]] * 2
     shown = capfd.readouterr().out
     assert shown.count("step 4/4") == 1, "one rank shows, the others are silent"
 

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from shardwise.errors import BatchError, LayoutError
 from shardwise.planner.layout import Layout, completions
+from shardwise.program.tables import NAMES
 
 
 def test_text_and_mappings_say_the_same() -> None:
@@ -27,13 +28,17 @@ def test_text_and_mappings_say_the_same() -> None:
     ("given_", "message"),
     [
         ("tp", "'tp' in layout 'tp' is no NAME=VALUE pair; write for example tp=2,pp=2"),
-        ("zp=2", "'zp' in the layout is unknown; there are dp, cp, tp, pp, microbatches, schedule"),
+        ("zp=2", "'zp' in the layout is unknown; there are dp, cp, tp, pp, chunks, microbatches, schedule"),
         ("tp=two", "tp=two in the layout is not a whole number of 1 or more"),
         ("tp=0", "tp=0 in the layout is not a whole number of 1 or more"),
         ("pp=-2", "pp=-2 in the layout is not a whole number of 1 or more"),
         ({"dp": None}, "dp=None in the layout is not a whole number of 1 or more"),
         ({"dp": 2.5}, "dp=2.5 in the layout is not a whole number of 1 or more"),
-        ("schedule=zigzag", "schedule=zigzag in the layout is unknown; there are gpipe, 1f1b"),
+        (
+            "schedule=zigzag",
+            f"schedule=zigzag in the layout is unknown; there are {', '.join(NAMES)}, or a file with a table of your own",
+        ),
+        ("chunks=2,schedule=1f1b", "schedule 1f1b needs one stage a rank, not 2; interleaved, zb-h1, zb-2p, zb-v take 2"),
         ("tp=2,tp=4", "tp is named twice in layout 'tp=2,tp=4'"),
     ],
 )

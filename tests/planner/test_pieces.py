@@ -85,7 +85,7 @@ def test_stages_take_what_their_programs_take(name: str, tp: int, stages: int) -
     ranks = [rank_of(stage, 0, 0, 1, tp) for stage in range(stages)]
     programs = build_programs(assignment, cut, "1f1b", lambda *_: "native", device=torch.device("cpu"), ranks=ranks)
     for number, rank in enumerate(ranks):
-        times = stage_times(programs[rank], CLUSTER, "adamw").of
+        times = stage_times(programs[rank], CLUSTER, "adamw")[number]
         for kind in ("forward", "backward"):
             found, exact = profile.stages[number].seconds[kind], next(times[each] for each in times if each.value == kind)
             assert found[0] == pytest.approx(exact.compute_s, rel=0.03), (number, kind)

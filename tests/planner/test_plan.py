@@ -72,7 +72,7 @@ def test_a_choice_made_by_hand_is_honoured(plan: sw.Plan, graph: Graph) -> None:
     first = next(op for op in graph.ops if value in op.inputs)
     assert applied.assignment.variants[first]["tp"].choice == Choice("split", "k")
     programs = preflight(by_hand, graph)
-    part = next(part for part in programs[1].stage.parameters if part.name == "net.0.weight")
+    part = next(part for part in programs[1].parameters if part.name == "net.0.weight")
     assert part.local == (256, 32)
     assert "torch.ops.shardwise.all_reduce" in str(programs[0])
 
@@ -82,7 +82,7 @@ def test_cuts_made_by_hand_are_honoured(plan: sw.Plan, graph: Graph) -> None:
     by_hand = sw.Plan.parse(edited(plan, lambda document: document.update(stages=[document["stages"][0], third])))
     applied = apply_plan(by_hand, graph)
     assert {op.module for op, stage in applied.cut.stage_of.items() if stage == 1} >= {"net.4", "net.6"}
-    assert preflight(by_hand, graph)[2].stage.stage == 1
+    assert [*preflight(by_hand, graph)[2].stages] == [1]
 
 
 def key_of(document: dict[str, Any], part: str = "linear") -> str:

@@ -95,5 +95,5 @@ def test_no_cut_is_better(problem: tuple[list[int], list[tuple[int, int]], list[
 
 def test_more_stages_than_parts() -> None:
     costs = StageCosts(seconds=lambda op: 1.0, transfer=lambda nbytes: 0.0, state_bytes=lambda value: 0.0)
-    with pytest.raises(LayoutError, match=r"pp=5 stages are more than the 4 parts that the model can be cut into; use pp=4 or fewer"):
+    with pytest.raises(LayoutError, match=r"5 stages are more than the 4 parts that the model can be cut into; use 4 or fewer"):
         cut_stages(chain([1, 1, 1, 1], []), set(), 5, costs)

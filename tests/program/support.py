@@ -18,9 +18,9 @@ from shardwise.planner.layout import Layout
 from shardwise.planner.plan import Infeasible, Plan
 from shardwise.planner.search import search
 from shardwise.program.build import build_programs
-from shardwise.program.program import Program
+from shardwise.program.program import Program, StageProgram
 
-__all__ = ["Built", "build", "copied_graph", "copied_programs"]
+__all__ = ["Built", "build", "copied_graph", "copied_programs", "only_stage"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +43,7 @@ def build(example: Example, layout: str) -> Built:
     assert not isinstance(plan, Infeasible)
     applied = apply_plan(plan, graph)
     choose = plan.chooser()
-    programs = build_programs(applied.assignment, applied.cut, plan.schedule, choose, device=torch.device("cpu"))
+    programs = build_programs(applied.assignment, applied.cut, plan.tables, choose, device=torch.device("cpu"))
     return Built(graph=graph, plan=plan, applied=applied, programs=programs, choose=choose)
 
 
@@ -52,8 +52,9 @@ def copied_programs(programs: dict[int, Program]) -> dict[int, Program]:
     copies = {}
     for rank, program in programs.items():
         copies[rank] = copy.copy(program)
-        copies[rank].stage = copy.copy(program.stage)
-        for owner, names in ((copies[rank], ("actions", "edges")), (copies[rank].stage, ("parameters", "buffers"))):
+        copies[rank].stages = {number: copy.copy(stage) for number, stage in program.stages.items()}
+        owners = [(copies[rank], ("actions", "edges")), *((stage, ("parameters", "buffers")) for stage in copies[rank].stages.values())]
+        for owner, names in owners:
             for name in names:
                 setattr(owner, name, list(getattr(owner, name)))
     return copies
@@ -64,3 +65,9 @@ def copied_graph(graph: fx.Graph) -> fx.Graph:
     copied = fx.Graph()
     copied.output(copied.graph_copy(graph, {}))
     return copied
+
+
+def only_stage(program: Program) -> StageProgram:
+    """Of a rank that has one."""
+    (stage,) = program.stages.values()
+    return stage

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from tests.models import gpt2, llama, mlp
-from tests.program.support import Built, build, copied_graph, copied_programs
+from tests.program.support import Built, build, copied_graph, copied_programs, only_stage
 from torch import fx
 
 from shardwise.errors import CheckError
@@ -35,6 +35,12 @@ def data() -> Built:
     return build(mlp(), "dp=2,tp=1,pp=2,microbatches=4,schedule=1f1b")
 
 
+@pytest.fixture(scope="module")
+def chunks() -> Built:
+    """Ranks 0 and 1 have stages 0, 3 and 1, 2; the backward pass is in two parts."""
+    return build(gpt2(layers=1), "dp=1,tp=1,pp=2,microbatches=2,schedule=zb-v")
+
+
 def check(built: Built, programs: Programs, cut: Cut | None = None) -> None:
     check_programs(programs, built.applied.assignment, cut or built.applied.cut, built.choose)
 
@@ -49,8 +55,8 @@ def index_of(program: Program, kind: Kind, microbatch: int = 0) -> int:
     return next(i for i, action in enumerate(program.actions) if action.kind is kind and action.microbatch == microbatch)
 
 
-def test_good_programs_pass_and_fast(tensor_and_stages: Built, data: Built) -> None:
-    for built in (tensor_and_stages, data):
+def test_good_programs_pass_and_fast(tensor_and_stages: Built, data: Built, chunks: Built) -> None:
+    for built in (tensor_and_stages, data, chunks):
         started = time.perf_counter()
         check(built, built.programs)
         assert time.perf_counter() - started < 0.2
@@ -93,7 +99,7 @@ def test_a_stage_without_operators(data: Built) -> None:
 
 def test_a_part_left_out(tensor_and_stages: Built) -> None:
     programs = copied_programs(tensor_and_stages.programs)
-    lost = programs[1].stage.parameters.pop(3)
+    lost = only_stage(programs[1]).parameters.pop(3)
     assert said(tensor_and_stages, programs) == f"rank 1 holds no part of parameter {lost.name}, which stage 0 reads"
 
 
@@ -112,7 +118,7 @@ def test_a_program_in_the_wrong_place(tensor_and_stages: Built) -> None:
 def spoil_part(built: Built, rank: int, change: Any) -> tuple[str, str]:
     """The message when the first split weight of a rank is changed, and the weight's name."""
     programs = copied_programs(built.programs)
-    parts = programs[rank].stage.parameters
+    parts = only_stage(programs[rank]).parameters
     at = next(i for i, part in enumerate(parts) if isinstance(part.type["tp"], Shard) and len(part.shape) == 2 and len(part.stages) == 1)
     parts[at] = change(parts[at])
     return said(built, programs), parts[at].name
@@ -135,7 +141,7 @@ def test_a_part_of_another_type(tensor_and_stages: Built) -> None:
 
 def test_a_gradient_that_is_not_reduced(data: Built) -> None:
     programs = copied_programs(data.programs)
-    parts = programs[0].stage.parameters
+    parts = only_stage(programs[0]).parameters
     assert parts[0].type["dp"] == R and parts[0].reduce == ("dp",)
     parts[0] = replace(parts[0], reduce=())
     assert f"rank 0 sums the gradient of {parts[0].name} over no axis" in (message := said(data, programs))
@@ -144,7 +150,7 @@ def test_a_gradient_that_is_not_reduced(data: Built) -> None:
 
 def test_a_tie_that_is_forgotten(tensor_and_stages: Built) -> None:
     programs = copied_programs(tensor_and_stages.programs)
-    parts = programs[2].stage.parameters
+    parts = only_stage(programs[2]).parameters
     at = next(i for i, part in enumerate(parts) if len(part.stages) == 2)
     parts[at] = replace(parts[at], stages=(1,))
     assert said(tensor_and_stages, programs) == f"rank 2 ties {parts[at].name} between stages [1]; its operators are in stages [0, 1]"
@@ -156,14 +162,14 @@ def test_parts_that_leave_a_hole(data: Built) -> None:
 
     value = next(iter(data.graph.parameters.values()))
     members = [data.programs[0], data.programs[0]]
-    part = replace(members[0].stage.parameters[0], type={"dp": Shard(0), "mb": R, "tp": I})
+    part = replace(only_stage(members[0]).parameters[0], type={"dp": Shard(0), "mb": R, "tp": I})
     with pytest.raises(
         CheckError, match=rf"hold {value.numel // 2} of the {value.numel} elements of {value.name}: rank 0 \[0:\d+, 0:\d+\]"
     ):
-        _tiles(value, [part, part], members, data.applied.assignment.mesh)
+        _tiles(value, [part, part], members, data.applied.assignment.mesh, 0)
     other = replace(part, type={"dp": R, "mb": R, "tp": I})
     with pytest.raises(CheckError, match="overlapping, unlike parts"):
-        _tiles(value, [part, other], [data.programs[0], data.programs[1]], data.applied.assignment.mesh)
+        _tiles(value, [part, other], [data.programs[0], data.programs[1]], data.applied.assignment.mesh, 0)
 
 
 # -- actions -------------------------------------------------------------------------------------------------------------------------------
@@ -172,19 +178,21 @@ def test_parts_that_leave_a_hole(data: Built) -> None:
 def test_an_action_dropped(data: Built) -> None:
     programs = copied_programs(data.programs)
     del programs[1].actions[index_of(programs[1], Kind.BACKWARD, 2)]
-    assert said(data, programs) == "rank 1 never performs `backward 2`, one of 4 microbatches"
+    never, grid = said(data, programs).split(":\n")
+    assert never == "rank 1 never performs `backward 2 of stage 0`, one of 4 microbatches" and grid.endswith("R U [end]")
 
 
 def test_an_action_twice(data: Built) -> None:
     programs = copied_programs(data.programs)
     programs[1].actions.insert(3, programs[1].actions[index_of(programs[1], Kind.FORWARD, 0)])
-    assert said(data, programs) == "rank 1 performs `forward 0` twice"
+    twice, grid = said(data, programs).split(":\n")
+    assert twice == "rank 1 performs `forward 0 of stage 0` twice" and re.fullmatch(r"  rank 1 +P F0 F0→3 \[F0\] .* …", grid)
 
 
 def test_a_microbatch_too_many(data: Built) -> None:
     programs = copied_programs(data.programs)
-    programs[0].actions.insert(-2, Action(kind=Kind.FORWARD, microbatch=4))
-    assert said(data, programs) == "rank 0 performs `forward 4`, but there are 4 microbatches"
+    programs[0].actions.insert(-2, Action(kind=Kind.FORWARD, microbatch=4, stage=0))
+    assert said(data, programs).startswith("rank 0 performs `forward 4 of stage 0`, but there are 4 microbatches:\n  rank 0   … ")
 
 
 def test_no_update_at_the_end(data: Built) -> None:
@@ -196,7 +204,7 @@ def test_no_update_at_the_end(data: Built) -> None:
 def test_a_receive_dropped(data: Built) -> None:
     programs = copied_programs(data.programs)
     lost = programs[2].actions.pop(index_of(programs[2], Kind.RECV, 1))
-    assert said(data, programs) == f"rank 2 performs `forward 1` before it has {lost.edge} of microbatch 1"
+    assert said(data, programs).startswith(f"rank 2 performs `forward 1 of stage 1` before it has {lost.edge} of microbatch 1:\n")
 
 
 def test_a_backward_before_its_forward(data: Built) -> None:
@@ -204,13 +212,14 @@ def test_a_backward_before_its_forward(data: Built) -> None:
     actions = programs[3].actions
     forward, backward = index_of(programs[3], Kind.FORWARD, 0), index_of(programs[3], Kind.BACKWARD, 0)
     actions[forward], actions[backward] = actions[backward], actions[forward]
-    assert said(data, programs) == "rank 3 performs `backward 0` before `forward 0`"
+    message = said(data, programs)
+    assert message.startswith("rank 3 performs `backward 0 of stage 1` before `forward 0 of stage 1`:\n") and "[B0]" in message
 
 
 def test_a_send_dropped(data: Built) -> None:
     programs = copied_programs(data.programs)
     lost = programs[0].actions.pop(index_of(programs[0], Kind.SEND, 1))
-    assert said(data, programs) == f"rank 0 never sends or reads {lost.edge} of microbatch 1"
+    assert said(data, programs).startswith(f"rank 0 never sends or reads {lost.edge} of microbatch 1:\n")
 
 
 def test_two_receives_swapped_draw_the_schedule(data: Built) -> None:
@@ -234,6 +243,78 @@ def test_a_transfer_to_the_wrong_rank(data: Built) -> None:
     assert said(data, programs).endswith("to rank 9`, but there are 4 ranks")
     programs[0].actions[at] = replace(programs[0].actions[at], peer=3)
     assert "would wait for ever" in said(data, programs)
+
+
+# -- ranks with several stages, and a backward pass in two parts ---------------------------------------------------------------------------
+
+
+def index_at(program: Program, kind: Kind, microbatch: int, stage: int) -> int:
+    return program.actions.index(Action(kind=kind, microbatch=microbatch, stage=stage))
+
+
+def test_a_weights_part_dropped(chunks: Built) -> None:
+    programs = copied_programs(chunks.programs)
+    del programs[0].actions[index_at(programs[0], Kind.WEIGHT, 1, 3)]
+    never, grid = said(chunks, programs).split(":\n")
+    assert never == "rank 0 never performs `weight 1 of stage 3`, one of 2 microbatches" and grid.endswith("R U [end]")
+
+
+def test_a_weights_part_before_its_backward(chunks: Built) -> None:
+    programs = copied_programs(chunks.programs)
+    actions = programs[1].actions
+    actions.insert(index_at(programs[1], Kind.BACKWARD, 0, 2), actions.pop(index_at(programs[1], Kind.WEIGHT, 0, 2)))
+    message = said(chunks, programs)
+    assert message.startswith("rank 1 performs `weight 0 of stage 2` before `backward 0 of stage 2`:\n  rank 1   … ")
+    assert " [W0.1] B0.1 " in message
+
+
+def test_a_stage_before_the_one_that_it_reads_on_the_same_rank(chunks: Built) -> None:
+    programs = copied_programs(chunks.programs)
+    actions = programs[1].actions
+    assert programs[1].local_edges, "between stages 1 and 2"
+    actions.insert(index_at(programs[1], Kind.FORWARD, 0, 1), actions.pop(index_at(programs[1], Kind.FORWARD, 0, 2)))
+    assert re.match(r"rank 1 performs `forward 0 of stage 2` before it has \S+→2 of microbatch 0:\n.*\[F0\.1\]", said(chunks, programs))
+
+
+def test_an_action_of_another_ranks_stage(chunks: Built) -> None:
+    programs = copied_programs(chunks.programs)
+    at = index_at(programs[0], Kind.FORWARD, 0, 0)
+    programs[0].actions[at] = replace(programs[0].actions[at], stage=1)
+    assert said(chunks, programs).startswith("rank 0 performs `forward 0 of stage 1`, but it has stages 0, 3:\n")
+
+
+def test_a_weights_part_where_the_backward_pass_is_whole(data: Built) -> None:
+    programs = copied_programs(data.programs)
+    programs[0].actions.insert(-2, Action(kind=Kind.WEIGHT, microbatch=0, stage=0))
+    assert said(data, programs).startswith("rank 0 performs `weight 0 of stage 0`, but the backward pass is whole there:\n")
+
+
+def test_kept_values_that_differ(chunks: Built) -> None:
+    programs = copied_programs(chunks.programs)
+    stage = programs[1].stages[2]
+    assert stage.weight is not None
+    stage.weight = copied_graph(stage.weight)
+    first = next(iter(stage.weight.nodes))
+    first.meta["val"] = first.meta["val"].to(torch.float64)
+    assert re.match(r"rank 1, stage 2: kept value 0 is .* where it is made, float64 .* where it is read", said(chunks, programs))
+    stage.kept += 1
+    assert re.match(r"rank 1, stage 2: the backward graph keeps \d+ values, the weight graph takes \d+ of \d+", said(chunks, programs))
+
+
+def test_stages_on_other_ranks_than_rank_0_thinks(chunks: Built) -> None:
+    programs = copied_programs(chunks.programs)
+    programs[1].placement = (0, 1, 0, 1)
+    assert said(chunks, programs) == (
+        "rank 1 has stages 1, 2 and says that the stages are on the pipeline's ranks [0, 1, 0, 1]; "
+        "rank 0 says [0, 1, 1, 0], and there are 4 stages"
+    )
+
+
+def test_a_post_of_what_is_not_sent(data: Built) -> None:
+    programs = copied_programs(data.programs)
+    at = next(i for i, action in enumerate(programs[2].actions) if action.posts)
+    programs[2].actions[at] = replace(programs[2].actions[at], microbatch=9)
+    assert "would wait for ever" in (message := said(data, programs)) and "[(F9←0)]" in message
 
 
 # -- edges ---------------------------------------------------------------------------------------------------------------------------------
@@ -265,7 +346,7 @@ def test_an_edge_left_out(data: Built) -> None:
 
 def test_a_graph_that_makes_another_dtype(data: Built) -> None:
     programs = copied_programs(data.programs)
-    stage = programs[0].stage
+    stage = only_stage(programs[0])
     stage.forward = copied_graph(stage.forward)
     at = next(i for i, binding in enumerate(stage.forward_outputs) if binding.kind == "edge")
     node = stage.forward.output_node().args[0][at]  # type: ignore[index]
@@ -281,7 +362,7 @@ def test_a_graph_that_makes_another_dtype(data: Built) -> None:
 def spoil_collective(built: Built, kind: str, change: Any) -> str:
     """The message when the first such collective of the last rank's forward graph is changed."""
     programs = copied_programs(built.programs)
-    stage = programs[3].stage
+    stage = only_stage(programs[3])
     stage.forward = copied_graph(stage.forward)
     change(next(node for node in stage.forward.nodes if COLLECTIVES.get(node.target) == kind))
     return said(built, programs)
@@ -337,7 +418,7 @@ def test_a_collective_of_a_foreign_group(tensor_and_stages: Built) -> None:
 def test_a_reduction_of_other_parameters(data: Built) -> None:
     """A frozen parameter on one rank only: the flat messages would differ in length."""
     programs = copied_programs(data.programs)
-    parts = programs[1].stage.parameters
+    parts = only_stage(programs[1]).parameters
     parts[0] = replace(parts[0], requires_grad=False)
     message = said(data, programs)
     assert "two ranks meet in unlike collectives" in message and "in `reduce`" in message
@@ -348,7 +429,7 @@ def test_a_reduction_of_other_parameters(data: Built) -> None:
 
 def test_saved_values_that_differ(data: Built) -> None:
     programs = copied_programs(data.programs)
-    stage = programs[3].stage
+    stage = only_stage(programs[3])
     stage.backward = copied_graph(stage.backward)
     first = next(iter(stage.backward.nodes))
     first.meta["val"] = first.meta["val"].to(torch.float64)

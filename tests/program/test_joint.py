@@ -82,7 +82,8 @@ def eager(computation: Computation, inputs: list[Tensor], cotangent: Tensor) -> 
     return values[-1].detach(), [next(found_gradients) if leaf.requires_grad else None for leaf in leaves]
 
 
-def built(computation: Computation) -> Halves:
+def built(computation: Computation, parameters: Sequence[bool] | None = None) -> Halves:
+    """parameters: which of the inputs are, where the backward pass is wanted in two parts."""
     tracer = Tracer(device=torch.device("cpu"))
     joint = JointGraph(tracer=tracer)
     meta = tracer.tensor((SIZE, SIZE), torch.float64)
@@ -92,7 +93,8 @@ def built(computation: Computation) -> Halves:
         nodes += joint.apply(CALLS[name][1], name, [nodes[index] for index in indices], grad=True, module="")
     seed = joint.placeholder("seed", meta, forward=False)
     joint.backward([(nodes[-1], seed)])
-    return joint.split([nodes[-1]], [joint.cotangents.get(node) if node in joint.tracked else None for node in sources])
+    gradients = [joint.cotangents.get(node) if node in joint.tracked else None for node in sources]
+    return joint.split([nodes[-1]], gradients, for_parameters=parameters)
 
 
 def run(graph: fx.Graph, inputs: Sequence[Tensor]) -> list[Any]:
@@ -100,17 +102,19 @@ def run(graph: fx.Graph, inputs: Sequence[Tensor]) -> list[Any]:
         return list(fx.GraphModule(torch.nn.Module(), graph)(*inputs))
 
 
-def check(computation: Computation) -> None:
+def check(computation: Computation, parameters: Sequence[bool] | None = None) -> None:
     generator = torch.Generator().manual_seed(0)
     inputs = [torch.randn(SIZE, SIZE, dtype=torch.float64, generator=generator) for _ in computation.trained]
     cotangent = torch.randn(SIZE, SIZE, dtype=torch.float64, generator=generator)
     expected, gradients = eager(computation, inputs, cotangent)
-    halves = built(computation)
+    halves = built(computation, parameters)
     before = [tensor.clone() for tensor in inputs]
     result, *saved = run(halves.forward, inputs)
     assert len(saved) == halves.saved
     torch.testing.assert_close(result, expected, rtol=1e-12, atol=1e-12)
     found = run(halves.backward, [*saved, cotangent])
+    if parameters is not None:
+        found = in_two_parts(halves, parameters, found)
     for mine, right in zip(found, gradients, strict=True):
         if right is None:
             assert mine is None or not mine.any()
@@ -119,10 +123,48 @@ def check(computation: Computation) -> None:
     assert all(torch.equal(x, y) for x, y in zip(inputs, before, strict=True)), "inputs are left as they were"
 
 
+def in_two_parts(halves: Halves, parameters: Sequence[bool], found: list[Any]) -> list[Any]:
+    """The gradients, of what backward returned and what the weights' part makes of what it kept."""
+    first, kept = found[: len(parameters)], found[len(parameters) :]
+    assert halves.weight is not None and len(kept) == halves.kept
+    assert all(parameters[number] and first[number] is None for number in halves.later)
+    kept_before = [tensor.clone() for tensor in kept]
+    second = dict(zip(halves.later, run(halves.weight, kept), strict=True))
+    assert all(torch.equal(x, y) for x, y in zip(kept, kept_before, strict=True)), "kept values are left as they were"
+    return [second.get(number, gradient) for number, gradient in enumerate(first)]
+
+
 @settings(max_examples=60, deadline=None)
 @given(computations())
 def test_gradients_are_those_of_autograd(computation: Computation) -> None:
     check(computation)
+
+
+@settings(max_examples=100, deadline=None)
+@given(computations(), st.lists(st.booleans(), min_size=3, max_size=3))
+def test_gradients_in_two_parts_are_those_of_autograd(computation: Computation, parameters: list[bool]) -> None:
+    check(computation, parameters[: len(computation.trained)])
+
+
+def test_what_only_parameters_need_comes_later() -> None:
+    """x1 a weight: a product's gradient in x0 is made at once, that in x1 later, of what came in and x0."""
+    halves = built(Computation((True, True), (("matrix product", (0, 1)), ("tanh", (2,)))), [False, True])
+    assert halves.weight is not None and halves.later == [1] and halves.kept == 2
+    products = [[str(node.target) for node in graph.nodes].count("aten.mm.default") for graph in (halves.backward, halves.weight)]
+    assert products == [1, 1]
+    assert [node.op for node in halves.weight.nodes].count("placeholder") == 2
+
+
+def test_a_first_stage_leaves_everything_for_later() -> None:
+    halves = built(Computation((True, True), (("matrix product", (0, 1)),)), [True, True])
+    assert halves.later == [0, 1] and not [node for node in halves.backward.nodes if node.op == "call_function"]
+
+
+def test_a_gradient_that_is_there_on_the_way_is_not_put_off() -> None:
+    """A norm's backward makes all its gradients in one operator."""
+    halves = built(Computation((True, True), (("multiply", (0, 1)), ("norm", (2,)))), [False, False])
+    assert halves.later == [] and halves.kept == 0
+    assert halves.weight is not None and not [node for node in halves.weight.nodes if node.op != "output"]
 
 
 @pytest.mark.parametrize(

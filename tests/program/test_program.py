@@ -7,7 +7,7 @@ import re
 import pytest
 import torch
 from tests.models import gpt2, mlp
-from tests.program.support import Built, build
+from tests.program.support import Built, build, only_stage
 
 from shardwise.program.actions import Kind
 from shardwise.program.build import rank_of
@@ -29,7 +29,7 @@ def data() -> Built:
 def test_a_printed_program_is_python_with_its_collectives(tensor_and_stages: Built) -> None:
     for rank, program in tensor_and_stages.programs.items():
         text = str(program)
-        assert text.startswith(f"# rank {rank}: stage {program.stage.stage}")
+        assert text.startswith(f"# rank {rank}: {program.where}")
         compile(text, "program", "exec")
         assert text.count("def forward(") == 3, "prelude, forward, backward"
         assert "torch.ops.shardwise." in text and f"'tp:{2 * (rank // 2)},{2 * (rank // 2) + 1}'" in text
@@ -52,8 +52,8 @@ def test_actions_of_a_rank(data: Built) -> None:
 def test_saved_values_and_parameters_add_up(data: Built) -> None:
     """An MLP saves its input, what is before each activation and after it; nothing of the parameters, which are kept anyway."""
     program = data.programs[0]
-    outputs = list(program.stage.forward.output_node().args[0])  # type: ignore[arg-type]
-    assert len(outputs) == len(program.stage.forward_outputs) + program.stage.saved
+    outputs = list(only_stage(program).forward.output_node().args[0])  # type: ignore[arg-type]
+    assert len(outputs) == len(only_stage(program).forward_outputs) + only_stage(program).saved
     use = memory_use(program, "adamw")
     count = sum(p.numel for p in data.graph.parameters.values())
     assert (use.parameters, use.gradients, use.optimizer) == (4 * count, 4 * count, 8 * count)
@@ -73,9 +73,9 @@ def test_microbatches_in_flight_are_saved_together() -> None:
 def test_reductions_cover_every_gradient_once(data: Built, tensor_and_stages: Built) -> None:
     for program in (*data.programs.values(), *tensor_and_stages.programs.values()):
         found = [parameter.name for each in reductions(program) for parameter in each.parameters]
-        trained = [part.name for part in program.stage.parameters if part.requires_grad]
+        trained = [part.name for part in program.parameters if part.requires_grad]
         assert sorted(found) == sorted(trained)
-        assert sum(each.nbytes for each in reductions(program)) == sum(4 * torch.Size(p.local).numel() for p in program.stage.parameters)
+        assert sum(each.nbytes for each in reductions(program)) == sum(4 * torch.Size(p.local).numel() for p in program.parameters)
 
 
 def test_groups_of_reductions(data: Built, tensor_and_stages: Built) -> None:
@@ -95,5 +95,5 @@ def test_large_gradients_travel_in_several_messages(data: Built, monkeypatch: py
 
 def test_code_of_a_graph(data: Built) -> None:
     program: Program = data.programs[0]
-    text = code(program.stage.forward)
+    text = code(only_stage(program).forward)
     assert "torch.ops.aten." in text and text.lstrip().startswith("def forward(self")

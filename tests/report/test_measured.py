@@ -21,7 +21,7 @@ def run(actions: list[list[RecordedAction]]) -> TrainingRun:
 
 
 def records(start_s: float) -> list[RecordedAction]:
-    return [("forward", 0, "", -1, start_s, start_s + 0.1), ("send", 0, "h", 2, start_s + 0.1, start_s + 0.3)]
+    return [("forward", -1, 0, "", -1, start_s, start_s + 0.1), ("send", -1, 0, "h", 2, start_s + 0.1, start_s + 0.3)]
 
 
 def test_one_machines_ranks_keep_their_shifts(plan: Plan) -> None:

@@ -101,16 +101,17 @@ def run(example: Model, plan: sw.Plan, steps: int, learning_rate: float = 0.0) -
     model, batch = example
     graph = capture(model, batch)
     applied = apply_plan(plan, graph)
-    programs = build_programs(applied.assignment, applied.cut, plan.schedule, plan.chooser(), device=CPU)
+    programs = build_programs(applied.assignment, applied.cut, plan.tables, plan.chooser(), device=CPU)
     whole = state_of(model, graph)
 
     def rank(number: int, transport: Transport) -> Ran:
         program = programs[number]
-        state = {part.name: own_part(whole[part.name], part, program, CPU).clone() for part in program.stage.parameters}
+        state = {part.name: own_part(whole[part.name], part, program, CPU).clone() for part in program.parameters}
         gradients = Gradients(program, transport, plan.chooser(), CPU)
         executor = Executor(program, state, gradients, transport, CPU)
-        recorder = Recorder(program.stage.forward)
-        executor.forward = recorder.forward
+        ((stage, graphs),) = program.stages.items()
+        recorder = Recorder(graphs.forward)
+        executor.forward = {stage: recorder.forward}
 
         def update() -> None:
             for name, gradient in gradients.of.items():
@@ -194,7 +195,7 @@ def test_forward_and_backward_see_one_mask(layout: str) -> None:
     loss = sum(one.losses[0] for one in ranks if one.program.counts_loss)
     products: dict[tuple[str, int], float] = {}
     for one in ranks:
-        for part in one.program.stage.parameters:
+        for part in one.program.parameters:
             split = any(repr(placement).startswith("S") for placement in part.type.values())
             place = one.program.rank if split else 0
             products[part.name, place] = float((one.state[part.name] * one.gradients[part.name]).sum())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import time
+from collections import Counter
 
 import pytest
 from hypothesis import given, settings
@@ -11,19 +12,20 @@ from hypothesis import strategies as st
 
 from shardwise.errors import LayoutError
 from shardwise.program.actions import Kind
-from shardwise.program.tables import NAMES, in_flight, placement, rank_tables, read_tables, splits_backward
+from shardwise.program.tables import NAMES, Slot, in_flight, placement, rank_tables, read_tables, splits_backward
 from shardwise.simulate.profile import EdgeProfile, Profile, StageProfile
 from shardwise.simulate.simulator import Mesh, Simulation, simulate_profile
 
 F, B, W = 1.0, 1.5, 1.0  # seconds of a rank's forward, inputs' part and weights' part of one microbatch
 
 
-def stage(forward: float = F, backward: float = B, weight: float | None = W, saved: int = 0, **kinds: float) -> StageProfile:
+def stage(forward: float = F, backward: float = B, weight: float | None = W, saved: int = 0, kept: int = 0, **kinds: float) -> StageProfile:
     seconds = {"forward": (forward, 0.0), "backward": (backward, 0.0)} | {kind: (each, 0.0) for kind, each in kinds.items()}
     return StageProfile(
         seconds=seconds | ({} if weight is None else {"weight": (weight, 0.0)}),
         memory={"parameters": 7, "saved": 1000, "transient": 20, "runtime": 5},
         saved_bytes=saved,
+        kept_bytes=kept,
     )
 
 
@@ -211,9 +213,22 @@ def test_a_profile_that_has_counted_what_is_saved() -> None:
 @given(st.sampled_from(NAMES), st.integers(1, 4), st.integers(1, 8))
 def test_saved_bytes_are_those_in_flight(schedule: str, ranks: int, microbatches: int) -> None:
     chunks = 2 if schedule in ("interleaved", "zb-v") else 1
-    step = simulated(chain([stage(saved=3)] * (ranks * chunks)), ranks, microbatches, schedule)
-    held = in_flight(rank_tables(schedule, ranks, chunks, microbatches))
-    assert [use["saved"] for use in step.memory] == [3 * each for each in held]
+    tables = rank_tables(schedule, ranks, chunks, microbatches)
+    step = simulated(chain([stage(saved=3, kept=3)] * (ranks * chunks)), ranks, microbatches, schedule)
+    assert [use["saved"] for use in step.memory] == [3 * each for each in in_flight(tables)]
+    step = simulated(chain([stage(saved=3, kept=2)] * (ranks * chunks)), ranks, microbatches, schedule)
+    assert [use["saved"] for use in step.memory] == [max(held_after(row)) for row in tables]
+
+
+def held_after(row: list[Slot]) -> list[int]:
+    """What a rank holds after each slot: 3 from forward to backward, from there 2 until the weights' part, where there is one."""
+    ways = {slot.kind for slot in row}
+    found = []
+    for end in range(1, len(row) + 1):
+        counts = Counter(slot.kind for slot in row[:end])
+        forward, backward, weight = (counts[kind] for kind in (Kind.FORWARD, Kind.BACKWARD, Kind.WEIGHT))
+        found.append(3 * (forward - backward) + (2 * (backward - weight) if Kind.WEIGHT in ways else 0))
+    return found
 
 
 # -- any schedule --------------------------------------------------------------------------------------------------------------------------

@@ -63,8 +63,8 @@ def test_a_send_does_not_hold_its_rank_up() -> None:
     """While a message is under way its sender computes on."""
     step = simulated(chain([stage(), stage()], transfer_s=0.25), 2, "gpipe")
     ends = {(span.rank, str(span.action)): span.end_s for span in step.timeline}
-    assert ends[0, "forward 1"] == pytest.approx(2 * F)
-    assert ends[1, "forward 0"] == pytest.approx(2 * F + 0.25)
+    assert ends[0, "forward 1 of stage 0"] == pytest.approx(2 * F)
+    assert ends[1, "forward 0 of stage 1"] == pytest.approx(2 * F + 0.25)
 
 
 def test_one_core_does_one_thing_at_a_time() -> None:

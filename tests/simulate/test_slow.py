@@ -186,9 +186,9 @@ def test_a_tensor_rank_waits_without_its_core() -> None:
 def test_messages_take_a_link_one_after_the_other() -> None:
     """Three messages of 5 s, made each second: there at 6, 11, 16; the last three backwards' at 24, 29, 34."""
     step = simulate_profile(chain([stage(), stage()], 5.0), Mesh(dp=1, tp=1, pp=2, microbatches=3, schedule="gpipe"))
-    ends = {(span.rank, str(span.action)): span.end_s for span in step.timeline}
-    assert [ends[1, f"forward {m}"] for m in range(3)] == pytest.approx([7.0, 12.0, 17.0])
-    assert [ends[0, f"backward {m}"] for m in range(3)] == pytest.approx([26.0, 31.0, 36.0])
+    ends = {(span.rank, span.action.kind, span.action.microbatch): span.end_s for span in step.timeline}
+    assert [ends[1, Kind.FORWARD, m] for m in range(3)] == pytest.approx([7.0, 12.0, 17.0])
+    assert [ends[0, Kind.BACKWARD, m] for m in range(3)] == pytest.approx([26.0, 31.0, 36.0])
 
 
 def test_values_of_one_microbatch_share_the_link() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tests.program.support import only_stage
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -51,7 +52,8 @@ class Layered(nn.Module):
 
 
 def all_to_alls(program: Program) -> int:
-    graphs = (program.stage.forward, program.stage.backward)
+    stage = only_stage(program)
+    graphs = (stage.forward, stage.backward)
     return sum(COLLECTIVES.get(node.target) == "all_to_all" for graph in graphs for node in graph.nodes)  # type: ignore[call-overload]
 
 

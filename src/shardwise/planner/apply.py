@@ -12,7 +12,7 @@ from shardwise.errors import PlanError
 from shardwise.planner.plan import Plan, Random, looked_up, op_with_key, read_choice, read_placement
 from shardwise.program.lower import Cut
 from shardwise.sharding.assignment import Assignment, possible, set_choice, split_sizes
-from shardwise.sharding.data import batch_choices, prelude_of, split_batch
+from shardwise.sharding.data import batch_choices, microbatch_obstacle, prelude_of, split_batch
 from shardwise.sharding.rules import signature_of
 from shardwise.sharding.rules.random import fast
 from shardwise.sharding.sequence import sequence_choices, sequence_dims, split_sequence
@@ -86,6 +86,8 @@ def apply_plan(plan: Plan, graph: Graph, *, same_fingerprint: bool = True) -> Ap
     _check_names("operator", plan.operators, (op.key for op in graph.ops))
     _check_names("parameter", plan.parameters, graph.parameters)
     analysis = analyse(graph, plan.random, _sequence_dims(plan, graph))
+    if plan.microbatches > 1 and (obstacle := microbatch_obstacle(graph, analysis.signatures, analysis.batch, analysis.prelude)):
+        raise PlanError(f"microbatches={plan.microbatches} would change the numbers: {obstacle}; use microbatches=1")
     assignment = assign(analysis, plan.dp, plan.microbatches, plan.tp, plan.cp)
     for op in graph.ops:
         text = looked_up(plan.operators, op.key) or "R"
@@ -153,8 +155,9 @@ def _check_choice(assignment: Assignment, op: Op, choice: Choice) -> None:
 
 def _cut(plan: Plan, graph: Graph, prelude: set[Op]) -> Cut:
     starts = [graph.ops.index(op_with_key(graph, key)) for key in plan.stages]
-    if len(starts) != plan.pp or starts != sorted(starts):
-        raise PlanError(f"the plan has pp={plan.pp} but names {len(starts)} stage starts, which must be in the order of the model")
+    if len(starts) != plan.pp * plan.chunks or starts != sorted(starts):
+        chunks = f" × chunks={plan.chunks}" if plan.chunks > 1 else ""
+        raise PlanError(f"the plan has pp={plan.pp}{chunks} but names {len(starts)} stage starts, which must be in the order of the model")
     stage_of: dict[Op, int] = {}
     for index, op in enumerate(graph.ops):
         if op not in prelude:

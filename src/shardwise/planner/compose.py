@@ -208,6 +208,7 @@ class _Stage:
         prelude = Work()
         for cost, _, _ in self._each():
             prelude += cost.prelude
+        saved = int(self._saved() * _FRAGMENTS)
         seconds = {
             "prelude": prelude,
             "forward": forward,
@@ -218,7 +219,8 @@ class _Stage:
         return StageProfile(
             seconds={kind: (work.compute_s, work.communicate_s) for kind, work in seconds.items()},
             memory=self._memory(),
-            saved_bytes=int(self._saved() * _FRAGMENTS),
+            saved_bytes=saved,
+            kept_bytes=saved if splits_backward else 0,
             reduces=["dp"] if self.scheme.replicas > 1 else [],
             parameters=self._sum("parameters") * self.scheme.tp,
         )

@@ -82,19 +82,21 @@ def _mesh(plan: Plan) -> str:
     if plan.tp > 1:
         parts.append(f"{plan.tp} ranks share each operator (tp)")
     if plan.pp > 1:
-        parts.append(f"{plan.pp} stages with {plan.microbatches} microbatches, {plan.schedule} (pp)")
+        stages = f"{plan.pp} stages" if plan.chunks == 1 else f"{plan.pp} times {plan.chunks} stages"
+        parts.append(f"{stages} with {plan.microbatches} microbatches, {plan.schedule} (pp)")
     return " × ".join(parts) or "one rank does everything"
 
 
 def _stages(plan: Plan, applied: Applied, graph: Graph) -> list[str]:
-    if plan.pp == 1:
+    if plan.pp == 1 and plan.chunks == 1:
         return []
     lines = ["Stages"]
-    for stage in range(plan.pp):
+    for stage, home in enumerate(plan.placement):
         mine = [op for op in graph.ops if applied.cut.stage_of.get(op) == stage]
         held = {value for op in mine for value in op.inputs if value.kind == "parameter"}
         size = sum(value.numel for value in held) / 1e6
-        lines.append(f"  {stage}: {mine[0].module or 'model'} … {mine[-1].module or 'model'}, {size:.3g} M parameters")
+        place = f", on rank {home} of the pipeline" if plan.chunks > 1 else ""
+        lines.append(f"  {stage}: {mine[0].module or 'model'} … {mine[-1].module or 'model'}, {size:.3g} M parameters{place}")
     return lines
 
 

@@ -5,15 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from shardwise.planner.compose import Scheme
-from shardwise.program.schedules import SCHEDULES
 
 __all__ = ["lacking"]
 
 _LACKS: tuple[tuple[Callable[[Scheme], bool], str], ...] = (
     (lambda scheme: scheme.zero > 0, "ZeRO (zero={0.zero})"),
     (lambda scheme: scheme.recompute != "none", "recomputation (recompute={0.recompute})"),
-    (lambda scheme: scheme.chunks > 1, "several stages a rank (chunks={0.chunks})"),
-    (lambda scheme: scheme.schedule not in SCHEDULES, "the schedule {0.schedule}"),
     (lambda scheme: scheme.ep > 1, "experts divided over data ranks (ep={0.ep})"),
 )
 

@@ -5,43 +5,52 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from math import prod
+from pathlib import Path
 from typing import Any
 
 from shardwise.errors import BatchError, LayoutError
-from shardwise.program.schedules import SCHEDULES
+from shardwise.program.tables import NAMES, OWN, Slot, least_chunks, placement, rank_tables, read_tables
 
 __all__ = ["Layout", "completions"]
 
-_NUMBERS = ("dp", "cp", "tp", "pp", "microbatches")
+_NUMBERS = ("dp", "cp", "tp", "pp", "chunks", "microbatches")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
     """dp × cp × tp × pp ranks: copies of the model on parts of the batch, ranks that share each sequence, ranks that share each operator,
-    stages; None: not pinned. cp is not searched: it is 1 where it is not pinned."""
+    ranks of the pipeline; None: not pinned. cp is not searched: it is 1 where it is not pinned.
+
+    chunks: stages of each pipeline rank, as few as the schedule takes where not pinned. table: the text of a schedule of the user's own.
+    """
 
     dp: int | None = None
     cp: int | None = None
     tp: int | None = None
     pp: int | None = None
+    chunks: int | None = None
     microbatches: int | None = None
     schedule: str | None = None
+    table: str = ""
 
     @classmethod
     def parse(cls, given: Layout | str | Mapping[str, Any] | None) -> Layout:
-        """Reads text or a mapping. Raises LayoutError for what is not understood."""
+        """Reads text or a mapping; `schedule` is a name, or a file with a table. Raises LayoutError for what is not understood."""
         if given is None or isinstance(given, Layout):
             return given or cls()
         pairs: dict[str, Any] = dict(given) if isinstance(given, Mapping) else dict(_pairs(given))
         for name, value in pairs.items():
             if name in _NUMBERS:
                 pairs[name] = _positive(name, value)
-            elif name == "schedule":
-                if value not in SCHEDULES:
-                    raise LayoutError(f"schedule={value} in the layout is unknown; there are {', '.join(SCHEDULES)}")
-            else:
+            elif name != "schedule":
                 raise LayoutError(f"{name!r} in the layout is unknown; there are {', '.join((*_NUMBERS, 'schedule'))}")
-        return cls(**pairs)
+        schedule = pairs.get("schedule")
+        if schedule is not None and schedule not in NAMES:
+            return _with_table(cls(**{**pairs, "schedule": OWN}), str(schedule))
+        layout = cls(**pairs)
+        if layout.schedule and layout.chunks:
+            placement(layout.schedule, layout.pp or 1, layout.chunks)  # refuses a number of chunks that it does not take
+        return layout
 
     @property
     def ranks(self) -> int:
@@ -53,9 +62,49 @@ class Layout:
         """(dp, cp, tp, pp) of a complete layout."""
         return self.dp or 1, self.cp or 1, self.tp or 1, self.pp or 1
 
+    @property
+    def stages(self) -> int:
+        """Of a complete layout."""
+        return (self.pp or 1) * (self.chunks or 1)
+
+    @property
+    def tables(self) -> list[list[Slot]]:
+        """Each pipeline rank's slots, of a complete layout."""
+        if self.table:
+            return read_tables(self.table)
+        assert self.schedule and self.microbatches, f"{self} is not complete"
+        return rank_tables(self.schedule, self.pp or 1, self.chunks or 1, self.microbatches)
+
     def __str__(self) -> str:
-        names = (*_NUMBERS, "schedule")
+        names = [name for name in (*_NUMBERS, "schedule") if name != "chunks" or (self.chunks or 1) > 1]
         return ",".join(f"{name}={getattr(self, name)}" for name in names if getattr(self, name) is not None)
+
+
+def _with_table(layout: Layout, source: str) -> Layout:
+    """With the table of a file, and the sizes that it is for."""
+    path = Path(source)
+    if not path.is_file():
+        raise LayoutError(f"schedule={source} in the layout is unknown; there are {', '.join(NAMES)}, or a file with a table of your own")
+    try:
+        text = path.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise LayoutError(f"the table {source} cannot be read: {error}") from error
+    try:
+        tables = read_tables(text)
+    except LayoutError as error:
+        raise LayoutError(f"{source}: {error}") from error
+    slots = [slot for row in tables for slot in row]
+    sizes = {
+        "pp": len(tables),
+        "chunks": len({slot.stage for slot in slots}) // len(tables),
+        "microbatches": 1 + max(slot.microbatch for slot in slots),
+    }
+    for name, size in sizes.items():
+        if getattr(layout, name) not in (None, size):
+            raise LayoutError(
+                f"{name}={getattr(layout, name)} in the layout, but the table {source} is for {name}={size}; leave {name} out"
+            )
+    return replace(layout, table=text, pp=sizes["pp"], chunks=sizes["chunks"], microbatches=sizes["microbatches"])
 
 
 def _pairs(text: str) -> Iterator[tuple[str, str]]:
@@ -124,8 +173,8 @@ def _microbatched(mesh: Layout, pinned: Layout, samples: int, obstacle: str) -> 
     counts = [pinned.microbatches] if pinned.microbatches else useful
     for count in counts:
         if each % count == 0 and (count == 1 or not obstacle):
-            schedules = [pinned.schedule] if pinned.schedule else ["1f1b"]
-            yield from (replace(mesh, microbatches=count, schedule=name) for name in schedules)
+            schedule = pinned.schedule or ("interleaved" if (pinned.chunks or 1) > 1 else "1f1b")
+            yield replace(mesh, microbatches=count, schedule=schedule, chunks=pinned.chunks or least_chunks(schedule))
 
 
 def _useful_counts(samples: int, stages: int) -> list[int]:

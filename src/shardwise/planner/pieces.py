@@ -25,8 +25,9 @@ from shardwise.cost.operators import name_of
 from shardwise.errors import PlanError
 from shardwise.program.build import build_programs, rank_of
 from shardwise.program.lower import Cut
-from shardwise.program.program import Program
+from shardwise.program.program import Program, StageProgram
 from shardwise.program.trace import Tracer
+from shardwise.program.weights import edges_need
 from shardwise.sharding.assignment import Assignment
 from shardwise.sharding.collectives import COLLECTIVES
 from shardwise.simulate.costs import node_seconds, sink_seconds
@@ -164,10 +165,10 @@ def piece_costs(shape: Outline, assignment: Assignment, prelude: set[Op], cluste
 
 
 def _cost(program: Program, cluster: Cluster) -> PieceCost:
-    stage = program.stage
-    weights = _only_for_weights(program)
+    (stage,) = program.stages.values()
+    weights = _only_for_weights(stage)
     forward, backward = node_seconds(stage.forward, cluster), node_seconds(stage.backward, cluster)
-    saved, entered = _saved(program, fuses=cluster.rates.fuses)
+    saved, entered = _saved(stage, fuses=cluster.rates.fuses)
     trained = [part for part in stage.parameters if part.requires_grad]
     sizes = [prod(part.local) for part in stage.parameters]
     peaks = liveness(stage.forward).peak_bytes - saved, liveness(stage.backward).peak_bytes
@@ -220,28 +221,18 @@ def _flops(node: fx.Node) -> float:
     return op_flops(node.target, args, kwargs, node.meta.get("val"))
 
 
-def _only_for_weights(program: Program) -> set[fx.Node]:
+def _only_for_weights(stage: StageProgram) -> set[fx.Node]:
     """The nodes of the backward graph that only gradients of parameters need."""
-    gradients = program.stage.backward.output_node().args[0]
-    assert isinstance(gradients, (list, tuple))
-    bound = zip(gradients, program.stage.backward_outputs, strict=True)
-    needed = [node for node, binding in bound if isinstance(node, fx.Node) and binding.kind != "parameter"]
-    seen: set[fx.Node] = set()
-    while needed:
-        node = needed.pop()
-        if node not in seen:
-            seen.add(node)
-            needed.extend(node.all_input_nodes)
-    return {node for node in program.stage.backward.nodes if node.op == "call_function" and node not in seen}
+    needed = edges_need(stage.backward, [binding.kind == "parameter" for binding in stage.backward_outputs])
+    return {node for node in stage.backward.nodes if node.op == "call_function" and node not in needed}
 
 
-def _saved(program: Program, *, fuses: bool) -> tuple[int, int]:
+def _saved(stage: StageProgram, *, fuses: bool) -> tuple[int, int]:
     """Bytes that the forward pass keeps for the backward pass, and of these what came in from other pieces.
 
     Where elementwise chains are fused a value is not kept that such a chain makes again from fewer bytes that are kept, nor a gathered one
     that is gathered again (Korthikanti et al. 2022, section 4.2.2).
     """
-    stage = program.stage
     base = bases(stage.forward, {})
     returned = stage.forward.output_node().args[0]
     assert isinstance(returned, (list, tuple))

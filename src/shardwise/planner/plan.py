@@ -20,6 +20,7 @@ from shardwise.capture.graph import Graph, Op
 from shardwise.cluster.model import Cluster, cluster_of
 from shardwise.cluster.specs import machines
 from shardwise.errors import ClusterError, LayoutError, PlanError
+from shardwise.program.tables import OWN, Slot, placed, placement, rank_tables, read_tables
 from shardwise.sharding.signature import Choice
 from shardwise.sharding.types import I, P, Placement, R, Shard
 from shardwise.simulate.profile import Profile, on_links
@@ -86,6 +87,7 @@ class Plan(_Strict):
     """How a model is split.
 
     fingerprint: of the captured graph that the plan is for. stages: key of each stage's first operator.
+    chunks: stages of each pipeline rank. schedule: the name of one, or "table" for the user's own, whose lines `table` has.
     random: "keyed", random numbers are the same in every layout; "fast", they come from torch's generator, seeded for each part.
     sequence_dims: where cp splits the sequence, batch input → its sequence dim.
     operators, parameters: pattern → choice or type on the tensor axis; what is not named is whole.
@@ -103,8 +105,10 @@ class Plan(_Strict):
     cp: int = 1
     tp: int
     pp: int
+    chunks: int = 1
     microbatches: int
     schedule: str
+    table: list[str] = []
     global_batch: int
     optimizer: str
     random: Random = "keyed"
@@ -129,18 +133,55 @@ class Plan(_Strict):
             raise ValueError(f"a global batch of {self.global_batch} leaves some of the ranks on dp={self.dp} without a sample")
         if self.microbatches > 1 and self.global_batch % (self.dp * self.microbatches):
             raise ValueError(f"dp={self.dp} × microbatches={self.microbatches} do not divide global_batch={self.global_batch}")
+        self._check_schedule()
         return self
+
+    def _check_schedule(self) -> None:
+        if (self.schedule == OWN) != bool(self.table):
+            raise ValueError(
+                f"schedule={self.schedule} and a table of {len(self.table)} lines: a table of one's own goes with schedule=table"
+            )
+        try:
+            tables = self.tables if self.table else None
+            stages = (
+                len(placement(self.schedule, self.pp, self.chunks))
+                if tables is None
+                else len({slot.stage for row in tables for slot in row})
+            )
+        except LayoutError as error:
+            raise ValueError(str(error)) from error
+        if tables is not None:
+            have = len(tables), stages, 1 + max(slot.microbatch for row in tables for slot in row)
+            if have != (self.pp, self.pp * self.chunks, self.microbatches):
+                raise ValueError(
+                    f"the table is for pp={have[0]}, chunks={have[1] // have[0]}, microbatches={have[2]}, the plan says pp={self.pp}, "
+                    f"chunks={self.chunks}, microbatches={self.microbatches}"
+                )
 
     @property
     def layout(self) -> str:
         """The plan in a layout's words."""
         context = f"cp={self.cp}," if self.cp > 1 else ""
-        return f"dp={self.dp},{context}tp={self.tp},pp={self.pp},microbatches={self.microbatches},schedule={self.schedule}"
+        chunks = f"chunks={self.chunks}," if self.chunks > 1 else ""
+        return f"dp={self.dp},{context}tp={self.tp},pp={self.pp},{chunks}microbatches={self.microbatches},schedule={self.schedule}"
+
+    @property
+    def tables(self) -> list[list[Slot]]:
+        """Each pipeline rank's slots. Raises LayoutError for a schedule that is unknown or does not take the plan's sizes."""
+        if self.table:
+            return read_tables("\n".join(self.table))
+        return rank_tables(self.schedule, self.pp, self.chunks, self.microbatches)
+
+    @property
+    def placement(self) -> tuple[int, ...]:
+        """Stage → which of the pipeline's ranks has it."""
+        home = placed(self.tables)
+        return tuple(home[stage] for stage in sorted(home))
 
     @property
     def mesh(self) -> Mesh:
         """The plan's sizes; those of dp and cp as one, since they do alike."""
-        sizes = {"dp": self.dp * self.cp, "tp": self.tp, "pp": self.pp, "coupled": self.cp * self.tp}
+        sizes = {"dp": self.dp * self.cp, "tp": self.tp, "pp": self.pp, "chunks": self.chunks, "coupled": self.cp * self.tp}
         return Mesh(**sizes, microbatches=self.microbatches, schedule=self.schedule)
 
     def chooser(self) -> Chooser:
@@ -213,7 +254,7 @@ def simulate(plan: Plan, slow: Slow | None = None) -> Simulation:
     """
     slow = slow or Slow()
     profile = on_links(plan.profile, _slowed(plan, slow.levels), plan.mesh.stage_ranks) if slow.levels else plan.profile
-    return simulate_profile(slow.applied(profile), plan.mesh, slow=slow.ranks)
+    return simulate_profile(slow.applied(profile), plan.mesh, plan.tables, slow=slow.ranks)
 
 
 def _slowed(plan: Plan, levels: Mapping[str, float]) -> Cluster:

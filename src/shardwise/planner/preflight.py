@@ -26,7 +26,7 @@ def preflight(
     Raises PlanError when the plan is not for the graph, CheckError when its programs do not go together or do not fit.
     """
     applied = apply_plan(plan, graph, same_fingerprint=same_fingerprint)
-    programs = build_programs(applied.assignment, applied.cut, plan.schedule, plan.chooser(), device=torch.device("cpu"), tracer=tracer)
+    programs = build_programs(applied.assignment, applied.cut, plan.tables, plan.chooser(), device=torch.device("cpu"), tracer=tracer)
     check_programs(programs, applied.assignment, applied.cut, plan.chooser())
     limit = plan.predicted.limit_bytes if limit_bytes is None else limit_bytes
     if limit is not None:

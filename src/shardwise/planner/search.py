@@ -25,8 +25,10 @@ from shardwise.planner.intra import Costs, representatives, split_tensors
 from shardwise.planner.layout import Layout, completions
 from shardwise.planner.plan import Candidate, Chooser, Infeasible, Plan, Prediction, Random, by_pattern, choice_text
 from shardwise.planner.stages import StageCosts, cut_stages
+from shardwise.program.buffers import far_buffer
 from shardwise.program.build import build_programs, rank_of
 from shardwise.program.lower import Cut
+from shardwise.program.tables import placed
 from shardwise.program.trace import Tracer
 from shardwise.sharding.assignment import Assignment
 from shardwise.sharding.data import microbatch_obstacle
@@ -114,7 +116,9 @@ class _Trial:
         layout = self.layout
         assert layout.dp and layout.tp and layout.pp and layout.microbatches and layout.schedule, f"{layout} is not complete"
         data = layout.dp * (layout.cp or 1)
-        return Mesh(dp=data, tp=layout.tp, pp=layout.pp, microbatches=layout.microbatches, schedule=layout.schedule)
+        return Mesh(
+            dp=data, tp=layout.tp, pp=layout.pp, chunks=layout.chunks or 1, microbatches=layout.microbatches, schedule=layout.schedule
+        )
 
     @property
     def simulated_s(self) -> float:
@@ -174,6 +178,12 @@ class _Search:
         if layout.tp > 1 and not self.pinned.tp and not any(v["tp"].choice.mode == "split" for v in assignment.variants.values()):
             trial.note = "no operator is worth splitting over tp: every rank would do all of the work"
             return
+        home = placed(layout.tables)
+        if far := far_buffer(self.graph, stage_of, [home[stage] for stage in sorted(home)]):
+            if self.pinned.pp:
+                raise LayoutError(f"{far}, which would not see the change; use pp=1")
+            trial.note = f"{far}, which would not see the change"
+            return
         trial.gap = tensor.gap
         trial.applied = Applied(assignment=assignment, cut=Cut(stage_of=stage_of, prelude=frozenset(self.analysis.prelude)))
         trial.estimate_s = self._estimate(assignment, layout, stage_of)
@@ -216,8 +226,8 @@ class _Search:
             state_bytes=lambda value: self._state_bytes(value) * self._kept_share(assignment, value),
             limit_bytes=self._limit(),
         )
-        stages = [0] * len(body) if layout.pp == 1 else cut_stages(self.graph, self.analysis.prelude, layout.pp, costs)
-        if layout.pp == 1 and sum(map(costs.state_bytes, self.graph.parameters.values())) > self._limit():
+        stages = [0] * len(body) if layout.stages == 1 else cut_stages(self.graph, self.analysis.prelude, layout.stages, costs)
+        if layout.stages == 1 and sum(map(costs.state_bytes, self.graph.parameters.values())) > self._limit():
             return None
         return None if stages is None else dict(zip(body, stages, strict=True))
 
@@ -225,15 +235,16 @@ class _Search:
         return 1 / assignment.mesh["tp"] if isinstance(assignment.sources[value]["tp"], Shard) else 1.0
 
     def _estimate(self, assignment: Assignment, layout: Layout, stage_of: dict[Op, int]) -> float:
-        """Slowest stage × (microbatches + stages − 1), the gradients' reduction and the update; cores shared where there are fewer."""
+        """Slowest rank × (microbatches + (pp − 1) / chunks), the gradients' reduction, the update; cores shared where there are fewer."""
         assert layout.pp and layout.microbatches and layout.dp and layout.tp
-        stage_s = [0.0] * layout.pp
+        home = placed(layout.tables)
+        rank_s = [0.0] * layout.pp
         for op, stage in stage_of.items():
-            stage_s[stage] += self._whole_s(op) * self._share(layout) * _own_share(assignment, op)
+            rank_s[home[stage]] += self._whole_s(op) * self._share(layout) * _own_share(assignment, op)
         talk_s = self._talk_s(assignment, layout) / layout.pp
         crowd = max(1.0, layout.ranks / self.cluster.cores) if self.cluster.cores else 1.0
-        slots = layout.microbatches + layout.pp - 1
-        work = crowd * (sum(stage_s) / layout.pp * layout.microbatches) if crowd > 1 else max(stage_s) * slots
+        slots = layout.microbatches + (layout.pp - 1) / (layout.chunks or 1)
+        work = crowd * (sum(rank_s) / layout.pp * layout.microbatches) if crowd > 1 else max(rank_s) * slots
         kept = sum(value.nbytes * self._kept_share(assignment, value) for value in self.graph.parameters.values()) / layout.pp
         reduce_s = collective_cost("all_reduce", kept, layout.dp * (layout.cp or 1), self.cluster).seconds
         return work + talk_s * layout.microbatches + reduce_s + crowd * self._update_s(kept)
@@ -252,21 +263,21 @@ class _Search:
 
     def _simulate(self, trial: _Trial) -> None:
         assert trial.applied is not None
-        mesh, applied = trial.mesh, trial.applied
+        mesh, applied, tables = trial.mesh, trial.applied, trial.layout.tables
         (dp, cp, tp, pp), last = trial.layout.mesh, (trial.layout.cp or 1) - 1
-        # of each stage the rank with the largest parts, and the one whose queries have the most keys before them
-        ranks = {rank_of(stage, 0, 0, dp, tp, c=c, cp=cp) for stage in range(pp) for c in (0, last)}
+        # at each place of the pipeline the rank with the largest parts, and the one whose queries have the most keys before them
+        ranks = {rank_of(pipe, 0, 0, dp, tp, c=c, cp=cp) for pipe in range(pp) for c in (0, last)}
         programs = build_programs(
             applied.assignment,
             applied.cut,
-            mesh.schedule,
+            tables,
             Chooser.of(_choices(self.cluster, trial.layout)),
             device=torch.device("cpu"),
             ranks=ranks,
             tracer=self.tracer,
         )
         trial.profile = profile_programs(programs, self.cluster, self.optimizer)
-        trial.simulation = simulate_profile(trial.profile, mesh)
+        trial.simulation = simulate_profile(trial.profile, mesh, tables)
         if (peak := max(trial.simulation.memory_bytes)) > self._limit():
             trial.note = f"needs {_gb(peak)} a rank, {_gb(self._limit())} of {_gb(self.cluster.memory_bytes)} may be used"
 
@@ -393,7 +404,8 @@ def _least_bytes(run: _Search, trials: list[_Trial]) -> float:
     again = [_Trial(layout=trial.layout, lean=True) for trial in _first_of_each(thin)[:_THIN]]
     for trial in again:
         roomy.estimate(trial)
-        roomy.simulate(trial)
+        if trial.applied:
+            roomy.simulate(trial)
     return min(max(trial.simulation.memory_bytes) for trial in again if trial.simulation)
 
 
@@ -429,7 +441,9 @@ def make_plan(run: _Search, best: _Trial, trials: list[_Trial], seconds: float, 
         tp=mesh.tp,
         pp=mesh.pp,
         microbatches=mesh.microbatches,
+        chunks=mesh.chunks,
         schedule=mesh.schedule,
+        table=best.layout.table.splitlines(),
         global_batch=run.graph.global_batch,
         optimizer=run.optimizer,
         random=run.random,

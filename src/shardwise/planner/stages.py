@@ -36,8 +36,7 @@ def cut_stages(graph: Graph, prelude: set[Op], stages: int, costs: StageCosts) -
     places = _places(body, stages)
     if len(places) - 1 < stages:
         raise LayoutError(
-            f"pp={stages} stages are more than the {len(places) - 1} parts that the model can be cut into; use "
-            f"pp={len(places) - 1} or fewer"
+            f"{stages} stages are more than the {len(places) - 1} parts that the model can be cut into; use {len(places) - 1} or fewer"
         )
     segments = _Segments(graph, body, places, costs)
     ends = _best(len(places) - 1, stages, segments)

@@ -1,9 +1,10 @@
 """The actions that a rank performs, one after the other, in a step.
 
-PRELUDE · FORWARD m · BACKWARD m · WEIGHT m · SEND/RECV edge m (peer) · SEND_GRAD/RECV_GRAD edge m (peer) · REDUCE · UPDATE
+PRELUDE · FORWARD m of stage s · BACKWARD m of stage s · WEIGHT m of stage s · SEND/RECV edge m (peer) · SEND_GRAD/RECV_GRAD edge m (peer) ·
+POST/POST_GRAD edge m (peer) · REDUCE · UPDATE
 
 Where a schedule splits the backward pass, BACKWARD is the part that makes the inputs' gradients and WEIGHT the part that makes the
-parameters' gradients.
+parameters' gradients. RECV waits for a message; POST before it only begins to receive, so that the sender need not wait for this rank.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 
-__all__ = ["Action", "Kind"]
+__all__ = ["COMPUTES", "Action", "Kind"]
 
 
 class Kind(StrEnum):
@@ -25,13 +26,19 @@ class Kind(StrEnum):
     RECV = "recv"
     SEND_GRAD = "send_grad"
     RECV_GRAD = "recv_grad"
+    POST = "post"
+    POST_GRAD = "post_grad"
     REDUCE = "reduce"
     UPDATE = "update"
 
 
+COMPUTES = (Kind.FORWARD, Kind.BACKWARD, Kind.WEIGHT)  # of one stage and one microbatch
+_OF_GRADIENTS = (Kind.SEND_GRAD, Kind.RECV_GRAD, Kind.POST_GRAD)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Action:
-    """kind; microbatch it belongs to; for transfers the edge's name and the other rank; stage: which computes, where a rank has several."""
+    """kind; the microbatch and the stage it belongs to; for transfers the edge's name and the other rank."""
 
     kind: Kind
     microbatch: int = -1
@@ -48,16 +55,20 @@ class Action:
         return self.kind in (Kind.RECV, Kind.RECV_GRAD)
 
     @property
+    def posts(self) -> bool:
+        return self.kind in (Kind.POST, Kind.POST_GRAD)
+
+    @property
     def message(self) -> tuple[str, int, bool]:
         """What a transfer carries, the same on both sides: edge, microbatch, whether it is a gradient."""
-        return self.edge, self.microbatch, self.kind in (Kind.SEND_GRAD, Kind.RECV_GRAD)
+        return self.edge, self.microbatch, self.kind in _OF_GRADIENTS
 
     def __str__(self) -> str:
         words = [self.kind.value]
         if self.microbatch >= 0:
             words.append(str(self.microbatch))
-        if self.stage >= 0:
-            words.append(f"of stage {self.stage}")
         if self.edge:
             words.append(f"{self.edge} {'to' if self.sends else 'from'} rank {self.peer}")
+        elif self.stage >= 0:
+            words.append(f"of stage {self.stage}")
         return " ".join(words)

@@ -1,7 +1,8 @@
 """Assignment, cut, schedule ──▶ every rank's Program
 
-Ranks are numbered stage by stage, then along dp, then along cp, then along tp: rank = ((stage · dp + d) · cp + c) · tp + t, so that
-tensor-parallel neighbours are nearest to each other, and next those that share a sequence.
+Ranks are numbered along the pipeline, then along dp, then along cp, then along tp: rank = ((pipe · dp + d) · cp + c) · tp + t, so that
+tensor-parallel neighbours are nearest to each other, and next those that share a sequence. A rank of the pipeline has one stage, or
+several, as the schedule's table places them.
 """
 
 from __future__ import annotations
@@ -15,9 +16,9 @@ import torch
 from shardwise.program.actions import Action, Kind
 from shardwise.program.lower import Cut, lower_stage
 from shardwise.program.program import Program
-from shardwise.program.schedules import schedule
+from shardwise.program.tables import Tables, placed, rank_tables, splits
 from shardwise.program.trace import Tracer
-from shardwise.program.transfers import order_transfers, with_transfers
+from shardwise.program.transfers import order_transfers, rank_actions
 from shardwise.sharding.assignment import Assignment
 from shardwise.sharding.collectives import group_name
 from shardwise.sharding.reshard import Axis
@@ -28,95 +29,121 @@ Choose = Callable[[str, int, int], str]
 Place = tuple[int, int, int]
 
 
-def rank_of(stage: int, d: int, t: int, dp: int, tp: int, *, c: int = 0, cp: int = 1) -> int:
-    """The global rank of a stage's place on the mesh."""
-    return ((stage * dp + d) * cp + c) * tp + t
+def rank_of(pipe: int, d: int, t: int, dp: int, tp: int, *, c: int = 0, cp: int = 1) -> int:
+    """The global rank of a place on the mesh; pipe: along the pipeline."""
+    return ((pipe * dp + d) * cp + c) * tp + t
 
 
 def build_programs(
     assignment: Assignment,
     cut: Cut,
-    schedule_name: str,
+    schedule: str | Tables,
     choose: Choose,
     *,
     device: torch.device,
     ranks: Iterable[int] | None = None,
     tracer: Tracer | None = None,
 ) -> dict[int, Program]:
-    """The programs of `ranks` (all by default); a rank's transfers are ordered against those of its pipeline neighbours."""
-    mesh = Places.of(assignment, cut.stages)
+    """The programs of `ranks` (all by default); a rank's transfers are ordered against those of its pipeline neighbours.
+
+    schedule: each pipeline rank's slots, or the name of a schedule with one stage a rank.
+    """
+    tables = rank_tables(schedule, cut.stages, 1, assignment.mesh["mb"]) if isinstance(schedule, str) else schedule
+    mesh = Places.of(assignment, len(tables))
     tracer = tracer or Tracer(device=device)
     chosen = set(range(mesh.ranks) if ranks is None else ranks)
     programs: dict[int, Program] = {}
     for place in mesh.columns():
-        if chosen & {mesh.rank(stage, place) for stage in range(cut.stages)}:
-            programs |= _column(assignment, cut, schedule_name, choose, mesh, place, tracer)
+        if chosen & {mesh.rank(pipe, place) for pipe in range(mesh.pp)}:
+            column = _Column(assignment=assignment, cut=cut, tables=tables, choose=choose, mesh=mesh, place=place, tracer=tracer)
+            programs |= column.programs()
     return {rank: program for rank, program in programs.items() if rank in chosen}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Places:
-    """The ranks' places: (d, c, t) in each of the stages."""
+    """The ranks' places: (d, c, t) at each of the pipeline's."""
 
     dp: int
     cp: int
     tp: int
-    stages: int
+    pp: int
 
     @staticmethod
-    def of(assignment: Assignment, stages: int) -> Places:
+    def of(assignment: Assignment, pp: int) -> Places:
         mesh = assignment.mesh
-        return Places(dp=mesh["dp"], cp=mesh["cp"], tp=mesh["tp"], stages=stages)
+        return Places(dp=mesh["dp"], cp=mesh["cp"], tp=mesh["tp"], pp=pp)
 
     @property
     def ranks(self) -> int:
-        return self.stages * self.dp * self.cp * self.tp
+        return self.pp * self.dp * self.cp * self.tp
 
     def columns(self) -> Iterator[Place]:
-        """The places of a stage."""
+        """The places at one of the pipeline's."""
         return product(range(self.dp), range(self.cp), range(self.tp))
 
-    def rank(self, stage: int, place: Place) -> int:
+    def rank(self, pipe: int, place: Place) -> int:
         d, c, t = place
-        return rank_of(stage, d, t, self.dp, self.tp, c=c, cp=self.cp)
+        return rank_of(pipe, d, t, self.dp, self.tp, c=c, cp=self.cp)
 
-    def groups(self, stage: int, place: Place) -> dict[str, tuple[int, ...]]:
+    def groups(self, pipe: int, place: Place) -> dict[str, tuple[int, ...]]:
         """Axis → the ranks along it through a place."""
         d, c, t = place
         return {
-            "dp": tuple(self.rank(stage, (i, c, t)) for i in range(self.dp)),
-            "cp": tuple(self.rank(stage, (d, i, t)) for i in range(self.cp)),
-            "tp": tuple(self.rank(stage, (d, c, i)) for i in range(self.tp)),
+            "dp": tuple(self.rank(pipe, (i, c, t)) for i in range(self.dp)),
+            "cp": tuple(self.rank(pipe, (d, i, t)) for i in range(self.cp)),
+            "tp": tuple(self.rank(pipe, (d, c, i)) for i in range(self.tp)),
         }
 
 
-def _column(
-    assignment: Assignment, cut: Cut, schedule_name: str, choose: Choose, mesh: Places, place: Place, tracer: Tracer
-) -> dict[int, Program]:
-    """The programs of the ranks that hold the same part, one in each stage."""
-    programs: dict[int, Program] = {}
-    lists: dict[int, list[Action]] = {}
-    coordinates = dict(zip(("dp", "cp", "tp"), place, strict=True))
-    for stage in range(mesh.stages):
-        rank, groups = mesh.rank(stage, place), mesh.groups(stage, place)
+@dataclass(frozen=True, kw_only=True)
+class _Column:
+    """The ranks that hold the same part, one at each place of the pipeline."""
+
+    assignment: Assignment
+    cut: Cut
+    tables: Tables
+    choose: Choose
+    mesh: Places
+    place: Place
+    tracer: Tracer
+
+    def programs(self) -> dict[int, Program]:
+        home = placed(self.tables)
+        assert len(home) == self.cut.stages, f"the schedule has {len(home)} stages, the cut {self.cut.stages}"
+        placement = tuple(home[stage] for stage in sorted(home))
+        programs = {self.mesh.rank(pipe, self.place): self._program(pipe, placement) for pipe in range(self.mesh.pp)}
+        lists = {
+            rank: rank_actions(row, programs[rank].edges, lambda stage: self.mesh.rank(placement[stage], self.place))
+            for rank, row in zip(programs, self.tables, strict=True)
+        }
+        for rank, actions in order_transfers(lists).items():
+            programs[rank].actions = [Action(kind=Kind.PRELUDE), *actions, Action(kind=Kind.REDUCE), Action(kind=Kind.UPDATE)]
+        return programs
+
+    def _program(self, pipe: int, placement: tuple[int, ...]) -> Program:
+        """Without its actions."""
+        coordinates = dict(zip(("dp", "cp", "tp"), self.place, strict=True))
+        groups = self.mesh.groups(pipe, self.place)
         axes = {
             axis: Axis(name=axis, group=group_name(axis, groups[axis]), ranks=ranks, rank=coordinates[axis])
             if axis in groups
             else Axis(name=axis, group="", ranks=ranks, rank=0)
-            for axis, ranks in assignment.mesh.items()
+            for axis, ranks in self.assignment.mesh.items()
         }
-        lowered, edges, loss_axes = lower_stage(assignment, cut, stage, axes, tracer, choose)
-        table = schedule(schedule_name, stage, mesh.stages, assignment.mesh["mb"])
-        lists[rank] = with_transfers(table, stage, edges, lambda other: mesh.rank(other, place))
-        programs[rank] = Program(
-            rank=rank,
-            coordinates=coordinates | {"pp": stage},
-            mesh=dict(assignment.mesh) | {"pp": mesh.stages},
+        program = Program(
+            rank=self.mesh.rank(pipe, self.place),
+            coordinates=coordinates | {"pp": pipe},
+            mesh=dict(self.assignment.mesh) | {"pp": self.mesh.pp},
             groups=groups,
-            stage=lowered,
-            edges=edges,
-            loss_axes=loss_axes,
+            stages={},
+            placement=placement,
+            edges=[],
         )
-    for rank, actions in order_transfers(lists).items():
-        programs[rank].actions = [Action(kind=Kind.PRELUDE), *actions, Action(kind=Kind.REDUCE), Action(kind=Kind.UPDATE)]
-    return programs
+        split = splits(self.tables)
+        for stage in (number for number, home in enumerate(placement) if home == pipe):
+            lowered, edges, loss_axes = lower_stage(self.assignment, self.cut, stage, axes, self.tracer, self.choose, splits_backward=split)
+            program.stages[stage] = lowered
+            program.edges += [edge for edge in edges if edge not in program.edges]
+            program.loss_axes += loss_axes
+        return program

@@ -2,6 +2,7 @@
 
     _operators     every operator is in exactly one stage, and reads only what its own or an earlier stage makes
     _rank          a rank is where its number says, performs every forward and backward once, after what it reads was received
+    _buffers       what a forward pass changes is read on the rank that changes it alone
     _parameters    the parts of the ranks of each stage tile every parameter that the stage reads; pending gradients are reduced
     _edges         both ends of an edge, and the graphs there, agree with the type in which the value is made
     check_order    no rank waits for ever, even where a send blocks until it is received (`shardwise.program.order`)
@@ -12,7 +13,7 @@ What is wrong is a CheckError that names the place and both sides. A plan that s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import combinations
@@ -24,10 +25,11 @@ from torch import fx
 
 from shardwise.capture.graph import Graph, Op, Value
 from shardwise.errors import CheckError
-from shardwise.program.actions import Action, Kind
+from shardwise.program.actions import COMPUTES, Action, Kind
+from shardwise.program.buffers import far_buffer
 from shardwise.program.edges import edge_type
 from shardwise.program.lower import Cut
-from shardwise.program.order import check_order
+from shardwise.program.order import check_order, drawn
 from shardwise.program.program import Binding, Edge, ParameterPart, Program
 from shardwise.sharding.assignment import Assignment
 from shardwise.sharding.types import Placement, R, Shard, local_shape, part
@@ -45,6 +47,7 @@ def check_programs(programs: Mapping[int, Program], assignment: Assignment, cut:
     whole.ranks()
     for program in programs.values():
         _rank(program)
+    whole.buffers()
     whole.parameters()
     whole.edges()
     check_order(programs, choose)
@@ -55,6 +58,7 @@ def check_own(program: Program, assignment: Assignment, cut: Cut) -> None:
     whole = _Whole(programs={program.rank: program}, assignment=assignment, cut=cut)
     _operators(assignment.graph, cut)
     _rank(program)
+    whole.buffers()
     whole.own_parts(program)
     whole.own_edges(program)
 
@@ -108,64 +112,100 @@ def _rank(program: Program) -> None:
         )
     _once(program)
     _dataflow(program)
-    _saved(program)
+    for number, stage in program.stages.items():
+        where = f"rank {program.rank}" + (f", stage {number}" if len(program.stages) > 1 else "")
+        _passed_on(where, "forward", "saves", stage.forward, len(stage.forward_outputs), "backward", stage.backward, stage.saved)
+        if stage.weight is not None:
+            _passed_on(where, "backward", "keeps", stage.backward, len(stage.backward_outputs), "weight", stage.weight, stage.kept)
 
 
 def _once(program: Program) -> None:
-    wanted = {Action(kind=kind, microbatch=m) for kind in (Kind.FORWARD, Kind.BACKWARD) for m in range(program.microbatches)}
+    kinds = {number: [kind for kind in stage.graphs if kind in COMPUTES] for number, stage in program.stages.items()}
+    wanted = {
+        Action(kind=kind, microbatch=m, stage=number) for number in kinds for kind in kinds[number] for m in range(program.microbatches)
+    }
     seen: set[Action] = set()
-    for action in program.actions:
+    for at, action in enumerate(program.actions):
         if action in seen:
-            raise CheckError(f"rank {program.rank} performs `{action}` twice")
+            raise CheckError(f"rank {program.rank} performs `{action}` twice:\n{drawn(program, at)}")
+        if action.kind in COMPUTES and action not in wanted:
+            raise CheckError(f"rank {program.rank} performs `{action}`, {_not_there(program, action)}:\n{drawn(program, at)}")
         seen.add(action)
     if missing := wanted - seen:
-        first = min(missing, key=lambda action: (action.microbatch, action.kind))
-        raise CheckError(f"rank {program.rank} never performs `{first}`, one of {program.microbatches} microbatches")
-    if extra := [action for action in program.actions if action.kind in (Kind.FORWARD, Kind.BACKWARD) and action not in wanted]:
-        raise CheckError(f"rank {program.rank} performs `{extra[0]}`, but there are {program.microbatches} microbatches")
+        first = min(missing, key=lambda action: (action.microbatch, action.stage, COMPUTES.index(action.kind)))
+        end = drawn(program, len(program.actions))
+        raise CheckError(f"rank {program.rank} never performs `{first}`, one of {program.microbatches} microbatches:\n{end}")
+
+
+def _not_there(program: Program, action: Action) -> str:
+    if action.stage not in program.stages:
+        return f"but it has {program.where}"
+    if action.kind not in program.stages[action.stage].graphs:
+        return "but the backward pass is whole there"
+    return f"but there are {program.microbatches} microbatches"
 
 
 def _dataflow(program: Program) -> None:
-    """Every action comes after what it reads."""
-    stage = program.stage
-    reads = {Kind.FORWARD: _of(stage.forward_inputs, "edge"), Kind.BACKWARD: _of(stage.backward_inputs, "edge")}
-    makes = {Kind.FORWARD: _of(stage.forward_outputs, "edge"), Kind.BACKWARD: _of(stage.backward_outputs, "edge")}
-    there: set[tuple[str, int, bool]] = set()  # (edge, microbatch, is a gradient)
-    for action in program.actions:
-        gradient = action.kind in (Kind.BACKWARD, Kind.SEND_GRAD, Kind.RECV_GRAD)
-        needs = reads.get(action.kind, [action.edge] if action.sends else [])
-        for edge in needs:
-            if (edge, action.microbatch, gradient) not in there:
-                what = f"the gradient of {edge}" if gradient else edge
-                raise CheckError(f"rank {program.rank} performs `{action}` before it has {what} of microbatch {action.microbatch}")
-        if action.kind is Kind.BACKWARD and ("", action.microbatch, False) not in there:
-            raise CheckError(f"rank {program.rank} performs `{action}` before `forward {action.microbatch}`")
-        made = [*makes[action.kind], ""] if action.kind in makes else [action.edge] if action.receives else []
-        there.update((edge, action.microbatch, gradient) for edge in made)
-        there.difference_update((edge, action.microbatch, gradient) for edge in needs)
-    if left := sorted(key for key in there if key[0]):
-        edge, microbatch, gradient = left[0]
-        raise CheckError(
-            f"rank {program.rank} never sends or reads {'the gradient of ' if gradient else ''}{edge} of microbatch {microbatch}"
-        )
+    """Every action comes after what it reads, and every value is read."""
+    there: set[str] = set()
+    for at, action in enumerate(program.actions):
+        for need in _needs(program, action):
+            if need not in there:
+                raise CheckError(f"rank {program.rank} performs `{action}` before {need}:\n{drawn(program, at)}")
+            there.discard(need)
+        there.update(_makes(program, action))
+    if left := sorted(what for what in there if what.startswith(_HAS)):
+        end = drawn(program, len(program.actions))
+        raise CheckError(f"rank {program.rank} never sends or reads {left[0].removeprefix(_HAS)}:\n{end}")
+
+
+_HAS = "it has "
+
+
+def _value(edge: str, microbatch: int, *, gradient: bool) -> str:
+    return f"{_HAS}{'the gradient of ' if gradient else ''}{edge} of microbatch {microbatch}"
+
+
+def _needs(program: Program, action: Action) -> list[str]:
+    """What an action reads, which nobody else does."""
+    m = action.microbatch
+    if action.sends:
+        return [_value(action.edge, m, gradient=action.kind is Kind.SEND_GRAD)]
+    if action.kind not in COMPUTES:
+        return []
+    stage = program.stages[action.stage]
+    if action.kind is Kind.FORWARD:
+        return [_value(edge, m, gradient=False) for edge in _of(stage.forward_inputs, "edge")]
+    before = Kind.BACKWARD if action.kind is Kind.WEIGHT else Kind.FORWARD
+    done = f"`{Action(kind=before, microbatch=m, stage=action.stage)}`"
+    gradients = _of(stage.backward_inputs, "edge") if action.kind is Kind.BACKWARD else []
+    return [done, *(_value(edge, m, gradient=True) for edge in gradients)]
+
+
+def _makes(program: Program, action: Action) -> list[str]:
+    m = action.microbatch
+    if action.receives:
+        return [_value(action.edge, m, gradient=action.kind is Kind.RECV_GRAD)]
+    if action.kind not in COMPUTES:
+        return []
+    stage = program.stages[action.stage]
+    edges = {Kind.FORWARD: _of(stage.forward_outputs, "edge"), Kind.BACKWARD: _of(stage.backward_outputs, "edge")}.get(action.kind, [])
+    return [f"`{action}`", *(_value(edge, m, gradient=action.kind is Kind.BACKWARD) for edge in edges)]
 
 
 def _of(bindings: Sequence[Binding], kind: str) -> list[str]:
     return [binding.name for binding in bindings if binding.kind == kind]
 
 
-def _saved(program: Program) -> None:
-    """What the forward graph saves is what the backward graph takes."""
-    stage = program.stage
-    given = _returned(stage.forward)[len(stage.forward_outputs) :]
-    taken = _placeholders(stage.backward)[: stage.saved]
-    if len(given) != stage.saved or len(taken) != stage.saved:
-        raise CheckError(
-            f"rank {program.rank}: the forward graph saves {len(given)} values, the backward graph takes {len(taken)} of {stage.saved}"
-        )
+def _passed_on(where: str, before: str, does: str, giver: fx.Graph, others: int, after: str, taker: fx.Graph, count: int) -> None:
+    """What one graph returns behind its own results, `others` of them, is what the next takes first, `count` of it."""
+    given, taken = _returned(giver)[others:], _placeholders(taker)[:count]
+    if len(given) != count or len(taken) != count:
+        raise CheckError(f"{where}: the {before} graph {does} {len(given)} values, the {after} graph takes {len(taken)} of {count}")
     for number, (one, other) in enumerate(zip(given, taken, strict=True)):
         if _described(one) != _described(other):
-            raise CheckError(f"rank {program.rank}: saved value {number} is {_text(one)} where it is made, {_text(other)} where it is read")
+            what = f"{'saved' if does == 'saves' else 'kept'} value {number}"
+            raise CheckError(f"{where}: {what} is {_text(one)} where it is made, {_text(other)} where it is read")
 
 
 def _placeholders(graph: fx.Graph) -> list[fx.Node]:
@@ -201,19 +241,32 @@ class _Whole:
         self.graph = self.assignment.graph
         self.readers = self.graph.consumers()
         self.mesh = self.assignment.mesh
+        self.pipes = max((program.mesh["pp"] for program in self.programs.values()), default=0)
 
     def ranks(self) -> None:
         """There is one program for each place, and its number is the place's."""
         cp, tp = self.mesh["cp"], self.mesh["tp"]
         each = self.mesh["dp"] * cp * tp
-        count = each * self.cut.stages
+        count = each * self.pipes
         if missing := [rank for rank in range(count) if rank not in self.programs]:
             raise CheckError(f"rank {missing[0]} of {count} has no program")
         for rank, program in self.programs.items():
-            stage, place = divmod(rank, each)
-            expected = {"dp": place // (cp * tp), "cp": place // tp % cp, "tp": place % tp, "pp": stage}
-            if program.rank != rank or dict(program.coordinates) != expected or program.stage.stage != stage:
+            pipe, place = divmod(rank, each)
+            expected = {"dp": place // (cp * tp), "cp": place // tp % cp, "tp": place % tp, "pp": pipe}
+            if program.rank != rank or dict(program.coordinates) != expected:
                 raise CheckError(f"rank {rank} must be at {expected}, its program is rank {program.rank}'s at {dict(program.coordinates)}")
+            own = [stage for stage, home in enumerate(program.placement) if home == pipe]
+            if len(program.placement) != self.cut.stages or program.placement != self.programs[0].placement or [*program.stages] != own:
+                raise CheckError(
+                    f"rank {rank} has {program.where} and says that the stages are on the pipeline's ranks {list(program.placement)}; "
+                    f"rank 0 says {list(self.programs[0].placement)}, and there are {self.cut.stages} stages"
+                )
+
+    def buffers(self) -> None:
+        """No rank reads what another one changes."""
+        for placement in {program.placement for program in self.programs.values()}:
+            if far := far_buffer(self.graph, self.cut.stage_of, placement):
+                raise CheckError(f"{far}, which would not see the change; cut the stages so that one rank has both")
 
     # -- parameters ------------------------------------------------------------------------------------------------------------------------
 
@@ -222,17 +275,17 @@ class _Whole:
             self.own_parts(program)
         for value in (*self.graph.parameters.values(), *self.graph.buffers.values()):
             for stage in self._stages_of(value):
-                members = [program for program in self.programs.values() if program.stage.stage == stage]
-                _tiles(value, [_part_of(program, value) for program in members], members, self.mesh)
+                members = [program for program in self.programs.values() if stage in program.stages]
+                _tiles(value, [_part_of(program, value) for program in members], members, self.mesh, stage)
 
     def own_parts(self, program: Program) -> None:
         """A rank's parts are those that its operators read, in the types that these have."""
         for kind, group in (("parameter", self.graph.parameters), ("buffer", self.graph.buffers)):
-            held = {each.name: each for each in (program.stage.parameters if kind == "parameter" else program.stage.buffers)}
+            held = {each.name: each for each in (program.parameters if kind == "parameter" else program.buffers)}
             for name, value in group.items():
-                if program.stage.stage in self._stages_of(value):
+                if reading := sorted(set(self._stages_of(value)) & set(program.stages)):
                     if name not in held:
-                        raise CheckError(f"rank {program.rank} holds no part of {kind} {name}, which stage {program.stage.stage} reads")
+                        raise CheckError(f"rank {program.rank} holds no part of {kind} {name}, which stage {reading[0]} reads")
                     self._own_part(program, value, held[name])
 
     def _own_part(self, program: Program, value: Value, held: ParameterPart) -> None:
@@ -295,7 +348,7 @@ class _Whole:
 
     def own_edges(self, program: Program) -> None:
         """A rank's edges are those that its stage needs, and its graphs make and read what they say."""
-        expected = {f"{value.name}→{target}": (value, target) for value, target in self._crossing(program.stage.stage)}
+        expected = {f"{value.name}→{target}": (value, target) for value, target in self._crossing(program.stages)}
         edges = {edge.name: edge for edge in program.edges}
         for name, (value, target) in expected.items():
             if name not in edges:
@@ -316,28 +369,28 @@ class _Whole:
             if node is not None and _described(node) != (edges[name].shape, edges[name].dtype):
                 raise CheckError(f"edge {name}: rank {program.rank} {what} {_text(node)}, the edge is {_edge_text(edges[name])}")
 
-    def _crossing(self, stage: int) -> Iterator[tuple[Value, int]]:
-        """Every value that goes from or to the stage, and where it goes."""
+    def _crossing(self, stages: Container[int]) -> Iterator[tuple[Value, int]]:
+        """Every value that goes from or to one of the stages, and where it goes."""
         for value, readers in self.readers.items():
             source = self.cut.stage_of.get(value.producer) if value.producer is not None else None
             if source is not None:
                 targets = {self.cut.stage_of[op] for op, _ in readers if op in self.cut.stage_of} - {source}
-                yield from ((value, target) for target in targets if stage in (source, target))
+                yield from ((value, target) for target in targets if source in stages or target in stages)
 
 
 def _ends(program: Program) -> Iterator[tuple[str, fx.Node | None, str]]:
     """Every edge's value and gradient in the graphs of a rank."""
-    stage = program.stage
-    sides: list[tuple[Sequence[Binding], Sequence[Any], str]] = [
-        (stage.forward_inputs, _placeholders(stage.forward), "reads"),
-        (stage.forward_outputs, _returned(stage.forward)[: len(stage.forward_outputs)], "makes"),
-        (stage.backward_inputs, _placeholders(stage.backward)[stage.saved :], "reads as gradient"),
-        (stage.backward_outputs, _returned(stage.backward), "makes as gradient"),
-    ]
-    for bindings, nodes, what in sides:
-        for binding, node in zip(bindings, nodes, strict=True):
-            if binding.kind == "edge":
-                yield binding.name, node, what
+    for stage in program.stages.values():
+        sides: list[tuple[Sequence[Binding], Sequence[Any], str]] = [
+            (stage.forward_inputs, _placeholders(stage.forward), "reads"),
+            (stage.forward_outputs, _returned(stage.forward)[: len(stage.forward_outputs)], "makes"),
+            (stage.backward_inputs, _placeholders(stage.backward)[stage.saved :], "reads as gradient"),
+            (stage.backward_outputs, _returned(stage.backward)[: len(stage.backward_outputs)], "makes as gradient"),
+        ]
+        for bindings, nodes, what in sides:
+            for binding, node in zip(bindings, nodes, strict=True):
+                if binding.kind == "edge":
+                    yield binding.name, node, what
 
 
 def _edge_of(program: Program, name: str) -> Edge:
@@ -355,7 +408,7 @@ def _edge_text(edge: Edge) -> str:
 # -- tiling --------------------------------------------------------------------------------------------------------------------------------
 
 
-def _tiles(value: Value, parts: Sequence[ParameterPart], members: Sequence[Program], mesh: Mapping[str, int]) -> None:
+def _tiles(value: Value, parts: Sequence[ParameterPart], members: Sequence[Program], mesh: Mapping[str, int], stage: int) -> None:
     """The different pieces that the ranks of a stage hold are disjoint and together the whole."""
     pieces: dict[Piece, int] = {}
     for held, program in zip(parts, members, strict=True):
@@ -368,9 +421,7 @@ def _tiles(value: Value, parts: Sequence[ParameterPart], members: Sequence[Progr
     covered = sum(prod(blocks * (stop - start) for blocks, start, stop in piece) for piece in pieces)
     if covered != value.numel:
         held_by = ", ".join(f"rank {rank} {_piece_text(piece)}" for piece, rank in pieces.items())
-        raise CheckError(
-            f"the ranks of stage {members[0].stage.stage} hold {covered} of the {value.numel} elements of {value.name}: {held_by}"
-        )
+        raise CheckError(f"the ranks of stage {stage} hold {covered} of the {value.numel} elements of {value.name}: {held_by}")
 
 
 def _piece(held: ParameterPart, program: Program, mesh: Mapping[str, int]) -> Piece:
@@ -403,7 +454,7 @@ def _piece_text(piece: Piece) -> str:
 
 
 def _part_of(program: Program, value: Value) -> ParameterPart:
-    return next(each for each in (*program.stage.parameters, *program.stage.buffers) if each.name == value.name)
+    return next(each for each in (*program.parameters, *program.buffers) if each.name == value.name)
 
 
 def _coordinates(program: Program) -> dict[str, int]:

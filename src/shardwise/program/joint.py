@@ -2,7 +2,7 @@
 
 apply(call, inputs) ──▶ forward nodes, and an entry on the tape
 backward(seeds)     ──▶ the tape from its end: each call's backward nodes, gradients of a value read twice added up
-split()             ──▶ a forward graph, a backward graph, and the values that the first saves for the second
+split()             ──▶ a forward graph, a backward graph (in two parts, if asked for), and the values that each saves for the next
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from torch import Tensor, fx
 
 from shardwise.program.reuse import reuse_memory
 from shardwise.program.trace import Function, Tracer, differentiable
+from shardwise.program.weights import split_backward
 
 __all__ = ["Halves", "JointGraph"]
 
@@ -33,13 +34,19 @@ class _Entry:
 
 @dataclass(frozen=True, kw_only=True)
 class Halves:
-    """forward: its placeholders → (outputs, saved). backward: (saved, gradient placeholders) → its outputs."""
+    """forward: its placeholders → (outputs, saved). backward: (saved, gradient placeholders) → its outputs.
+
+    weight: where the backward pass is in two parts, the second: `kept` values, which backward then returns, too → outputs number `later`.
+    """
 
     forward: fx.Graph
     backward: fx.Graph
     forward_inputs: list[str]
     backward_inputs: list[str]
     saved: int
+    weight: fx.Graph | None = None
+    later: list[int] = field(default_factory=list)
+    kept: int = 0
 
 
 @dataclass(kw_only=True)
@@ -145,8 +152,13 @@ class JointGraph:
             if forward:
                 self.forward_nodes.add(copied)
 
-    def split(self, outputs: Sequence[fx.Node], gradients: Sequence[fx.Node | None]) -> Halves:
-        """The forward graph (returns `outputs`, then what it saves) and the backward graph (returns `gradients`)."""
+    def split(
+        self, outputs: Sequence[fx.Node], gradients: Sequence[fx.Node | None], *, for_parameters: Sequence[bool] | None = None
+    ) -> Halves:
+        """The forward graph (returns `outputs`, then what it saves) and the backward graph (returns `gradients`).
+
+        for_parameters: which of the gradients may come later, if the backward graph is wanted in two parts.
+        """
         renamed = self._merge_equal()
         outputs = [renamed.get(node, node) for node in outputs]
         gradients = [None if node is None else renamed.get(node, node) for node in gradients]
@@ -160,11 +172,16 @@ class JointGraph:
             node for node in self.graph.nodes if node not in self.forward_nodes and (node in backward_nodes or node.op == "placeholder")
         ]
         backward = _extract(backward_order, saved, list(gradients))
-        reuse_memory(forward)
-        reuse_memory(backward)
+        parts = None if for_parameters is None else split_backward(backward, for_parameters)
+        backward = backward if parts is None else parts.backward
+        for graph in (forward, backward, *([parts.weight] if parts else [])):
+            reuse_memory(graph)
         return Halves(
             forward=forward,
             backward=backward,
+            weight=parts.weight if parts else None,
+            later=parts.later if parts else [],
+            kept=parts.kept if parts else 0,
             forward_inputs=[node.name for node in forward_order if node.op == "placeholder"],
             backward_inputs=[node.name for node in backward_order if node.op == "placeholder"],
             saved=len(saved),

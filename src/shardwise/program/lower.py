@@ -59,10 +59,22 @@ def parameter_part(assignment: Assignment, value: Value, coordinates: Mapping[st
 
 
 def lower_stage(
-    assignment: Assignment, cut: Cut, stage: int, axes: Mapping[str, Axis], tracer: Tracer, choose: Choose
+    assignment: Assignment,
+    cut: Cut,
+    stage: int,
+    axes: Mapping[str, Axis],
+    tracer: Tracer,
+    choose: Choose,
+    *,
+    splits_backward: bool = False,
 ) -> tuple[StageProgram, list[Edge], tuple[str, ...]]:
-    """The stage's graphs on the rank that sees the mesh as `axes`, the edges that touch it, and the axes over which the loss is a sum."""
-    return _Stage(assignment=assignment, cut=cut, stage=stage, axes=axes, tracer=tracer, choose=choose).lower()
+    """The stage's graphs on the rank that sees the mesh as `axes`, the edges that touch it, and the axes over which the loss is a sum.
+
+    splits_backward: whether the backward pass is wanted in two parts.
+    """
+    return _Stage(
+        assignment=assignment, cut=cut, stage=stage, axes=axes, tracer=tracer, choose=choose, splits_backward=splits_backward
+    ).lower()
 
 
 @dataclass(kw_only=True)
@@ -73,6 +85,7 @@ class _Stage:
     axes: Mapping[str, Axis]
     tracer: Tracer
     choose: Choose
+    splits_backward: bool
     nodes: dict[tuple[Value, tuple[Placement, ...]], fx.Node] = field(default_factory=dict)
     early: dict[tuple[Value, tuple[Placement, ...]], fx.Node] = field(default_factory=dict)
     inputs: dict[fx.Node, Binding] = field(default_factory=dict)
@@ -305,7 +318,11 @@ class _Stage:
 
     def _program(self, outputs: Sequence[tuple[Binding, fx.Node]]) -> StageProgram:
         sources = [(node, binding) for node, binding in self.inputs.items() if node in self.body.tracked]
-        halves = self.body.split([node for _, node in outputs], [self.body.cotangents.get(node) for node, _ in sources])
+        halves = self.body.split(
+            [node for _, node in outputs],
+            [self.body.cotangents.get(node) for node, _ in sources],
+            for_parameters=[binding.kind == "parameter" for _, binding in sources] if self.splits_backward else None,
+        )
         bindings = {node.name: binding for node, binding in self.inputs.items()}
         crossings = list(self.crossings.values())
         early = self.prelude.split([node for _, node in crossings], [])
@@ -333,6 +350,9 @@ class _Stage:
             backward_inputs=[bindings[name] for name in halves.backward_inputs],
             backward_outputs=[binding for _, binding in sources],
             saved=halves.saved,
+            weight=halves.weight,
+            weight_outputs=[sources[number][1] for number in halves.later],
+            kept=halves.kept,
         )
 
     def _held(self, kind: str, bindings: Sequence[Binding], early: Mapping[str, Binding]) -> list[str]:

@@ -6,7 +6,8 @@ message, dtype, operation and implementation. What gets through this gets throug
 Where it gets stuck, the schedule is drawn around the place, `[…]` marking where each rank stands:
 
     rank 0   F0   F0→1  [F1]   F1→1      F1 forward of microbatch 1, F1→1 its result sent to rank 1, F1←0 received from rank 0
-    rank 1  [F0←0] F0    B0    B0→0      B1, B1→0, B1←1 likewise backward; P prelude, R reduction, U update
+    rank 1  [F0←0] F0    B0    B0→0      B1, B1→0, B1←1 likewise backward, (B1←1) posted ahead; F1.1, W1.1 of the rank's chunk 1;
+                                         W1 the weights' part; P prelude, R reduction, U update
 """
 
 from __future__ import annotations
@@ -22,10 +23,10 @@ from shardwise.errors import CheckError
 from shardwise.program.actions import Action, Kind
 from shardwise.program.program import Program
 from shardwise.program.reductions import reductions
-from shardwise.program.transfers import matching
+from shardwise.program.transfers import meet
 from shardwise.sharding.collectives import COLLECTIVES, group_ranks
 
-__all__ = ["Meeting", "check_order", "grid"]
+__all__ = ["Meeting", "check_order", "drawn", "grid"]
 
 Choose = Callable[[str, int, int], str]
 _SHOWN = 3  # details of a collective
@@ -79,7 +80,7 @@ class _Rank:
             return f"rank {self.program.rank} has ended its step"
         inside = f" in `{self.program.actions[self.place]}`" if isinstance(self.now, Meeting) else ""
         module = f" of {self.now.module}" if isinstance(self.now, Meeting) and self.now.module else ""
-        return f"rank {self.program.rank} (stage {self.program.stage.stage}) stands at `{self.now}`{inside}{module}"
+        return f"rank {self.program.rank} ({self.program.where}) stands at `{self.now}`{inside}{module}"
 
 
 def check_order(programs: Mapping[int, Program], choose: Choose) -> None:
@@ -97,14 +98,22 @@ def check_order(programs: Mapping[int, Program], choose: Choose) -> None:
 
 
 def _steps(program: Program, choose: Choose) -> Iterator[tuple[int, Action | Meeting]]:
-    stage = program.stage
-    graphs = {Kind.PRELUDE: stage.prelude, Kind.FORWARD: stage.forward, Kind.BACKWARD: stage.backward}
-    inside: dict[Kind, list[Meeting]] = {kind: [_meeting(node, program) for node in _collectives(graph)] for kind, graph in graphs.items()}
-    inside[Kind.REDUCE] = list(_reduction_meetings(program, choose))
+    inside = {
+        (kind, number): [_meeting(node, program) for node in _collectives(graph)]
+        for number, stage in program.stages.items()
+        for kind, graph in stage.graphs.items()
+    }
+    once = {
+        Kind.PRELUDE: [meeting for number in program.stages for meeting in inside[Kind.PRELUDE, number]],
+        Kind.REDUCE: list(_reduction_meetings(program, choose)),
+    }
+    posted: set[tuple[str, int, bool]] = set()
     for number, action in enumerate(program.actions):
-        if action.sends or action.receives:
+        if action.posts:
+            posted.add(action.message)
+        if action.sends or action.posts or (action.receives and action.message not in posted):
             yield number, action
-        for meeting in inside.get(action.kind, ()):
+        for meeting in once.get(action.kind, inside.get((action.kind, action.stage), ())):
             yield number, meeting
 
 
@@ -183,7 +192,8 @@ def _meets(rank: int, ranks: Mapping[int, _Rank]) -> list[int] | None:
                 raise CheckError(_unlike_text(state, other, ranks))
         return members
     other = ranks[now.peer]
-    return [rank, now.peer] if not other.done and other.now == matching(now, rank) else None
+    here = None if other.done else other.now
+    return [rank, now.peer] if isinstance(here, Action) and meet(now, here, rank) else None
 
 
 def _without_module(meeting: Action | Meeting) -> tuple[Any, ...]:
@@ -217,18 +227,39 @@ def grid(ranks: Mapping[int, _Rank], shown: list[int]) -> str:
 
 def _row(state: _Rank) -> list[str]:
     """The marked action in the middle column."""
-    cells = [_cell(action) for action in state.program.actions] + ["end"]
-    cells[state.place] = f"[{cells[state.place]}]"
-    first, last = state.place - _AROUND, state.place + _AROUND
+    return _around(state.program, state.place)
+
+
+def drawn(program: Program, place: int) -> str:
+    """A rank's actions around the marked one, as in the grid; its end where `place` is their number."""
+    return f"  rank {program.rank:<3} " + " ".join(_around(program, place)).strip()
+
+
+def _around(program: Program, place: int) -> list[str]:
+    chunk = {stage: f".{number}" if number else "" for number, stage in enumerate(program.stages)}
+    cells = [_cell(action, chunk) for action in program.actions] + ["end"]
+    cells[place] = f"[{cells[place]}]"
+    first, last = place - _AROUND, place + _AROUND
     before = ["…" if first > 0 else "", *([""] * max(0, -first))]
     return [*before, *cells[max(0, first) : last + 1], *(["…"] if last + 1 < len(cells) else [])]
 
 
-def _cell(action: Action) -> str:
-    letter = {Kind.PRELUDE: "P", Kind.REDUCE: "R", Kind.UPDATE: "U", Kind.FORWARD: "F", Kind.SEND: "F", Kind.RECV: "F"}.get(
-        action.kind, "B"
-    )
+_LETTERS = {
+    Kind.PRELUDE: "P",
+    Kind.FORWARD: "F",
+    Kind.SEND: "F",
+    Kind.RECV: "F",
+    Kind.POST: "F",
+    Kind.WEIGHT: "W",
+    Kind.REDUCE: "R",
+    Kind.UPDATE: "U",
+}
+
+
+def _cell(action: Action, chunk: Mapping[int, str]) -> str:
+    letter = _LETTERS.get(action.kind, "B")
     if action.microbatch < 0:
         return letter
-    arrow = f"→{action.peer}" if action.sends else f"←{action.peer}" if action.receives else ""
-    return f"{letter}{action.microbatch}{arrow}"
+    arrow = f"→{action.peer}" if action.sends else f"←{action.peer}" if action.edge else ""
+    cell = f"{letter}{action.microbatch}{chunk.get(action.stage, '')}{arrow}"
+    return f"({cell})" if action.posts else cell

@@ -1,27 +1,27 @@
-"""What one rank runs: its stage's graphs and its list of actions. Simulated, run and printed from the same object."""
+"""What one rank runs: its stages' graphs and its list of actions. Simulated, run and printed from the same object."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import fx
 
-from shardwise.program.actions import Action
+from shardwise.program.actions import Action, Kind
 from shardwise.sharding.types import Placement, Shard
 
 __all__ = ["Binding", "Crossing", "Edge", "ParameterPart", "Program", "StageProgram", "code"]
 
-Kind = Literal["parameter", "buffer", "crossing", "edge", "random", "seed", "saved", "loss"]
+BindingKind = Literal["parameter", "buffer", "crossing", "edge", "random", "seed", "saved", "loss"]
 
 
 @dataclass(frozen=True)
 class Binding:
     """What a graph's input or output is: a parameter, a prelude value, a value on an edge, …"""
 
-    kind: Kind
+    kind: BindingKind
     name: str = ""
 
 
@@ -74,8 +74,10 @@ class Edge:
 class StageProgram:
     """A stage on one rank.
 
-    prelude: once a step, inputs → crossings. forward: once a microbatch, returns outputs and then the saved values.
-    backward: once a microbatch, from the saved values and the gradients of what was sent.
+    prelude: once a step, inputs → crossings. forward: once a microbatch, returns outputs and then the `saved` values.
+    backward: once a microbatch, from the saved values and the gradients of what was sent, returns its outputs.
+    weight: where the schedule splits the backward pass, the part of it that no gradient on an edge waits for; backward then also returns
+    the `kept` values, which are weight's inputs.
     """
 
     stage: int
@@ -91,6 +93,21 @@ class StageProgram:
     backward_inputs: list[Binding]
     backward_outputs: list[Binding]
     saved: int
+    weight: fx.Graph | None = None
+    weight_outputs: list[Binding] = field(default_factory=list)
+    kept: int = 0
+
+    @property
+    def graphs(self) -> dict[Kind, fx.Graph]:
+        """By the kind of action that runs them."""
+        found = {Kind.PRELUDE: self.prelude, Kind.FORWARD: self.forward, Kind.BACKWARD: self.backward}
+        return found if self.weight is None else found | {Kind.WEIGHT: self.weight}
+
+    def gradients(self, kind: Kind) -> dict[str, fx.Node]:
+        """Parameter → its gradient, of those that the graph of BACKWARD or WEIGHT makes."""
+        outputs = {Kind.BACKWARD: self.backward_outputs, Kind.WEIGHT: self.weight_outputs}[kind]
+        returned: Any = self.graphs[kind].output_node().args[0]
+        return {b.name: node for b, node in zip(outputs, returned, strict=False) if b.kind == "parameter" and node is not None}
 
 
 @dataclass(kw_only=True)
@@ -98,13 +115,15 @@ class Program:
     """One rank's program.
 
     coordinates: place on each mesh axis; groups: axis → ranks along it through this one; loss_axes: axes over which the loss is a sum.
+    stages: number → stage, of those that this rank has; placement: of every stage, which of the pipeline's ranks has it.
     """
 
     rank: int
     coordinates: Mapping[str, int]
     mesh: Mapping[str, int]
     groups: Mapping[str, tuple[int, ...]]
-    stage: StageProgram
+    stages: dict[int, StageProgram]
+    placement: tuple[int, ...]
     edges: list[Edge]
     actions: list[Action] = field(default_factory=list)
     loss_axes: tuple[str, ...] = ()
@@ -118,16 +137,59 @@ class Program:
         """Whether this rank's loss is one of the summands of the whole: others on axes that do not split it hold the same."""
         return all(index == 0 for axis, index in self.coordinates.items() if axis not in (*self.loss_axes, "pp"))
 
+    @property
+    def parameters(self) -> list[ParameterPart]:
+        """Of all stages; one that several of them read is there once."""
+        return _once(part for stage in self.stages.values() for part in stage.parameters)
+
+    @property
+    def buffers(self) -> list[ParameterPart]:
+        """As `parameters`."""
+        return _once(part for stage in self.stages.values() for part in stage.buffers)
+
+    @property
+    def local_edges(self) -> set[str]:
+        """Those between two stages of this rank."""
+        return {edge.name for edge in self.edges if edge.source in self.stages and edge.target in self.stages}
+
+    @property
+    def where(self) -> str:
+        """`stage 1`, or `stages 0, 3`."""
+        return f"stage{'s' if len(self.stages) > 1 else ''} {', '.join(map(str, self.stages))}"
+
+    def writers(self) -> dict[str, list[Action]]:
+        """Parameter → the actions that add to its gradient, in their order."""
+        makes = {
+            (kind, number): each.gradients(kind) for number, each in self.stages.items() for kind in _MAKE_GRADIENTS & set(each.graphs)
+        }
+        found: dict[str, list[Action]] = {}
+        for action in self.actions:
+            for name in makes.get((action.kind, action.stage), ()):
+                found.setdefault(name, []).append(action)
+        return found
+
     def __str__(self) -> str:
-        """The stage's graphs as readable PyTorch, and the actions."""
-        parts = [
-            f"# rank {self.rank}: stage {self.stage.stage}, {dict(self.coordinates)}",
-            "# prelude, once a step",
-            code(self.stage.prelude),
-        ]
-        parts += ["# forward, once a microbatch", code(self.stage.forward), "# backward, once a microbatch", code(self.stage.backward)]
+        """The stages' graphs as readable PyTorch, and the actions."""
+        parts = [f"# rank {self.rank}: {self.where}, {dict(self.coordinates)}"]
+        for number, stage in self.stages.items():
+            parts += [f"# stage {number}"] if len(self.stages) > 1 else []
+            for kind, graph in stage.graphs.items():
+                parts += [f"# {_TITLES[kind]}, once a {'step' if kind is Kind.PRELUDE else 'microbatch'}", code(graph)]
         parts += ["# actions", *(f"#   {action}" for action in self.actions)]
         return "\n".join(parts)
+
+
+_MAKE_GRADIENTS = {Kind.BACKWARD, Kind.WEIGHT}
+_TITLES = {
+    Kind.PRELUDE: "prelude",
+    Kind.FORWARD: "forward",
+    Kind.BACKWARD: "backward",
+    Kind.WEIGHT: "the weights' part of backward",
+}
+
+
+def _once(parts: Iterable[ParameterPart]) -> list[ParameterPart]:
+    return list({part.name: part for part in parts}.values())
 
 
 def code(graph: fx.Graph) -> str:

@@ -11,10 +11,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from math import prod
-from typing import Any
 
 import torch
 
+from shardwise.program.actions import Kind
 from shardwise.program.program import ParameterPart, Program
 from shardwise.sharding.collectives import group_name
 
@@ -47,7 +47,7 @@ class Reduction:
 def reductions(program: Program) -> list[Reduction]:
     """All gradients of a rank, those that nothing is pending for first."""
     keyed: dict[tuple[tuple[str, ...], torch.dtype], list[ParameterPart]] = {}
-    for parameter in program.stage.parameters:
+    for parameter in program.parameters:
         if parameter.requires_grad:
             keyed.setdefault((_groups_of(program, parameter), parameter.dtype), []).append(parameter)
     done = _completion(program)
@@ -55,33 +55,41 @@ def reductions(program: Program) -> list[Reduction]:
     return [found for groups, dtype in ordered for found in _messages(groups, dtype, keyed[groups, dtype], done)]
 
 
-def _messages(groups: tuple[str, ...], dtype: torch.dtype, parameters: list[ParameterPart], done: dict[str, int]) -> list[Reduction]:
+def _messages(
+    groups: tuple[str, ...], dtype: torch.dtype, parameters: list[ParameterPart], done: dict[str, tuple[int, int]]
+) -> list[Reduction]:
     """Stages meet tied parameters in unlike orders; in the message they lie in that of their names."""
     if any(name.startswith("tie:") for name in groups) or not groups:
         return [Reduction(groups=groups, dtype=dtype, parameters=tuple(sorted(parameters, key=lambda each: each.name)))]
     buckets: list[list[ParameterPart]] = [[]]
-    for parameter in sorted(parameters, key=lambda each: (done.get(each.name, -1), each.name)):
+    for parameter in sorted(parameters, key=lambda each: (done.get(each.name, (-1, -1)), each.name)):
         if buckets[-1] and sum(prod(each.local) for each in buckets[-1]) * dtype.itemsize >= BUCKET_BYTES:
             buckets.append([])
         buckets[-1].append(parameter)
     return [Reduction(groups=groups, dtype=dtype, parameters=tuple(bucket)) for bucket in buckets]
 
 
-def _completion(program: Program) -> dict[str, int]:
-    """Where in the backward graph each parameter's gradient is finished."""
-    stage = program.stage
-    position = {node: index for index, node in enumerate(stage.backward.nodes)}
-    gradients: Any = stage.backward.output_node().args[0]
-    return {b.name: position[g] for b, g in zip(stage.backward_outputs, gradients, strict=True) if b.kind == "parameter" and g is not None}
+def _completion(program: Program) -> dict[str, tuple[int, int]]:
+    """Where each parameter's gradient is finished: the last action that adds to it, and the place in that one's graph."""
+    number = {action: index for index, action in enumerate(program.actions)}
+    places: dict[tuple[Kind, int], dict[str, int]] = {}
+    for stage in program.stages.values():
+        for kind, graph in stage.graphs.items():
+            if kind in (Kind.BACKWARD, Kind.WEIGHT):
+                place = {node: index for index, node in enumerate(graph.nodes)}
+                places[kind, stage.stage] = {name: place[node] for name, node in stage.gradients(kind).items()}
+    last = {name: actions[-1] for name, actions in program.writers().items()}
+    return {name: (number[action], places[action.kind, action.stage][name]) for name, action in last.items()}
 
 
 def tie_ranks(program: Program, parameter: ParameterPart) -> tuple[int, ...]:
-    """The ranks of all stages that hold the same part of a tied parameter; empty when one stage holds it."""
-    if len(parameter.stages) < 2:
+    """The ranks of all stages that hold the same part of a tied parameter; empty when one rank has them all."""
+    pipes = sorted({program.placement[stage] for stage in parameter.stages})
+    if len(pipes) < 2:
         return ()
     stride = program.mesh["dp"] * program.mesh["cp"] * program.mesh["tp"]
-    first = program.rank - program.stage.stage * stride
-    return tuple(first + stage * stride for stage in parameter.stages)
+    first = program.rank - program.coordinates["pp"] * stride
+    return tuple(first + pipe * stride for pipe in pipes)
 
 
 def joined_ranks(rank: int, groups: Iterable[tuple[int, ...]]) -> tuple[int, ...]:

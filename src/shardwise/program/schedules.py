@@ -1,4 +1,4 @@
-"""The pipeline schedules that run, as tables: for each stage the order of its forwards (F) and backwards (B).
+"""The pipeline schedules of one stage a rank: for each stage the order of its forwards (F) and backwards (B).
 
     gpipe, 3 stages, 4 microbatches        1f1b
     0  F0 F1 F2 F3 . . . . B0 B1 B2 B3     0  F0 F1 F2 .  . B0 F3 B1 .  B2 .  B3
@@ -6,17 +6,16 @@
     2  .  .  F0 F1 F2 F3 B0 B1 B2 B3       2  .  .  F0 B0 F1 B1 F2 B2 F3 B3
 
 gpipe: Huang et al. 2019 (a stage keeps all microbatches' saved values). 1f1b: Narayanan et al. 2019/2021 (stage s of p keeps at most p −
-s). `shardwise.program.tables` has these and more, for planning.
+s). `shardwise.program.tables` has these and more.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
-from shardwise.errors import LayoutError
 from shardwise.program.actions import Kind
 
-__all__ = ["SCHEDULES", "in_flight", "most_held", "schedule"]
+__all__ = ["SCHEDULES"]
 
 Table = list[tuple[Kind, int]]
 
@@ -36,27 +35,3 @@ def one_forward_one_backward(stage: int, stages: int, microbatches: int) -> Tabl
 
 
 SCHEDULES: dict[str, Callable[[int, int, int], Table]] = {"gpipe": gpipe, "1f1b": one_forward_one_backward}
-
-
-def schedule(name: str, stage: int, stages: int, microbatches: int) -> Table:
-    """The stage's table. Raises LayoutError for an unknown name."""
-    if name not in SCHEDULES:
-        raise LayoutError(f"schedule {name!r} is unknown; there are {', '.join(SCHEDULES)}")
-    return SCHEDULES[name](stage, stages, microbatches)
-
-
-def in_flight(table: Table) -> int:
-    """The most microbatches that are forwarded and not yet backwarded at once."""
-    return most_held((kind, 1) for kind, _ in table)
-
-
-def most_held(steps: Iterable[tuple[Kind, int]], end: Kind = Kind.BACKWARD) -> int:
-    """The most that is held at once: a forward adds its amount, a step of kind `end` takes its amount away."""
-    now = most = 0
-    for kind, amount in steps:
-        if kind is Kind.FORWARD:
-            now += amount
-            most = max(most, now)
-        elif kind is end:
-            now -= amount
-    return most

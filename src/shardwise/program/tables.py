@@ -27,8 +27,8 @@ m microbatches, p ranks, v chunks a rank (p·v stages); in flight: the most (sta
     gpipe        v = 1   in flight m                          Huang et al. 2019
     1f1b         v = 1   in flight p                          Narayanan et al. 2019
     interleaved  v ≥ 2   in flight 2(p − 1) + (v − 1)p + 1     Narayanan et al. 2021, "Efficient large-scale …", section 2.2
-    zb-h1        v = 1   in flight p                          Qi et al. 2023, "Zero bubble pipeline parallelism", section 2.3
-    zb-2p        v = 1   in flight 2p − 1                     the same, ZB-H2
+    zb-h1        v ≥ 1   in flight vp                         Qi et al. 2023, "Zero bubble pipeline parallelism", section 2.3
+    zb-2p        v ≥ 1   in flight (v + 1)p − 1               the same, ZB-H2
     zb-v         v = 2   in flight 2p, of half the size       the same, section 6; Qi et al. 2024, "… with controllable memory"
 
 The zero-bubble tables are made for forwards, inputs' parts and weights' parts that take equal time; where they do not, idle slots are left.
@@ -40,17 +40,21 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import NamedTuple
 
 from shardwise.errors import LayoutError
 from shardwise.program.actions import Kind
-from shardwise.program.schedules import SCHEDULES, most_held
+from shardwise.program.schedules import SCHEDULES
 
 __all__ = [
     "NAMES",
+    "OWN",
     "Slot",
+    "Tables",
     "check_table",
     "in_flight",
+    "least_chunks",
     "placed",
     "placement",
     "rank_tables",
@@ -80,45 +84,44 @@ def _single(name: str) -> Callable[[int, int, int, int], list[Slot]]:
     return lambda rank, ranks, chunks, microbatches: [Slot(kind, rank, m) for kind, m in SCHEDULES[name](rank, ranks, microbatches)]
 
 
-def _interleaved(rank: int, ranks: int, chunks: int, microbatches: int) -> list[Slot]:
-    """Rounds of p microbatches, each through all chunks; forwards ahead: twice the ranks after this one, and all chunks but the last.
+def _turns(ranks: int, chunks: int, microbatches: int) -> list[tuple[int, int]]:
+    """(chunk, microbatch) in the order of the forwards: rounds of p microbatches, each through all chunks; the last is filled up."""
+    return [(chunk, m) for first in range(0, microbatches, ranks) for chunk in range(chunks) for m in range(first, first + ranks)]
 
-    Where p does not divide m the last round is filled up and what is too much is left out: an order without deadlock stays one.
+
+def _interleaved(rank: int, ranks: int, chunks: int, microbatches: int) -> list[Slot]:
+    """Forwards ahead: twice the ranks after this one, and all chunks but the last.
+
+    Where p does not divide m, what is too much in the last round is left out: an order without deadlock stays one.
     """
-    turns = [
-        (chunk, m) for first in range(0, microbatches, ranks) for chunk in range(chunks) for m in range(first, first + ranks)
-    ]  # (chunk, microbatch) in the order of the forwards
+    turns = _turns(ranks, chunks, microbatches)
     forwards = [Slot(Kind.FORWARD, chunk * ranks + rank, m) for chunk, m in turns]
     backwards = [Slot(Kind.BACKWARD, (chunks - 1 - chunk) * ranks + rank, m) for chunk, m in turns]
-    slots = _in_turn(forwards, backwards, ahead=2 * (ranks - rank - 1) + (chunks - 1) * ranks)
-    return [slot for slot in slots if slot.microbatch < microbatches]
-
-
-def _in_turn(forwards: list[Slot], backwards: list[Slot], *, ahead: int) -> list[Slot]:
+    ahead = 2 * (ranks - rank - 1) + (chunks - 1) * ranks
     slots = forwards[:ahead]
     for number, backward in enumerate(backwards, start=ahead):
         slots += [*forwards[number : number + 1], backward]
-    return slots
+    return [slot for slot in slots if slot.microbatch < microbatches]
 
 
 def _zero_bubble(limit: int) -> Callable[[int, int, int, int], list[Slot]]:
-    """ZB-H1 (limit 1) and ZB-H2 (limit 2).
+    """ZB-H1 (limit 1) and ZB-H2 (limit 2), with several chunks in the order of interleaved 1F1B.
 
     Of the limit·(p − 1) forwards that a rank may hold beside the current one, a rank uses its distance from the end to go ahead, and its
     distance from the beginning to put its weights' parts off.
     """
 
     def row(rank: int, ranks: int, chunks: int, microbatches: int) -> list[Slot]:
-        ahead, late = min(limit * (ranks - 1 - rank), microbatches), limit * rank
-        slots = [Slot(Kind.FORWARD, rank, m) for m in range(ahead)]
-        for m in range(microbatches + late):
-            if ahead + m < microbatches:
-                slots.append(Slot(Kind.FORWARD, rank, ahead + m))
-            if m < microbatches:
-                slots.append(Slot(Kind.BACKWARD, rank, m))
-            if m >= late:
-                slots.append(Slot(Kind.WEIGHT, rank, m - late))
-        return slots
+        turns = _turns(ranks, chunks, microbatches)
+        forwards = [Slot(Kind.FORWARD, chunk * ranks + rank, m) for chunk, m in turns]
+        backwards = [Slot(Kind.BACKWARD, (chunks - 1 - chunk) * ranks + rank, m) for chunk, m in turns]
+        ahead, late = limit * (ranks - 1 - rank) + (chunks - 1) * ranks, limit * rank
+        slots = forwards[:ahead]
+        for number in range(len(turns) + late):
+            slots += forwards[ahead + number : ahead + number + 1] + backwards[number : number + 1]
+            if number >= late:
+                slots.append(backwards[number - late]._replace(kind=Kind.WEIGHT))
+        return [slot for slot in slots if slot.microbatch < microbatches]
 
     return row
 
@@ -170,20 +173,21 @@ _SCHEDULES = {
     "gpipe": _Schedule(row=_single("gpipe")),
     "1f1b": _Schedule(row=_single("1f1b")),
     "interleaved": _Schedule(row=_interleaved, least=2, most=None),
-    "zb-h1": _Schedule(row=_zero_bubble(1), splits=True),
-    "zb-2p": _Schedule(row=_zero_bubble(2), splits=True),
+    "zb-h1": _Schedule(row=_zero_bubble(1), most=None, splits=True),
+    "zb-2p": _Schedule(row=_zero_bubble(2), most=None, splits=True),
     "zb-v": _Schedule(row=_zb_v, least=2, most=2, splits=True, turns=True),
 }
 NAMES = tuple(_SCHEDULES)
+OWN = "table"  # what a plan calls a schedule that is none of these
 
 
 def _named(name: str, chunks: int) -> _Schedule:
-    if name not in _SCHEDULES:
-        raise LayoutError(f"schedule {name!r} is unknown; there are {', '.join(NAMES)}")
+    least_chunks(name)
     found = _SCHEDULES[name]
     if chunks < found.least or (found.most is not None and chunks > found.most):
         wanted = f"{found.least} or more stages" if found.most is None else "one stage" if found.most == 1 else f"{found.most} stages"
-        raise LayoutError(f"schedule {name} needs {wanted} a rank, not {chunks}")
+        others = [other for other, each in _SCHEDULES.items() if each.least <= chunks and (each.most is None or each.most >= chunks)]
+        raise LayoutError(f"schedule {name} needs {wanted} a rank, not {chunks}; {', '.join(others)} take {chunks}")
     return found
 
 
@@ -199,9 +203,16 @@ def placement(name: str, ranks: int, chunks: int) -> tuple[int, ...]:
     return down + down[::-1] if _named(name, chunks).turns else down * chunks
 
 
+def least_chunks(name: str) -> int:
+    """How many stages a rank has in the schedule where nobody says. Raises LayoutError for an unknown name."""
+    if name not in _SCHEDULES:
+        raise LayoutError(f"schedule {name!r} is unknown; there are {', '.join(NAMES)}")
+    return _SCHEDULES[name].least
+
+
 def splits_backward(name: str) -> bool:
     """Whether the schedule performs the weights' part of the backward pass apart. Raises LayoutError for an unknown name."""
-    return _named(name, _SCHEDULES[name].least if name in _SCHEDULES else 1).splits
+    return _named(name, least_chunks(name)).splits
 
 
 # -- what a table says ---------------------------------------------------------------------------------------------------------------------
@@ -217,13 +228,20 @@ def placed(tables: Tables) -> dict[int, int]:
     return {slot.stage: rank for rank, row in enumerate(tables) for slot in row}
 
 
-def in_flight(tables: Tables, amount: Mapping[int, int] | None = None) -> list[int]:
-    """The most that each rank holds at once of what forwards save, from a FORWARD to the end of its WEIGHT, or its BACKWARD if not split.
+def in_flight(tables: Tables, saved: Mapping[int, int] | None = None, kept: Mapping[int, int] | None = None) -> list[int]:
+    """The most that each rank holds at once of what microbatches keep.
 
-    amount: stage → what one microbatch keeps there (1 if not given: the unit is then one stage's saved values of one microbatch).
+    saved: stage → what one microbatch keeps there from its FORWARD to its BACKWARD (1 if not given: the unit is then one stage's saved
+    values of one microbatch); kept: from there to its WEIGHT, where the backward pass is split (as much, if not given).
     """
-    end = Kind.WEIGHT if splits(tables) else Kind.BACKWARD
-    return [most_held(((slot.kind, amount[slot.stage] if amount else 1) for slot in row), end) for row in tables]
+    apart = splits(tables)
+
+    def change(slot: Slot) -> int:
+        forward = saved[slot.stage] if saved else 1
+        after = (kept[slot.stage] if kept else forward) if apart else 0
+        return {Kind.FORWARD: forward, Kind.BACKWARD: after - forward, Kind.WEIGHT: -after}[slot.kind]
+
+    return [max(accumulate(map(change, row)), default=0) for row in tables]
 
 
 def _needs(slot: Slot, stages: int) -> Iterator[Slot]:

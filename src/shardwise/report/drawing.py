@@ -26,13 +26,15 @@ _WIDE_PLACES = 4  # of the tensor axis that are drawn with their memory; more ge
 def drawing(plan: Plan, simulation: Simulation) -> Markup:
     """All stages and edges."""
     pairs = _by_ends(plan.profile.edges)
-    cells = [_stage(plan, simulation, stage) for stage in range(plan.pp)]
-    cells += [_arrow(source, pairs.get((source, source + 1), [])) for source in range(plan.pp - 1)]
+    cells = [_stage(plan, simulation, stage) for stage in range(len(plan.stages))]
+    cells += [_arrow(source, pairs.get((source, source + 1), [])) for source in range(len(plan.stages) - 1)]
     far = sorted(ends for ends in pairs if ends[1] != ends[0] + 1)
     lines = [_far(source, target, row, pairs[source, target]) for row, (source, target) in enumerate(far, start=2)]
     stage_rem = 10 if plan.tp <= _WIDE_PLACES else 5 + 2.4 * min(plan.tp, _MOST_PLACES)
-    columns = " 6.5rem ".join([f"minmax({stage_rem}rem, 1fr)"] * plan.pp)
-    return element("div", element("div", *_in_order(cells, plan.pp), *lines, class_="plan", style=f"--columns:{columns}"), class_="scroll")
+    columns = " 6.5rem ".join([f"minmax({stage_rem}rem, 1fr)"] * len(plan.stages))
+    return element(
+        "div", element("div", *_in_order(cells, len(plan.stages)), *lines, class_="plan", style=f"--columns:{columns}"), class_="scroll"
+    )
 
 
 def _in_order(cells: list[Markup], stages: int) -> list[Markup]:
@@ -56,7 +58,7 @@ def _stage(plan: Plan, simulation: Simulation, stage: int) -> Markup:
     size = f"{count_text(profile.parameters)} parameters, " if profile.parameters else ""
     return element(
         "section",
-        element("h3", f"Stage {stage}" if plan.pp > 1 else "All of the model"),
+        element("h3", f"Stage {stage}" if len(plan.stages) > 1 else "All of the model"),
         _modules(profile.modules or [plan.stages[stage].partition(":")[0] or plan.model]),
         element("p", f"{size}{bytes_text(profile.memory.get('parameters', 0))} of them on each rank", class_="soft"),
         _mesh(plan, simulation, stage),
@@ -82,7 +84,8 @@ def _mesh(plan: Plan, simulation: Simulation, stage: int) -> Markup:
     """The stage's ranks: a row for each place along dp and cp, a column for each along tp."""
     data = plan.dp * plan.cp
     rows, columns = min(data, _MOST_PLACES), min(plan.tp, _MOST_PLACES)
-    numbers = [[rank_of(stage, row, t, data, plan.tp) for t in range(columns)] for row in range(rows)]
+    home = plan.placement[stage]
+    numbers = [[rank_of(home, row, t, data, plan.tp) for t in range(columns)] for row in range(rows)]
     alone = plan.tp > _WIDE_PLACES
     cells = [[_rank(rank, bytes_text(simulation.memory_bytes[rank]), alone=alone) for rank in row] for row in numbers]
     body = [element("tr", _axis(_data_place(plan, number), data), *row) for number, row in enumerate(cells)]

@@ -36,13 +36,13 @@ class Measured:
             step_time_s=run.step_time_s,
             memory_bytes=run.memory_bytes,
             step_times_s=run.step_times_s,
-            timeline=_timeline(run.actions, ranks_of_stage=plan.dp * plan.cp * plan.tp),
+            timeline=_timeline(run.actions, plan),
             losses=run.losses,
             same_numbers=same_numbers,
         )
 
 
-def _timeline(recorded: Sequence[Sequence[RecordedAction]], *, ranks_of_stage: int) -> list[Span]:
+def _timeline(recorded: Sequence[Sequence[RecordedAction]], plan: Plan) -> list[Span]:
     """The ranks' records from one zero.
 
     Ranks on one machine share a clock. Where the beginnings lie further apart than a step lasts the clocks are of several machines, and
@@ -56,11 +56,13 @@ def _timeline(recorded: Sequence[Sequence[RecordedAction]], *, ranks_of_stage: i
     spans: list[Span] = []
     for rank, records in enumerate(recorded):
         zero = min(begins) if shared else min((start for *_, start, _ in records), default=0.0)
-        spans += [_span(record, rank, rank // ranks_of_stage, zero) for record in records]
+        first = plan.placement.index(rank // (plan.dp * plan.cp * plan.tp))
+        spans += [_span(record, rank, first, zero) for record in records]
     return spans
 
 
-def _span(record: RecordedAction, rank: int, stage: int, zero_s: float) -> Span:
-    kind, microbatch, edge, peer, start_s, end_s = record
-    action = Action(kind=Kind(kind), microbatch=microbatch, edge=edge, peer=peer)
-    return Span(rank=rank, stage=stage, action=action, start_s=start_s - zero_s, end_s=end_s - zero_s)
+def _span(record: RecordedAction, rank: int, first: int, zero_s: float) -> Span:
+    """first: the rank's first stage, of which is what it does once for all of them."""
+    kind, stage, microbatch, edge, peer, start_s, end_s = record
+    action = Action(kind=Kind(kind), stage=stage, microbatch=microbatch, edge=edge, peer=peer)
+    return Span(rank=rank, stage=first if stage < 0 else stage, action=action, start_s=start_s - zero_s, end_s=end_s - zero_s)

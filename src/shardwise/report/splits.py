@@ -35,11 +35,17 @@ def _sentences(plan: Plan) -> list[tuple[str, str]]:
             (f"tp {plan.tp}", f"{plan.tp} ranks share each operator; {split} of {len(plan.parameters)} kinds of parameters are split")
         )
     if plan.pp > 1:
-        said.append((f"pp {plan.pp}", f"{plan.pp} stages, one after the other, on ranks of their own"))
+        said.append((f"pp {plan.pp}", _pipeline(plan)))
     if plan.microbatches > 1:
         order = f", in the order {plan.schedule}" if plan.pp > 1 else ""
         said.append((f"{plan.microbatches} microbatches", f"the batch is worked on in {plan.microbatches} parts{order}"))
     return said or [("1 rank", "does everything")]
+
+
+def _pipeline(plan: Plan) -> str:
+    if plan.chunks == 1:
+        return f"{plan.pp} stages, one after the other, on ranks of their own"
+    return f"{plan.pp * plan.chunks} stages, one after the other, {plan.chunks} on each of {plan.pp} ranks"
 
 
 def _parameters(plan: Plan) -> Markup:

@@ -14,16 +14,16 @@ from torch import Tensor
 
 from shardwise.errors import TransferError
 from shardwise.program.actions import Action, Kind
-from shardwise.program.program import Binding, Program
+from shardwise.program.program import Binding, Program, StageProgram
 from shardwise.runtime.gradients import Gradients
-from shardwise.runtime.graphs import Prelude, accumulating, callable_of, with_gradient
+from shardwise.runtime.graphs import Function, Prelude, accumulating, callable_of
 from shardwise.runtime.transport import Transport, using
 from shardwise.sharding.types import take
 
 __all__ = ["Event", "Executor"]
 
 _WAITED_IN_VAIN = re.compile(r"timed out|connection (was )?(closed|reset)", re.IGNORECASE)  # gloo's and NCCL's words
-_FORWARD_ONLY = (Kind.PRELUDE, Kind.RECV, Kind.FORWARD, Kind.SEND)
+_FORWARD_ONLY = (Kind.PRELUDE, Kind.POST, Kind.RECV, Kind.FORWARD, Kind.SEND)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,63 +45,63 @@ class Executor:
         self, program: Program, state: dict[str, Tensor], gradients: Gradients, transport: Transport, device: torch.device
     ) -> None:
         self.program, self.state, self.gradients, self.transport, self.device = program, state, gradients, transport, device
-        stage = program.stage
-        buffers = {part.name: state[part.name] for part in stage.buffers}
         with torch.no_grad():
-            self.prelude = Prelude(stage, buffers)
-        self.forward = callable_of(stage.forward)
-        begin: dict[Callable[[], None], set[str]] = {partial(gradients.start, number): names for number, names in gradients.early().items()}
-        one = program.microbatches == 1
-        self.backward = {
-            (True, one): accumulating(stage, first=True, begin=begin if one else None),
-            (False, True): accumulating(stage, first=False, begin=begin),
-            (False, False): accumulating(stage, first=False),
-        }  # (is the step's first, is its last) → function
-        self.with_gradient = with_gradient(stage)
+            self.preludes = {
+                number: Prelude(stage, {part.name: state[part.name] for part in stage.buffers}) for number, stage in program.stages.items()
+            }
+        self.forward = {number: callable_of(stage.forward) for number, stage in program.stages.items()}
+        self.backward = _backward_functions(program, gradients)
+        self.buffers = {
+            (kind, number): [gradients.of[name] for name in stage.gradients(kind)]
+            for number, stage in program.stages.items()
+            for kind in stage.graphs
+            if kind in (Kind.BACKWARD, Kind.WEIGHT)
+        }
         self.edges = {edge.name: edge for edge in program.edges}
-        self.seed = torch.ones((), dtype=self._loss_dtype(), device=device)
+        self.local_edges = program.local_edges
+        self.seeds = {
+            number: torch.ones((), dtype=_loss_dtype(stage), device=device)
+            for number, stage in program.stages.items()
+            if any(binding.kind == "seed" for binding in stage.backward_inputs)
+        }
         self.events: list[Event] = []
         self.act: dict[Kind, Callable[[Action], None]] = {
             Kind.PRELUDE: self._prelude,
             Kind.FORWARD: self._forward,
             Kind.BACKWARD: self._backward,
+            Kind.WEIGHT: self._weight,
             Kind.SEND: self._send,
+            Kind.POST: self._post,
             Kind.RECV: self._receive,
             Kind.SEND_GRAD: self._send,
+            Kind.POST_GRAD: self._post,
             Kind.RECV_GRAD: self._receive,
             Kind.REDUCE: lambda action: self.gradients.reduce(),
         }
 
-    def _loss_dtype(self) -> torch.dtype:
-        seeds = [node for node in self.program.stage.backward.nodes if node.op == "placeholder" and node.name == "seed"]
-        return seeds[0].meta["val"].dtype if seeds else torch.float32
-
     def step(self, batch: Mapping[str, Tensor], step_key: int, update: Callable[[], None]) -> float:
         """One training step on this rank's part of the batch; returns what this rank adds to the loss."""
         self.act[Kind.UPDATE] = lambda action: update()
-        return self._run(self.program.actions, batch, step_key)
+        loss = self._run(self.program.actions, batch, step_key)
+        self.state.update(self.changed)
+        return loss
 
     def evaluate(self, batch: Mapping[str, Tensor], step_key: int) -> float:
         """The forward pass alone, with the buffers left as they are."""
-        kept = {name: self.state[name] for name in self._updated()}
         actions = [action for action in self.program.actions if action.kind in _FORWARD_ONLY]
-        loss = self._run(actions, batch, step_key, backward=False)
-        self.state.update(kept)
-        return loss
-
-    def _updated(self) -> list[str]:
-        return [binding.name for binding in self.program.stage.forward_outputs if binding.kind == "buffer"]
+        return self._run(actions, batch, step_key, backward=False)
 
     @torch.no_grad()
     def _run(self, actions: list[Action], batch: Mapping[str, Tensor], step_key: int, *, backward: bool = True) -> float:
         self.batch, self.step_key, self.saving = batch, step_key, backward
-        self.crossings: dict[str, Tensor] = {}
+        self.crossings: dict[int, dict[str, Tensor]] = {}
         self.values: dict[tuple[str, int, bool], Tensor] = {}  # (edge, microbatch, is a gradient) → tensor
-        self.saved: dict[int, list[Any]] = {}
+        self.saved: dict[tuple[Kind, int, int], list[Any]] = {}  # (who takes it, stage, microbatch) → what the part before it saved
+        self.changed: dict[str, Tensor] = {}  # buffers, from the next step on
         self.losses: list[Tensor] = []
         self.pending: list[tuple[Action, Any, Tensor]] = []
+        self.posted: dict[tuple[str, int, bool], tuple[Any, Tensor]] = {}
         self.events = []
-        self.backwarded = 0
         with using(self.transport):
             for action in actions:
                 start = time.perf_counter()
@@ -122,62 +122,83 @@ class Executor:
             raise TransferError(f"{self._who()} waited in vain in {action} for other ranks of a group: {_first_line(error)}") from error
 
     def _who(self) -> str:
-        return f"rank {self.program.rank} (stage {self.program.stage.stage})"
+        return f"rank {self.program.rank} ({self.program.where})"
+
+    # -- computing -------------------------------------------------------------------------------------------------------------------------
 
     def _prelude(self, action: Action) -> None:
-        self.crossings = self.prelude.run(self.batch)
+        self.crossings = {number: prelude.run(self.batch) for number, prelude in self.preludes.items()}
 
     def _forward(self, action: Action) -> None:
-        stage, microbatch = self.program.stage, action.microbatch
-        results = self.forward([self._input(binding, microbatch) for binding in stage.forward_inputs])
+        stage, microbatch = self.program.stages[action.stage], action.microbatch
+        results = self.forward[action.stage]([self._input(stage, binding, microbatch) for binding in stage.forward_inputs])
         if self.saving:
-            self.saved[microbatch] = results[len(stage.forward_outputs) :]
+            self.saved[Kind.BACKWARD, action.stage, microbatch] = results[len(stage.forward_outputs) :]
         for binding, value in zip(stage.forward_outputs, results, strict=False):
             if binding.kind == "edge":
-                self.values[binding.name, microbatch, False] = value
+                self._made(binding.name, microbatch, value, gradient=False)
             elif binding.kind == "buffer":
-                self.state[binding.name] = value  # not copied there: the backward pass may read the old one
+                self.changed[binding.name] = value  # not put into the state: other stages and the backward pass may read the old one
             else:
                 self.losses.append(value)
 
-    def _input(self, binding: Binding, microbatch: int) -> Tensor:
+    def _input(self, stage: StageProgram, binding: Binding, microbatch: int) -> Tensor:
         if binding.kind == "edge":
             return self.values.pop((binding.name, microbatch, False))
         if binding.kind == "crossing":
-            return self._crossing(binding.name, microbatch)
+            return self._crossing(stage, binding.name, microbatch)
         if binding.kind == "random":
             return torch.tensor([self.step_key, microbatch])  # on the cpu, where the draws read it
         return self.state[binding.name]
 
-    def _crossing(self, name: str, microbatch: int) -> Tensor:
-        split = next(crossing.split for crossing in self.program.stage.crossings if crossing.name == name)
-        value = self.crossings[name]
+    def _crossing(self, stage: StageProgram, name: str, microbatch: int) -> Tensor:
+        split = next(crossing.split for crossing in stage.crossings if crossing.name == name)
+        value = self.crossings[stage.stage][name]
         return value if split is None else take(value, split, self.program.microbatches, microbatch).contiguous()
 
     def _backward(self, action: Action) -> None:
-        stage, microbatch = self.program.stage, action.microbatch
-        inputs: list[Any] = self.saved.pop(microbatch)
+        number, microbatch = action.stage, action.microbatch
+        stage = self.program.stages[number]
+        inputs: list[Any] = self.saved.pop((Kind.BACKWARD, number, microbatch))
         for binding in stage.backward_inputs:
-            inputs.append(self.seed if binding.kind == "seed" else self.values.pop((binding.name, microbatch, True)))
-        inputs += [self.gradients.of[name] for name in self.with_gradient]
-        self.backwarded += 1
-        results = self.backward[self.backwarded == 1, self.backwarded == self.program.microbatches](inputs)
+            inputs.append(self.seeds[number] if binding.kind == "seed" else self.values.pop((binding.name, microbatch, True)))
+        inputs += self.buffers[Kind.BACKWARD, number]
+        results = self.backward[action](inputs)
         names = [binding.name for binding in stage.backward_outputs if binding.kind == "edge"]
-        for name, value in zip(names, results, strict=True):
-            self.values[name, microbatch, True] = self._zeros(name) if value is None else value
+        for name, value in zip(names, results, strict=False):
+            self._made(name, microbatch, self._zeros(name) if value is None else value, gradient=True)
+        if stage.weight is not None:
+            self.saved[Kind.WEIGHT, number, microbatch] = results[len(names) :]
+
+    def _weight(self, action: Action) -> None:
+        inputs = self.saved.pop((Kind.WEIGHT, action.stage, action.microbatch))
+        inputs += self.buffers[Kind.WEIGHT, action.stage]
+        self.backward[action](inputs)
 
     def _zeros(self, edge: str) -> Tensor:
         return torch.zeros(self.edges[edge].shape, dtype=self.edges[edge].dtype, device=self.device)
 
+    def _made(self, edge: str, microbatch: int, value: Tensor, *, gradient: bool) -> None:
+        """Graphs are made for edges' tensors without gaps, as they come out of a transfer."""
+        self.values[edge, microbatch, gradient] = value.contiguous() if edge in self.local_edges else value
+
+    # -- transfers -------------------------------------------------------------------------------------------------------------------------
+
     def _send(self, action: Action) -> None:
-        value = self.values.pop((action.edge, action.microbatch, action.kind is Kind.SEND_GRAD)).contiguous()
+        value = self.values.pop(action.message).contiguous()
         self.pending.append((action, self.transport.send(value, action.peer), value))
 
-    def _receive(self, action: Action) -> None:
+    def _post(self, action: Action) -> None:
         edge = self.edges[action.edge]
         value = torch.empty(edge.shape, dtype=edge.dtype, device=self.device)
-        self._wait(action, self.transport.receive(value, action.peer))
-        self.values[action.edge, action.microbatch, action.kind is Kind.RECV_GRAD] = value
+        self.posted[action.message] = self.transport.receive(value, action.peer), value
+
+    def _receive(self, action: Action) -> None:
+        if action.message not in self.posted:
+            self._post(action)
+        work, value = self.posted.pop(action.message)
+        self._wait(action, work)
+        self.values[action.message] = value
 
     def _wait(self, action: Action, work: Any) -> None:
         try:
@@ -187,6 +208,38 @@ class Executor:
                 f"{self._who()} waited in vain for {action}: {_first_line(error)}. "
                 f"Look at what rank {action.peer} did last, or allow more time"
             ) from error
+
+
+def _backward_functions(program: Program, gradients: Gradients) -> dict[Action, Function]:
+    """What each BACKWARD and WEIGHT runs: the first in a step to make a parameter's gradient puts it into its buffer, later ones add to it,
+    and the last one that a message of gradients waits for begins to send it. Those alike share a function."""
+    writers = program.writers()
+    first = {name: actions[0] for name, actions in writers.items()}
+    number = {action: index for index, action in enumerate(program.actions)}
+    begins: dict[Action, dict[int, set[str]]] = {}
+    for message, names in gradients.early().items():
+        last = max((writers[name][-1] for name in names if name in writers), key=number.__getitem__, default=None)
+        if last is not None:
+            begins.setdefault(last, {})[message] = names
+    known: dict[tuple[Any, ...], Function] = {}
+    found: dict[Action, Function] = {}
+    for action in program.actions:
+        if action.kind not in (Kind.BACKWARD, Kind.WEIGHT):
+            continue
+        stage = program.stages[action.stage]
+        fresh = frozenset(name for name in stage.gradients(action.kind) if first[name] is action)
+        begun = begins.get(action, {})
+        key = (action.kind, action.stage, fresh, tuple(begun))
+        if key not in known:
+            outputs = stage.backward_outputs if action.kind is Kind.BACKWARD else stage.weight_outputs
+            begin: dict[Callable[[], None], set[str]] = {partial(gradients.start, message): names for message, names in begun.items()}
+            known[key] = accumulating(stage.graphs[action.kind], outputs, first=fresh, begin=begin)
+        found[action] = known[key]
+    return found
+
+
+def _loss_dtype(stage: StageProgram) -> torch.dtype:
+    return next(node.meta["val"].dtype for node in stage.backward.nodes if node.op == "placeholder" and node.name == "seed")
 
 
 def _first_line(error: BaseException) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -70,27 +70,35 @@ def _fold(graph: fx.Graph, bindings: Sequence[Binding], buffers: Mapping[str, Te
     return folded, constants
 
 
-def accumulating(stage: StageProgram, *, first: bool, begin: Mapping[Callable[[], None], set[str]] | None = None) -> Function:
-    """The backward graph with each parameter's gradient put into a buffer as soon as it is known.
+def accumulating(
+    source: fx.Graph,
+    outputs: Sequence[Binding],
+    *,
+    first: Container[str],
+    begin: Mapping[Callable[[], None], set[str]] | None = None,
+) -> Function:
+    """A graph of the backward pass with each parameter's gradient put into a buffer as soon as it is known.
 
-    Inputs: saved values, gradients of what was sent, and a buffer for each parameter with a gradient; outputs: gradients to send.
-    first: whether the buffers are overwritten (the step's first microbatch) or added to.
+    Inputs: the graph's, and a buffer for each parameter whose gradient it makes; outputs: its others.
+    outputs: what the graph returns; behind them stand the values that it keeps.
+    first: the parameters whose buffers are overwritten (nothing was put there in this step), others are added to.
     begin: functions to call as soon as all gradients of the named parameters are in their buffers.
     """
     graph = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
-    gradients: Sequence[Any] = graph.graph_copy(stage.backward, copies)  # type: ignore[assignment]
+    returned: Sequence[Any] = graph.graph_copy(source, copies)  # type: ignore[assignment]
     last = next((node for node in reversed(list(graph.nodes)) if node.op == "placeholder"), None)
-    sent = [gradient for binding, gradient in zip(stage.backward_outputs, gradients, strict=True) if binding.kind != "parameter"]
+    named = [(binding, returned[number]) for number, binding in enumerate(outputs)]
+    others = [value for binding, value in named if binding.kind != "parameter"] + list(returned[len(outputs) :])
     sinks: dict[str, tuple[fx.Node, fx.Node]] = {}
-    for binding, gradient in zip(stage.backward_outputs, gradients, strict=True):
+    for binding, gradient in named:
         if binding.kind == "parameter" and gradient is not None:
             with graph.inserting_after(last) if last else graph.inserting_before(next(iter(graph.nodes), None)):
                 last = graph.placeholder(f"buffer_{''.join(c if c.isalnum() else '_' for c in binding.name)}")
             sinks[binding.name] = last, gradient
-    read = Counter([*(gradient for _, gradient in sinks.values()), *(gradient for gradient in sent if gradient is not None)])
-    placed = {name: _sink(graph, buffer, gradient, last or buffer, read, first=first) for name, (buffer, gradient) in sinks.items()}
-    graph.output(sent)
+    read = Counter([*(gradient for _, gradient in sinks.values()), *(value for value in others if value is not None)])
+    placed = {name: _sink(graph, buffer, gradient, last or buffer, read, first=name in first) for name, (buffer, gradient) in sinks.items()}
+    graph.output(others)
     _call_when_placed(graph, placed, begin or {})
     return callable_of(graph)
 
@@ -141,9 +149,3 @@ class _Named:
 
     def __call__(self) -> None:
         self.function()
-
-
-def with_gradient(stage: StageProgram) -> list[str]:
-    """The parameters that the backward graph makes a gradient for, in the order of `accumulating`'s buffers."""
-    returned: Sequence[Any] = stage.backward.output_node().args[0]  # type: ignore[assignment]
-    return [b.name for b, g in zip(stage.backward_outputs, returned, strict=True) if b.kind == "parameter" and g is not None]

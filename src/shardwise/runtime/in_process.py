@@ -6,7 +6,6 @@ in the order of the ranks, so all ranks hold bitwise equal ones.
 
 from __future__ import annotations
 
-import queue
 import threading
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -44,11 +43,40 @@ class _Meeting:
 
 
 @dataclass(kw_only=True)
+class _Box:
+    """Messages from one rank to another. The number of a receive, in the order in which they were begun, is that of its message."""
+
+    sent: list[Tensor | None] = field(default_factory=list)
+    begun: int = 0
+    changed: threading.Condition = field(default_factory=threading.Condition)
+
+    def put(self, tensor: Tensor) -> None:
+        """One more message."""
+        with self.changed:
+            self.sent.append(tensor)
+            self.changed.notify_all()
+
+    def ticket(self) -> int:
+        """The number of a receive that begins now."""
+        with self.changed:
+            self.begun += 1
+            return self.begun - 1
+
+    def get(self, number: int, timeout_s: float) -> Tensor | None:
+        """A message; None where it has not come in time."""
+        with self.changed:
+            if not self.changed.wait_for(lambda: len(self.sent) > number, timeout_s):
+                return None
+            found, self.sent[number] = self.sent[number], None
+            return found
+
+
+@dataclass(kw_only=True)
 class Meetings:
     """What the ranks of one job share."""
 
     groups: dict[str, _Meeting] = field(default_factory=dict)
-    mail: dict[tuple[int, int], queue.Queue[Tensor]] = field(default_factory=lambda: defaultdict(queue.Queue))
+    mail: dict[tuple[int, int], _Box] = field(default_factory=lambda: defaultdict(_Box))
     lock: threading.Lock = field(default_factory=threading.Lock)
     ended: threading.Event = field(default_factory=threading.Event)
 
@@ -60,7 +88,7 @@ class Meetings:
             meeting.barrier.abort()
         return meeting
 
-    def box(self, source: int, target: int) -> queue.Queue[Tensor]:
+    def box(self, source: int, target: int) -> _Box:
         """Messages from one rank to another, in their order."""
         with self.lock:
             return self.mail[source, target]
@@ -84,18 +112,20 @@ class _Awaited:
     transport: InProcess
     x: Tensor
     peer: int
+    box: _Box
+    number: int
 
     def wait(self) -> None:
         """Fills the tensor."""
-        box = self.transport.meetings.box(self.peer, self.transport.rank)
         for _ in range(int(_PATIENCE_S * 10)):
-            try:
-                self.x.copy_(box.get(timeout=0.1))
-            except queue.Empty:
-                if self.transport.meetings.ended.is_set():
-                    raise TransferError(f"rank {self.transport.rank} waits for rank {self.peer}, but a rank has failed") from None
-            else:
+            if (found := self.box.get(self.number, 0.1)) is not None:
+                assert (found.shape, found.dtype) == (self.x.shape, self.x.dtype), (
+                    f"rank {self.transport.rank} was sent another tensor than it awaits"
+                )
+                self.x.copy_(found)
                 return
+            if self.transport.meetings.ended.is_set():
+                raise TransferError(f"rank {self.transport.rank} waits for rank {self.peer}, but a rank has failed")
         raise TransferError(f"rank {self.transport.rank} waited {_PATIENCE_S:.0f} s in vain for rank {self.peer}")
 
 
@@ -142,7 +172,8 @@ class InProcess:
         return _Sent()
 
     def receive(self, x: Tensor, peer: int) -> _Awaited:
-        return _Awaited(transport=self, x=x, peer=peer)
+        box = self.meetings.box(peer, self.rank)
+        return _Awaited(transport=self, x=x, peer=peer, box=box, number=box.ticket())
 
 
 def _sum(tensors: Sequence[Tensor]) -> Tensor:

@@ -53,16 +53,16 @@ class Job:
         self.fixed = {name: state[name] for name in graph.buffers} if graph.checks else {}
         rank = _checked_rank(plan)
         choose = plan.chooser()
-        programs = build_programs(applied.assignment, applied.cut, plan.schedule, choose, device=device, ranks=[rank])
+        programs = build_programs(applied.assignment, applied.cut, plan.tables, choose, device=device, ranks=[rank])
         self.program: Program = programs[rank]
         check_own(self.program, applied.assignment, applied.cut)
         create_groups(_all_groups(self.program, plan, graph, applied), timeout_s)
         transport = Distributed()
-        parts = [*self.program.stage.parameters, *self.program.stage.buffers]
+        parts = [*self.program.parameters, *self.program.buffers]
         self.state = {part.name: own_part(state[part.name], part, self.program, device) for part in parts}
         self.gradients = Gradients(self.program, transport, choose, device)
         self.parameters: dict[str, nn.Parameter] = {}
-        for part in self.program.stage.parameters:
+        for part in self.program.parameters:
             self._adopt(part)
         self.optimizer = self._optimizer(optimizer)
         self.executor = Executor(self.program, self.state, self.gradients, transport, device)
@@ -75,8 +75,8 @@ class Job:
         self.parameters[part.name] = parameter
 
     def _optimizer(self, factory: OptimizerFactory) -> torch.optim.Optimizer | None:
-        """The user's optimizer over this rank's parts; None for a stage without parameters."""
-        if any(isinstance(each, Shard) for part in self.program.stage.parameters for each in part.type.values()):
+        """The user's optimizer over this rank's parts; None for a rank without parameters."""
+        if any(isinstance(each, Shard) for part in self.program.parameters for each in part.type.values()):
             refuse_unless_elementwise(factory)
         trained = [(name, parameter) for name, parameter in self.parameters.items() if parameter.requires_grad]
         return prefer_fused(factory(trained)) if trained else None
@@ -181,7 +181,7 @@ def _checked_rank(plan: Plan) -> int:
 def _all_groups(program: Program, plan: Plan, graph: Graph, applied: Applied) -> list[tuple[str, tuple[int, ...]]]:
     """Every process group of the job, in one order on all ranks."""
     places = Places.of(applied.assignment, plan.pp)
-    seats = [(stage, place) for stage in range(plan.pp) for place in places.columns()]
+    seats = [(pipe, place) for pipe in range(plan.pp) for place in places.columns()]
     along = {seat: places.groups(*seat) for seat in seats}
     groups = [(axis, along[seat][axis]) for axis in ("dp", "cp", "tp") for seat in seats]
     if plan.dp > 1 and plan.cp > 1:
@@ -189,9 +189,9 @@ def _all_groups(program: Program, plan: Plan, graph: Graph, applied: Applied) ->
     readers = graph.consumers()
     ties: set[tuple[int, ...]] = set()
     for value in graph.parameters.values():
-        stages = sorted({applied.cut.stage_of[op] for op, _ in readers[value] if op in applied.cut.stage_of})
-        if len(stages) > 1:
-            ties |= {tuple(places.rank(stage, place) for stage in stages) for place in places.columns()}
+        pipes = sorted({program.placement[applied.cut.stage_of[op]] for op, _ in readers[value] if op in applied.cut.stage_of})
+        if len(pipes) > 1:
+            ties |= {tuple(places.rank(pipe, place) for pipe in pipes) for place in places.columns()}
     return list(dict.fromkeys(groups)) + [("tie", ranks) for ranks in sorted(ties)]
 
 

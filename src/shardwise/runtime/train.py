@@ -29,7 +29,9 @@ _WARM_UP_STEPS = 2  # their times are not typical: memory is taken and connectio
 WAIT_S = 300.0  # a collective, send or receive may take so long
 
 Build = Callable[[], nn.Module]
-RecordedAction = tuple[str, int, str, int, float, float]  # kind, microbatch, edge, peer, start and end in seconds of time.perf_counter
+RecordedAction = tuple[
+    str, int, int, str, int, float, float
+]  # kind, stage, microbatch, edge, peer, start and end in seconds of time.perf_counter
 
 
 class Job(Protocol):
@@ -141,7 +143,7 @@ def train_rank(build: Build, plan: Plan, text: ByteText, settings: Settings) -> 
 
 def _recorded(event: Event) -> RecordedAction:
     action = event.action
-    return action.kind.value, action.microbatch, action.edge, action.peer, event.start_s, event.end_s
+    return action.kind.value, action.stage, action.microbatch, action.edge, action.peer, event.start_s, event.end_s
 
 
 def _adamw(learning_rate: float) -> Callable[[object], torch.optim.Optimizer]:

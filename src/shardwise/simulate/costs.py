@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from math import prod
 
 import torch
@@ -14,13 +15,28 @@ from shardwise.cost.compute import op_seconds, streaming_seconds
 from shardwise.cost.fusion import fused_traffic
 from shardwise.cost.memory import bases, liveness, tensor_bytes
 from shardwise.cost.optimizer import optimizer_seconds
-from shardwise.program.actions import Kind
-from shardwise.program.program import ParameterPart, Program
-from shardwise.program.schedules import in_flight
+from shardwise.program.actions import COMPUTES, Kind
+from shardwise.program.program import ParameterPart, Program, StageProgram
+from shardwise.program.tables import Slot, in_flight
 from shardwise.sharding.collectives import COLLECTIVES
 from shardwise.simulate.traffic import reduction_traffic, traffic_of, traffic_seconds
 
-__all__ = ["OPTIMIZER_STATES", "MemoryUse", "StageTimes", "graph_seconds", "memory_use", "node_seconds", "sink_seconds", "stage_times"]
+__all__ = [
+    "OPTIMIZER_STATES",
+    "MemoryUse",
+    "Passed",
+    "Seconds",
+    "StageMemory",
+    "graph_seconds",
+    "kept_values",
+    "memory_use",
+    "node_seconds",
+    "saved_values",
+    "sink_seconds",
+    "stage_memory",
+    "stage_times",
+    "transfer_seconds",
+]
 
 OPTIMIZER_STATES = {"adamw": 2, "adam": 2, "sgd": 0, "sgd_momentum": 1}
 
@@ -36,14 +52,6 @@ class Seconds:
 
     compute_s: float
     communicate_s: float
-
-
-@dataclass(frozen=True, kw_only=True)
-class StageTimes:
-    """Of each kind of action of one rank."""
-
-    of: dict[Kind, Seconds]
-    transfer_s: dict[str, float]  # edge → one message
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,24 +98,39 @@ def node_seconds(graph: fx.Graph, cluster: Cluster) -> dict[fx.Node, float]:
     return found
 
 
-def stage_times(program: Program, cluster: Cluster, optimizer: str) -> StageTimes:
-    """What the actions of a rank take."""
-    stage = program.stage
-    update_s = sum(optimizer_seconds(prod(p.local), p.dtype, optimizer, cluster) for p in stage.parameters if p.requires_grad)
+def stage_times(program: Program, cluster: Cluster, optimizer: str) -> dict[int, dict[Kind, Seconds]]:
+    """What the actions of a rank take, by stage; what it does once for all its stages counts with the first, the update with each."""
+    found: dict[int, dict[Kind, Seconds]] = {}
+    reduce_s = traffic_seconds(reduction_traffic(program), cluster)
+    for number, parameters in _own_parameters(program).items():
+        stage = program.stages[number]
+        update_s = sum(optimizer_seconds(prod(p.local), p.dtype, optimizer, cluster) for p in parameters if p.requires_grad)
+        found[number] = {kind: graph_seconds(graph, cluster) for kind, graph in stage.graphs.items()}
+        for kind in (Kind.BACKWARD, Kind.WEIGHT):
+            if kind in found[number]:
+                sinks = sink_seconds([p for p in stage.parameters if p.name in stage.gradients(kind)], cluster)
+                found[number][kind] = replace(found[number][kind], compute_s=found[number][kind].compute_s + sinks)
+        found[number][Kind.REDUCE] = Seconds(compute_s=0.0, communicate_s=0.0 if len(found) > 1 else reduce_s)
+        found[number][Kind.UPDATE] = Seconds(compute_s=update_s, communicate_s=0.0)
+    return found
+
+
+def transfer_seconds(program: Program, cluster: Cluster) -> dict[str, float]:
+    """Of one message on each edge of a rank; none between stages of one rank."""
+    local = program.local_edges
     apart = prod(program.mesh[axis] for axis in ("dp", "cp", "tp"))
-    transfers = {edge.name: collective_cost("send_recv", edge.nbytes, 2, cluster, apart).seconds for edge in program.edges}
-    backward = graph_seconds(stage.backward, cluster)
-    sinks = sink_seconds(stage.parameters, cluster)
-    return StageTimes(
-        of={
-            Kind.PRELUDE: graph_seconds(stage.prelude, cluster),
-            Kind.FORWARD: graph_seconds(stage.forward, cluster),
-            Kind.BACKWARD: Seconds(compute_s=backward.compute_s + sinks, communicate_s=backward.communicate_s),
-            Kind.REDUCE: Seconds(compute_s=0.0, communicate_s=traffic_seconds(reduction_traffic(program), cluster)),
-            Kind.UPDATE: Seconds(compute_s=update_s, communicate_s=0.0),
-        },
-        transfer_s=transfers,
-    )
+    seconds = {edge.name: collective_cost("send_recv", edge.nbytes, 2, cluster, apart).seconds for edge in program.edges}
+    return {name: 0.0 if name in local else each for name, each in seconds.items()}
+
+
+def _own_parameters(program: Program) -> dict[int, list[ParameterPart]]:
+    """Stage → its parameters, without those that an earlier stage of the rank has, too."""
+    seen: set[str] = set()
+    found: dict[int, list[ParameterPart]] = {}
+    for number, stage in program.stages.items():
+        found[number] = [part for part in stage.parameters if part.name not in seen]
+        seen |= {part.name for part in found[number]}
+    return found
 
 
 def sink_seconds(parameters: list[ParameterPart], cluster: Cluster) -> float:
@@ -121,52 +144,129 @@ def sink_seconds(parameters: list[ParameterPart], cluster: Cluster) -> float:
     return seconds
 
 
+@dataclass(frozen=True, kw_only=True)
+class StageMemory:
+    """Bytes of one of a rank's stages.
+
+    use: at the peak, without what microbatches in flight keep; saved_bytes: that one microbatch keeps from its forward to its backward
+    pass; kept_bytes: from there to the weights' part of it, where that is apart.
+    """
+
+    use: MemoryUse
+    saved_bytes: int
+    kept_bytes: int
+
+
 def memory_use(program: Program, optimizer: str) -> MemoryUse:
     """The peak of a rank, by liveness on its graphs and by how many microbatches are in flight."""
-    stage = program.stage
-    trained = [p for p in stage.parameters if p.requires_grad]
-    held = sum(_bytes(p) for p in stage.parameters)
-    gradients = sum(_bytes(p) for p in trained)
-    saved, aliases, sizes = _saved(program)
-    flying = in_flight([(action.kind, action.microbatch) for action in program.actions if action.kind in (Kind.FORWARD, Kind.BACKWARD)])
-    forward_peak = liveness(stage.forward).peak_bytes
-    backward_peak = liveness(stage.backward, lambda node: sizes.get(node, 0), aliases).peak_bytes
-    largest = max((_bytes(p) for p in trained), default=0)
-    transient = max(forward_peak - saved, backward_peak, 2 * largest - flying * saved)
-    return MemoryUse(
-        parameters=held,
-        gradients=gradients,
-        optimizer=OPTIMIZER_STATES.get(optimizer, 2) * gradients,
-        buffers=sum(_bytes(p) for p in stage.buffers) + _crossing_bytes(program),
-        saved=flying * saved,
-        transient=max(0, transient),
-        runtime=_RUNTIME_BYTES,
-    )
+    stages = stage_memory(program, optimizer)
+    uses = [stage.use for stage in stages.values()]
+    summed = {kind: sum(getattr(use, kind) for use in uses) for kind in ("parameters", "gradients", "optimizer", "buffers")}
+    shared = {kind: max(getattr(use, kind) for use in uses) for kind in ("transient", "runtime")}
+    return MemoryUse(**summed, **shared, saved=_flying_bytes(program, stages))
 
 
-def _saved(program: Program) -> tuple[int, dict[fx.Node, fx.Node], dict[fx.Node, int]]:
-    """Bytes saved by a forward pass; in the backward graph, which saved values share memory, and the bytes of each that has its own."""
-    stage = program.stage
-    forward_base = bases(stage.forward, {})
-    kept = list(stage.forward.output_node().args[0])[len(stage.forward_outputs) :]  # type: ignore[arg-type]
-    placeholders = [node for node in stage.backward.nodes if node.op == "placeholder"][: stage.saved]
-    inputs = [node for node in stage.forward.nodes if node.op == "placeholder"]
-    lasting = {node for node, binding in zip(inputs, stage.forward_inputs, strict=True) if binding.kind != "edge"}
+def _flying_bytes(program: Program, stages: Mapping[int, StageMemory]) -> int:
+    """The most that microbatches in flight keep."""
+    row = [Slot(action.kind, action.stage, action.microbatch) for action in program.actions if action.kind in COMPUTES]
+    saved, kept = ({number: getattr(stage, name) for number, stage in stages.items()} for name in ("saved_bytes", "kept_bytes"))
+    return in_flight([row], saved, kept)[0]
+
+
+def stage_memory(program: Program, optimizer: str) -> dict[int, StageMemory]:
+    """Of each stage of a rank; a parameter that several of them read counts with the first."""
+    found: dict[int, StageMemory] = {}
+    for number, parameters in _own_parameters(program).items():
+        stage = program.stages[number]
+        gradients = sum(_bytes(p) for p in parameters if p.requires_grad)
+        transient, saved, kept = _passes(stage)
+        use = MemoryUse(
+            parameters=sum(_bytes(p) for p in parameters),
+            gradients=gradients,
+            optimizer=OPTIMIZER_STATES.get(optimizer, 2) * gradients,
+            buffers=sum(_bytes(p) for p in stage.buffers) + _crossing_bytes(stage),
+            saved=0,
+            transient=transient,
+            runtime=_RUNTIME_BYTES,
+        )
+        found[number] = StageMemory(use=use, saved_bytes=saved, kept_bytes=kept)
+    return _with_update(program, found)
+
+
+def _with_update(program: Program, stages: dict[int, StageMemory]) -> dict[int, StageMemory]:
+    """The update needs twice the largest parameter, when no microbatch is in flight any more."""
+    flying = _flying_bytes(program, stages)
+    for number, parameters in _own_parameters(program).items():
+        largest = max((_bytes(p) for p in parameters if p.requires_grad), default=0)
+        use = stages[number].use
+        stages[number] = replace(stages[number], use=replace(use, transient=max(use.transient, 2 * largest - flying)))
+    return stages
+
+
+def _passes(stage: StageProgram) -> tuple[int, int, int]:
+    """(the most that a graph holds beside what is saved, bytes that forward saves, bytes that backward keeps for the weights' part)."""
+    saved = saved_values(stage)
+    peaks = [liveness(stage.forward).peak_bytes - saved.nbytes, _peak_after(stage.backward, saved), 0]
+    if stage.weight is None:
+        return max(peaks), saved.nbytes, 0
+    kept = kept_values(stage, saved)
+    return max(*peaks, _peak_after(stage.weight, kept)), saved.nbytes, kept.nbytes
+
+
+def _peak_after(graph: fx.Graph, passed: Passed) -> int:
+    """The most that a graph holds beside what was passed to it, which it frees."""
+    return liveness(graph, lambda node: passed.sizes.get(node, 0), passed.aliases).peak_bytes
+
+
+def saved_values(stage: StageProgram) -> Passed:
+    """What forward leaves for backward: parameters and what else lasts counts nothing."""
+    lasting = {node: 0 for node, each in zip(_placeholders(stage.forward), stage.forward_inputs, strict=True) if each.kind != "edge"}
+    given = Passed(aliases={}, sizes=lasting)
+    return _passed_on(stage.forward, len(stage.forward_outputs), given, _placeholders(stage.backward)[: stage.saved])
+
+
+def kept_values(stage: StageProgram, saved: Passed) -> Passed:
+    """What backward leaves for the weights' part of it."""
+    assert stage.weight is not None
+    return _passed_on(stage.backward, len(stage.backward_outputs), saved, _placeholders(stage.weight))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Passed:
+    """What one graph leaves for the next. aliases: of the next one's inputs, those that share memory with an earlier one, and with which;
+    sizes: bytes of the others, 0 for what is kept in any case."""
+
+    aliases: dict[fx.Node, fx.Node]
+    sizes: dict[fx.Node, int]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(self.sizes.values())
+
+
+def _passed_on(graph: fx.Graph, others: int, given: Passed, takers: Sequence[fx.Node]) -> Passed:
+    """others: how many results the graph has before those that it leaves; given: what is known of its inputs; takers: the next one's."""
+    base = bases(graph, given.aliases)
+    left: list[fx.Node] = list(graph.output_node().args[0])[others:]  # type: ignore[arg-type]
     first: dict[fx.Node, fx.Node] = {}
     aliases: dict[fx.Node, fx.Node] = {}
     sizes: dict[fx.Node, int] = {}
-    for node, placeholder in zip(kept, placeholders, strict=True):
-        owner = forward_base[node]
+    for node, taker in zip(left, takers, strict=True):
+        owner = base[node]
         if owner in first:
-            aliases[placeholder] = first[owner]
+            aliases[taker] = first[owner]
         else:
-            first[owner] = placeholder
-            sizes[placeholder] = 0 if owner in lasting else tensor_bytes(owner.meta.get("val"))
-    return sum(sizes.values()), aliases, sizes
+            first[owner] = taker
+            sizes[taker] = given.sizes.get(owner, tensor_bytes(owner.meta.get("val")))
+    return Passed(aliases=aliases, sizes=sizes)
 
 
-def _crossing_bytes(program: Program) -> int:
-    return sum(tensor_bytes(node.meta.get("val")) for node in program.stage.prelude.output_node().all_input_nodes)
+def _placeholders(graph: fx.Graph) -> list[fx.Node]:
+    return [node for node in graph.nodes if node.op == "placeholder"]
+
+
+def _crossing_bytes(stage: StageProgram) -> int:
+    return sum(tensor_bytes(node.meta.get("val")) for node in stage.prelude.output_node().all_input_nodes)
 
 
 def _bytes(part: ParameterPart) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from math import prod
 
 from pydantic import BaseModel, ConfigDict
@@ -12,8 +13,8 @@ from shardwise.cost.collectives import collective_cost
 from shardwise.errors import LayoutError
 from shardwise.program.actions import Kind
 from shardwise.program.holdings import modules_held
-from shardwise.program.program import Edge, Program
-from shardwise.simulate.costs import MemoryUse, StageTimes, memory_use, stage_times
+from shardwise.program.program import Edge, Program, StageProgram
+from shardwise.simulate.costs import Seconds, StageMemory, stage_memory, stage_times, transfer_seconds
 from shardwise.simulate.traffic import Traffic, graph_traffic, reduction_traffic, traffic_seconds
 
 __all__ = ["EdgeProfile", "Profile", "StageProfile", "on_links", "profile_programs"]
@@ -27,8 +28,8 @@ class StageProfile(_Strict):
     """One rank of a stage (where they differ, the slowest and the fullest).
 
     seconds: kind of action → (computing, communicating); "backward" is the inputs' part where there is "weight", too, the whole where not.
-    memory: bytes by kind at the peak. saved_bytes: what one microbatch keeps from its forward to the end of its backward pass; 0 where
-    memory's "saved" counts it for all that are in flight.
+    memory: bytes by kind at the peak, "saved" only where saved_bytes is 0. saved_bytes: what one microbatch keeps from its forward to its
+    backward pass; kept_bytes: from there to the weights' part of it, where that is apart.
     traffic: kind of action → what its communicating is made of, on devices of the catalog; none where the profile is of pieces.
     reduces: axes over which gradients are summed. modules: what the stage holds; parameters: how many numbers, over all its ranks.
     """
@@ -36,6 +37,7 @@ class StageProfile(_Strict):
     seconds: dict[str, tuple[float, float]]
     memory: dict[str, int]
     saved_bytes: int = 0
+    kept_bytes: int = 0
     traffic: dict[str, list[Traffic]] = {}
     reduces: list[str] = []
     modules: list[str] = []
@@ -65,17 +67,17 @@ class Profile(_Strict):
 
 def profile_programs(programs: Mapping[int, Program], cluster: Cluster, optimizer: str) -> Profile:
     """The profile of a plan's programs."""
-    by_stage: dict[int, list[Program]] = {}
-    for program in programs.values():
-        by_stage.setdefault(program.stage.stage, []).append(program)
+    stages: dict[int, list[_OnRank]] = {}
     edges: dict[str, EdgeProfile] = {}
     for program in programs.values():
-        times = stage_times(program, cluster, optimizer)
+        times, memory = stage_times(program, cluster, optimizer), stage_memory(program, optimizer)
+        for number, stage in program.stages.items():
+            sent = _traffic(program, number) if cluster.machines else {}
+            stages.setdefault(number, []).append(_OnRank(stage=stage, times=times[number], memory=memory[number], traffic=sent))
+        transfers = transfer_seconds(program, cluster)
         for edge in program.edges:
-            edges.setdefault(edge.name, _edge(edge, times.transfer_s[edge.name]))
-    return Profile(
-        stages=[_stage(by_stage[stage], cluster, optimizer) for stage in sorted(by_stage)], edges=list(edges.values()), cores=cluster.cores
-    )
+            edges.setdefault(edge.name, _edge(edge, transfers[edge.name]))
+    return Profile(stages=[_stage(stages[number]) for number in sorted(stages)], edges=list(edges.values()), cores=cluster.cores)
 
 
 def _edge(edge: Edge, transfer_s: float) -> EdgeProfile:
@@ -84,33 +86,39 @@ def _edge(edge: Edge, transfer_s: float) -> EdgeProfile:
     )
 
 
-def _stage(programs: list[Program], cluster: Cluster, optimizer: str) -> StageProfile:
-    times = [stage_times(program, cluster, optimizer) for program in programs]
-    kinds = times[0].of
-    slowest = {kind: max(range(len(programs)), key=lambda index: times[index].of[kind].communicate_s) for kind in kinds}
-    fullest: MemoryUse = max((memory_use(program, optimizer) for program in programs), key=lambda use: use.total)
-    reduces = sorted({axis for program in programs for part in program.stage.parameters for axis in part.reduce})
-    held = programs[0].stage.parameters
+@dataclass(frozen=True, kw_only=True)
+class _OnRank:
+    """A stage on one of its ranks."""
+
+    stage: StageProgram
+    times: dict[Kind, Seconds]
+    memory: StageMemory
+    traffic: dict[Kind, list[Traffic]]
+
+
+def _traffic(program: Program, number: int) -> dict[Kind, list[Traffic]]:
+    """Of a stage's actions on a rank; its reductions count with the first of its stages."""
+    found = {kind: graph_traffic(graph) for kind, graph in program.stages[number].graphs.items()}
+    return found | {Kind.REDUCE: reduction_traffic(program) if number == next(iter(program.stages)) else []}
+
+
+def _stage(ranks: list[_OnRank]) -> StageProfile:
+    times = [rank.times for rank in ranks]
+    seconds = {kind.value: (max(t[kind].compute_s for t in times), max(t[kind].communicate_s for t in times)) for kind in times[0]}
+    fullest = max((rank.memory for rank in ranks), key=lambda memory: memory.use.total + memory.saved_bytes)
+    reduces = sorted({axis for rank in ranks for part in rank.stage.parameters for axis in part.reduce})
+    held = ranks[0].stage.parameters
+    busiest = {kind: max(ranks, key=lambda rank: rank.times[kind].communicate_s) for kind in times[0]}
     return StageProfile(
-        seconds={kind.value: (_longest(times, kind), times[slowest[kind]].of[kind].communicate_s) for kind in kinds},
-        memory=fullest.by_kind(),
-        traffic={kind.value: found for kind in kinds if cluster.machines and (found := _traffic(programs[slowest[kind]], kind))},
+        seconds=seconds,
+        memory=fullest.use.by_kind(),
+        saved_bytes=fullest.saved_bytes,
+        kept_bytes=fullest.kept_bytes,
+        traffic={kind.value: found for kind, rank in busiest.items() if (found := rank.traffic.get(kind))},
         reduces=reduces,
         modules=modules_held(part.name for part in held),
         parameters=sum(prod(part.shape) for part in held),
     )
-
-
-def _longest(times: list[StageTimes], kind: Kind) -> float:
-    return max(each.of[kind].compute_s for each in times)
-
-
-def _traffic(program: Program, kind: Kind) -> list[Traffic]:
-    """Of one action of a rank."""
-    graphs = {Kind.PRELUDE: program.stage.prelude, Kind.FORWARD: program.stage.forward, Kind.BACKWARD: program.stage.backward}
-    if kind is Kind.REDUCE:
-        return reduction_traffic(program)
-    return graph_traffic(graphs[kind]) if kind in graphs else []
 
 
 # -- other links ---------------------------------------------------------------------------------------------------------------------------

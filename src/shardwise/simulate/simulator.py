@@ -2,8 +2,8 @@
 
 Computing takes a core: where more ranks compute than there are cores, each is slowed accordingly, and a rank that waits leaves its core
 to the others. A send costs its rank nothing: messages take a rank's way out, and the receiver's way in, one after the other, each for its
-time (the gap of LogGP, Alexandrov et al. 1995). A receive ends when its message is there; what ranks communicate in another action begins
-when the last of their group is there.
+time (the gap of LogGP, Alexandrov et al. 1995). A receive ends when its message is there, and has been posted before; what ranks
+communicate in another action begins when the last of their group is there.
 
 Ranks that do alike are simulated once. A slow rank sets the pace of those that it does each microbatch with (`Mesh.coupled`), holds the
 others of its stage up where they sum gradients, and other stages where they wait for its messages: simulated is one pipeline for each pace.
@@ -24,7 +24,7 @@ from typing import Literal
 from shardwise.errors import LayoutError
 from shardwise.program.actions import Action, Kind
 from shardwise.program.tables import Tables, check_table, in_flight, placed, rank_tables, splits
-from shardwise.program.transfers import order_transfers, rank_actions
+from shardwise.program.transfers import rank_actions
 from shardwise.simulate.profile import Profile, StageProfile
 
 __all__ = ["Mesh", "Simulation", "Span", "simulate_profile", "trace_of"]
@@ -245,9 +245,8 @@ def _rows(profile: Profile, mesh: Mesh, given: Tables | None) -> dict[int, _Row]
     lists = {rank: rank_actions(row, profile.edges, home.__getitem__) for rank, row in enumerate(tables)}
     split = splits(tables)
     seconds = _seconds(profile, split)
-    held = in_flight(tables, {stage: each.saved_bytes for stage, each in enumerate(profile.stages)})
-    if not split and mesh.chunks == 1:  # the others do not run yet; when they do, receives are to be posted ahead
-        lists = order_transfers(lists)
+    saved, kept = ({stage: getattr(each, name) for stage, each in enumerate(profile.stages)} for name in ("saved_bytes", "kept_bytes"))
+    held = in_flight(tables, saved, kept)
     return {
         rank: _row(actions, sorted(stage for stage in home if home[stage] == rank), profile, seconds, held[rank])
         for rank, actions in lists.items()
@@ -256,9 +255,8 @@ def _rows(profile: Profile, mesh: Mesh, given: Tables | None) -> dict[int, _Row]
 
 def _row(inner: list[Action], own: list[int], profile: Profile, seconds: list[_Times], held_bytes: int) -> _Row:
     """Of the rank that has the stages `own`."""
-    edges = {edge.name: (edge.source, edge.target) for edge in profile.edges}
     actions = [Action(kind=Kind.PRELUDE), *inner, Action(kind=Kind.REDUCE), Action(kind=Kind.UPDATE)]
-    stages = [_stage_of(action, own[0], edges) for action in actions]
+    stages = [action.stage if action.stage >= 0 else own[0] for action in actions]
     once = {kind: _added(seconds[stage].get(kind, _NO_TIME) for stage in own) for kind in (Kind.PRELUDE, Kind.REDUCE, Kind.UPDATE)}
     return _Row(
         actions=actions,
@@ -295,14 +293,6 @@ def _seconds(profile: Profile, split: bool) -> list[_Times]:
             seconds[Kind.BACKWARD] = _added([seconds[Kind.BACKWARD], seconds.pop(Kind.WEIGHT)])
         found.append(seconds)
     return found
-
-
-def _stage_of(action: Action, first: int, edges: Mapping[str, tuple[int, int]]) -> int:
-    """The stage that an action is of. first: the rank's first; edges: name → source, target."""
-    if action.edge:
-        source, target = edges[action.edge]
-        return source if action.kind in (Kind.SEND, Kind.RECV_GRAD) else target
-    return action.stage if action.stage >= 0 else first
 
 
 def _memory(stages: Sequence[StageProfile], held_bytes: int) -> dict[str, int]:

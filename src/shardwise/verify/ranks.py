@@ -104,7 +104,7 @@ def on_threads(work: Work, programs: Mapping[int, Program]) -> list[Part]:
 
 def _thread(program: Program, work: Work, transport: Transport) -> tuple[float | None, Callable[[float], Part]]:
     """What this rank adds to the loss (None: others add the same), and its part, given the whole loss."""
-    parts = [*program.stage.parameters, *program.stage.buffers]
+    parts = [*program.parameters, *program.buffers]
     state = {part.name: own_part(work.state[part.name], part, program, _CPU).clone() for part in parts}
     gradients = Gradients(program, transport, work.plan.chooser(), _CPU)
     executor = Executor(program, state, gradients, transport, _CPU)
@@ -114,15 +114,19 @@ def _thread(program: Program, work: Work, transport: Transport) -> tuple[float |
 
 
 def _part(program: Program, work: Work, loss: float, state: Mapping[str, Tensor], gradients: Mapping[str, Tensor]) -> Part:
-    stage = program.stage
     return Part(
         loss=loss,
         coordinates=dict(program.coordinates),
         mesh=dict(program.mesh),
-        parts={part.name: part for part in stage.parameters if part.requires_grad},
+        parts={part.name: part for part in program.parameters if part.requires_grad},
         gradients={name: gradient.clone() for name, gradient in gradients.items()},
-        buffers={binding.name: state[binding.name] for binding in stage.forward_outputs if binding.kind == "buffer"},
-        update_error=max((_update_error(part, program, work) for part in stage.parameters if part.requires_grad), default=0.0),
+        buffers={
+            binding.name: state[binding.name]
+            for stage in program.stages.values()
+            for binding in stage.forward_outputs
+            if binding.kind == "buffer"
+        },
+        update_error=max((_update_error(part, program, work) for part in program.parameters if part.requires_grad), default=0.0),
     )
 
 

@@ -12,6 +12,7 @@ from shardwise.capture.graph import Graph
 from shardwise.cost.compute import op_flops
 from shardwise.planner.apply import analyse, assign
 from shardwise.planner.intra import whole_on_one_rank
+from shardwise.program.actions import Kind
 from shardwise.program.build import build_programs
 from shardwise.program.lower import Cut
 from shardwise.program.program import Program
@@ -52,7 +53,7 @@ def block_shares(graph: Graph, programs: Mapping[int, Program], whole_flops: flo
     """
     names, modules = block_parameters(graph), block_modules(graph)
     whole = sum(graph.parameters[name].numel for name in names)
-    held = max(sum(prod(part.local) for part in program.stage.parameters if part.name in names) for program in programs.values())
+    held = max(sum(prod(part.local) for part in program.parameters if part.name in names) for program in programs.values())
     done = max(_flops(program, modules) * program.microbatches for program in programs.values())
     return held / max(whole, 1), done / whole_flops if whole_flops else 0.0
 
@@ -60,7 +61,7 @@ def block_shares(graph: Graph, programs: Mapping[int, Program], whole_flops: flo
 def _flops(program: Program, modules: Iterable[str]) -> float:
     """Of one microbatch, forward and backward."""
     wanted = set(modules)
-    graphs = (program.stage.forward, program.stage.backward)
+    graphs = [graph for stage in program.stages.values() for kind, graph in stage.graphs.items() if kind is not Kind.PRELUDE]
     return sum(
         _node_flops(node) for graph in graphs for node in graph.nodes if node.op == "call_function" and node.meta.get("module") in wanted
     )
