@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, ParamSpec, TypeVar
 import typer
 from rich.console import Console
 
-from shardwise.errors import ShardwiseError
+from shardwise.errors import PlanError, ShardwiseError
 
 if TYPE_CHECKING:
     from shardwise import Plan
+    from shardwise.asked import Asked
     from shardwise.outlook import Outlook
     from shardwise.planner.proposal import Proposal
     from shardwise.simulate.simulator import Simulation
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 __all__ = ["app", "main"]
 
 DIFFERS, WRONG_INPUT, INFEASIBLE = 1, 2, 3
+DEFAULT_CLUSTER = "local:2"
 
 app = typer.Typer(
     help="Runs an ordinary single-device PyTorch model split over many devices, with the same numbers.",
@@ -40,10 +42,16 @@ ModelOption = Annotated[
     typer.Option("--model", help="hf:CONFIG.json, or FILE.py:FUNCTION, a function that returns the model and an example batch."),
 ]
 ClusterOption = Annotated[str, typer.Option("--cluster", help="local:N, N ranks on this machine, or a cluster file (.toml).")]
-LayoutOption = Annotated[str | None, typer.Option("--layout", help="What to pin, such as tp=2,pp=2,microbatches=4. The rest is searched.")]
+LayoutOption = Annotated[
+    str | None, typer.Option("--layout", help="What to pin, such as tp=2,pp=2,microbatches=4 or dp=4,zero=3. The rest is searched.")
+]
 ScheduleOption = Annotated[
     str | None,
     typer.Option("--schedule", help="gpipe, 1f1b, interleaved, zb-h1, zb-2p, zb-v, or a file with a table of your own."),
+]
+RecomputeOption = Annotated[
+    Literal["none", "selective", "full"] | None,
+    typer.Option("--recompute", help="What the backward pass computes again, to save memory. Default: none where that fits."),
 ]
 GlobalBatchOption = Annotated[int | None, typer.Option("--global-batch", min=1, help="Examples in a step, over all ranks.")]
 SequenceOption = Annotated[int | None, typer.Option("--sequence", min=1, help="Tokens in an example, for hf: language models.")]
@@ -65,6 +73,10 @@ ObjectiveOption = Annotated[
 ]
 WithinOption = Annotated[float | None, typer.Option("--within", help="Seconds that a step may take, for --objective devices.")]
 PriceOption = Annotated[float | None, typer.Option("--price", help="Dollars for a device and hour, instead of the catalog's list price.")]
+PlannedClusterOption = Annotated[
+    str | None,
+    typer.Option("--cluster", help="local:N, N ranks on this machine, or a cluster file (.toml). Default: local:2, or the plan's."),
+]
 PlanOption = Annotated[Path | None, typer.Option("--plan", help="Use this plan.json instead of searching for one.")]
 SlowRankOption = Annotated[
     list[str] | None,
@@ -112,12 +124,13 @@ def _reported(command: Callable[_P, _R]) -> Callable[_P, _R]:
 @_reported
 def plan(
     model: ModelOption = None,
-    cluster: ClusterOption = "local:2",
+    cluster: ClusterOption = DEFAULT_CLUSTER,
     layout: LayoutOption = None,
     schedule: ScheduleOption = None,
     global_batch: GlobalBatchOption = None,
     sequence: SequenceOption = None,
     random: RandomOption = None,
+    recompute: RecomputeOption = None,
     out: Annotated[Path, typer.Option("--out", help="Where the plan goes.")] = Path("plan.json"),
     runnable: RunnableOption = False,
     budget: BudgetOption = None,
@@ -152,17 +165,18 @@ def plan(
 
     shardwise plan --model llama3-70b --cluster h100:32x8 --objective devices --within 20
     """
+    pinned = _pinned(layout, schedule=schedule, recompute=recompute)
     wished: Any = {"runnable": runnable, "budget": budget, "objective": objective, "within": within, "price": price}
     chosen: Plan | Proposal
     if _proposes(model, cluster, whole=whole, random=random):
-        found = _outlook(_required(model), cluster, _scheduled(layout, schedule), global_batch, sequence, **wished)
+        found = _outlook(_required(model), cluster, pinned, global_batch, sequence, **wished)
         from shardwise.whatif import usual_changes, with_what_ifs
 
         changes = [each for text in what_if or [] for each in (usual_changes(found.cluster) if text == "usual" else [text])]
         chosen = with_what_ifs(found, changes)
     else:
         _without_effect(what_if=what_if or None, **wished)
-        chosen = _plan(model, cluster, _scheduled(layout, schedule), global_batch, sequence, random)
+        chosen = _plan(model, cluster, pinned, global_batch, sequence, random)
     _save(chosen, out)
     if as_json:
         typer.echo(out.read_text())
@@ -178,12 +192,13 @@ def train(
     steps: Annotated[int, typer.Option("--steps", min=1, help="Optimizer steps.")] = 100,
     learning_rate: Annotated[float, typer.Option("--lr", min=0.0, help="AdamW's learning rate.")] = 1e-3,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Of the weights and the order of the data.")] = 0,
-    cluster: ClusterOption = "local:2",
+    cluster: PlannedClusterOption = None,
     layout: LayoutOption = None,
     schedule: ScheduleOption = None,
     global_batch: GlobalBatchOption = None,
     sequence: SequenceOption = None,
     random: RandomOption = None,
+    recompute: RecomputeOption = None,
     plan_file: PlanOption = None,
     port: Annotated[int, typer.Option("--port", min=0, max=65535, help="For the ranks to meet at; 0 takes a free one.")] = 0,
     out: Annotated[Path, typer.Option("--out", help="A directory for plan.json, training.json, report.html and trace.json.")] = Path(
@@ -211,8 +226,8 @@ def train(
         steps=steps,
         learning_rate=learning_rate,
         seed=seed,
-        cluster=cluster,
-        layout=_scheduled(layout, schedule),
+        cluster=cluster if plan_file else cluster or DEFAULT_CLUSTER,
+        layout=_pinned(layout, schedule=schedule, recompute=recompute),
         global_batch=global_batch,
         sequence=sequence,
         random=random,
@@ -230,11 +245,12 @@ def train(
 @_reported
 def verify(
     model: ModelOption = None,
-    cluster: ClusterOption = "local:2",
+    cluster: ClusterOption = DEFAULT_CLUSTER,
     layout: LayoutOption = None,
     schedule: ScheduleOption = None,
     global_batch: GlobalBatchOption = None,
     sequence: SequenceOption = None,
+    recompute: RecomputeOption = None,
     dtype: Annotated[Precision, typer.Option("--dtype", help="float64 is the proof, float32 the practice.")] = Precision.FLOAT64,
     as_json: JsonOption = False,
 ) -> None:
@@ -252,7 +268,8 @@ def verify(
     from shardwise.models import load_model
 
     module, batch = load_model(_required(model), batch_size=global_batch, sequence=sequence)
-    report = _feasible(sw.verify(module, batch, cluster=cluster, layout=_scheduled(layout, schedule), dtype=getattr(torch, dtype.value)))
+    pinned = _pinned(layout, schedule=schedule, recompute=recompute)
+    report = _feasible(sw.verify(module, batch, cluster=cluster, layout=pinned, dtype=getattr(torch, dtype.value)))
     if as_json:
         names = ("ok", "max_relative_error", "first_difference", "layout")
         typer.echo(json.dumps({name: _plain(getattr(report, name)) for name in names}, indent=2))
@@ -311,7 +328,7 @@ def coverage(
 def simulate(
     model: ModelOption = None,
     plan_file: PlanOption = None,
-    cluster: ClusterOption = "local:2",
+    cluster: PlannedClusterOption = None,
     layout: LayoutOption = None,
     schedule: ScheduleOption = None,
     global_batch: GlobalBatchOption = None,
@@ -350,7 +367,7 @@ def simulate(
 
     times = {"mtbf": mtbf, "job-mtbf": job_mtbf, "checkpoint": checkpoint, "checkpoint-every": checkpoint_every, "restart": restart}
     scenario = Scenario.parse(ranks=slow_rank or (), stages=slow_stage or (), links=slow_link or (), times=times)
-    simulated = _simulated(plan_file, model, cluster, _scheduled(layout, schedule), global_batch, sequence)
+    simulated = _simulated(plan_file, model, cluster, _pinned(layout, schedule=schedule), global_batch, sequence)
     step = simulated(scenario.slow)
     outcome = scenario.outcome(step, simulated(Slow()) if scenario.slow else step)
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -540,9 +557,10 @@ def _required(model: str | None) -> str:
     return model
 
 
-def _scheduled(layout: str | None, schedule: str | None) -> str | None:
-    """The layout with the schedule that an option of its own names."""
-    return layout if schedule is None else ",".join(filter(None, (layout, f"schedule={schedule}")))
+def _pinned(layout: str | None, **options: str | None) -> str | None:
+    """The layout with what options of their own name."""
+    named = [f"{name}={value}" for name, value in options.items() if value is not None]
+    return ",".join(filter(None, (layout, *named))) or None
 
 
 def _plan(
@@ -561,24 +579,29 @@ def _plan(
 
 
 def _simulated(
-    plan_file: Path | None, model: str | None, cluster: str, layout: str | None, global_batch: int | None, sequence: int | None
+    plan_file: Path | None, model: str | None, cluster: str | None, layout: str | None, global_batch: int | None, sequence: int | None
 ) -> Callable[[Slow], Simulation]:
     """What is slow → a step of the plan file, or of the plan for the model."""
     import shardwise as sw
+    from shardwise.asked import Asked
+    from shardwise.outlook import Study
     from shardwise.planner.proposal import Proposal
     from shardwise.scenario import layout_of, simulate_layout
     from shardwise.whatif import load_plan
 
-    chosen = load_plan(plan_file) if plan_file else None
-    if isinstance(chosen, Proposal):
-        from shardwise.outlook import Study
-
-        found = layout_of(Study.of(chosen.model, chosen.sequence), chosen)
-    elif chosen is None and _proposes(model, cluster, whole=False, random=None):
-        found = _outlook(_required(model), cluster, layout, global_batch, sequence)
+    if plan_file is None:
+        machines = cluster or DEFAULT_CLUSTER
+        if not _proposes(model, machines, whole=False, random=None):
+            return functools.partial(sw.simulate, _plan(model, machines, layout, global_batch, sequence))
+        found = _outlook(_required(model), machines, layout, global_batch, sequence)
     else:
-        plan = chosen or _plan(model, cluster, layout, global_batch, sequence)
-        return functools.partial(sw.simulate, plan)
+        asked = Asked(cluster=cluster, layout=layout, global_batch=global_batch)
+        read = load_plan(plan_file)
+        if not isinstance(read, Proposal):
+            return functools.partial(sw.simulate, _planned(plan_file, model, asked, sequence))
+        if any(value is not None for value in (model, cluster, layout, global_batch, sequence)):
+            raise PlanError(f"these options have no effect beside --plan {plan_file}, which holds what is simulated: leave them out")
+        found = layout_of(Study.of(read.model, read.sequence), read)
     return functools.partial(simulate_layout, found.search, found.found[0])
 
 
@@ -632,6 +655,18 @@ def _without_effect(**given: Any) -> None:
             raise ShardwiseError(
                 f"{option} has no effect here: it is for a known model (gpt3-175b) on devices of the catalog, without --whole"
             )
+
+
+def _planned(path: Path, model: str | None, asked: Asked, sequence: int | None) -> Plan:
+    """The plan of a file, which no option contradicts."""
+    import shardwise as sw
+
+    given = [name for name, value in (("--model", model), ("--sequence", sequence)) if value is not None]
+    if given:
+        raise PlanError(f"{given[0]} has no effect beside --plan {path}, which holds what is simulated: leave one of the two out")
+    plan = sw.Plan.load(path)
+    asked.check(plan, path)
+    return plan
 
 
 def _feasible(result: Any) -> Any:

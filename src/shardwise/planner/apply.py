@@ -63,10 +63,10 @@ def analyse(graph: Graph, random: Random = "keyed", named: Mapping[str, int | No
     )
 
 
-def assign(analysis: Analysis, dp: int, microbatches: int, tp: int, cp: int = 1) -> Assignment:
-    """An assignment whose data and context axes are decided and whose tensor axis is not."""
+def assign(analysis: Analysis, dp: int, microbatches: int, tp: int, cp: int = 1, *, zero: int = 0, shard: int = 0) -> Assignment:
+    """An assignment whose data and context axes are decided and whose tensor axis is not. zero, shard: as of `Assignment`."""
     mesh = {"dp": dp, "mb": microbatches, "cp": cp, "tp": tp}
-    assignment = Assignment(graph=analysis.graph, mesh=mesh, signatures=analysis.signatures)
+    assignment = Assignment(graph=analysis.graph, mesh=mesh, signatures=analysis.signatures, zero=zero, shard=shard)
     split_batch(assignment, analysis.batch, analysis.prelude)
     split_sequence(assignment, analysis.sequence if cp > 1 else {}, analysis.batch, analysis.prelude)
     return assignment
@@ -88,7 +88,7 @@ def apply_plan(plan: Plan, graph: Graph, *, same_fingerprint: bool = True) -> Ap
     analysis = analyse(graph, plan.random, _sequence_dims(plan, graph))
     if plan.microbatches > 1 and (obstacle := microbatch_obstacle(graph, analysis.signatures, analysis.batch, analysis.prelude)):
         raise PlanError(f"microbatches={plan.microbatches} would change the numbers: {obstacle}; use microbatches=1")
-    assignment = assign(analysis, plan.dp, plan.microbatches, plan.tp, plan.cp)
+    assignment = assign(analysis, plan.dp, plan.microbatches, plan.tp, plan.cp, zero=plan.zero, shard=plan.shard)
     for op in graph.ops:
         text = looked_up(plan.operators, op.key) or "R"
         choice = Choice("R") if op in analysis.prelude else read_choice(text, op.key)
@@ -162,4 +162,4 @@ def _cut(plan: Plan, graph: Graph, prelude: set[Op]) -> Cut:
     for index, op in enumerate(graph.ops):
         if op not in prelude:
             stage_of[op] = max((stage for stage, start in enumerate(starts) if start <= index), default=0)
-    return Cut(stage_of=stage_of, prelude=frozenset(prelude))
+    return Cut(stage_of=stage_of, prelude=frozenset(prelude), recompute=plan.recompute)

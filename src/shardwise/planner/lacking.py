@@ -9,8 +9,6 @@ from shardwise.planner.compose import Scheme
 __all__ = ["lacking"]
 
 _LACKS: tuple[tuple[Callable[[Scheme], bool], str], ...] = (
-    (lambda scheme: scheme.zero > 0, "ZeRO (zero={0.zero})"),
-    (lambda scheme: scheme.recompute != "none", "recomputation (recompute={0.recompute})"),
     (lambda scheme: scheme.ep > 1, "experts divided over data ranks (ep={0.ep})"),
 )
 

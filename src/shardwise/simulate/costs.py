@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from math import prod
 
@@ -17,9 +17,10 @@ from shardwise.cost.memory import bases, liveness, tensor_bytes
 from shardwise.cost.optimizer import optimizer_seconds
 from shardwise.program.actions import COMPUTES, Kind
 from shardwise.program.program import ParameterPart, Program, StageProgram
+from shardwise.program.reductions import Reduction, Regathering, reductions, regatherings
 from shardwise.program.tables import Slot, in_flight
 from shardwise.sharding.collectives import COLLECTIVES
-from shardwise.simulate.traffic import reduction_traffic, traffic_of, traffic_seconds
+from shardwise.simulate.traffic import gather_traffic, graph_traffic, reduction_traffic, traffic_of, traffic_seconds, traffic_shares
 
 __all__ = [
     "OPTIMIZER_STATES",
@@ -75,10 +76,11 @@ class MemoryUse:
 
 
 def graph_seconds(graph: fx.Graph, cluster: Cluster) -> Seconds:
-    """One run of a graph on a rank."""
+    """One run of a graph on a rank. Where ranks share cores, collectives take part of their time from them."""
     each = node_seconds(graph, cluster)
-    communicate = sum(seconds for node, seconds in each.items() if node.target in COLLECTIVES)
-    return Seconds(compute_s=sum(each.values()) - communicate, communicate_s=communicate)
+    talk = traffic_shares(graph_traffic(graph), cluster)
+    alone = sum(seconds for node, seconds in each.items() if node.target not in COLLECTIVES)
+    return Seconds(compute_s=alone + talk.compute_s, communicate_s=talk.communicate_s)
 
 
 def node_seconds(graph: fx.Graph, cluster: Cluster) -> dict[fx.Node, float]:
@@ -102,16 +104,18 @@ def stage_times(program: Program, cluster: Cluster, optimizer: str) -> dict[int,
     """What the actions of a rank take, by stage; what it does once for all its stages counts with the first, the update with each."""
     found: dict[int, dict[Kind, Seconds]] = {}
     reduce_s = traffic_seconds(reduction_traffic(program), cluster)
+    gather_s = traffic_seconds(gather_traffic(program), cluster)
     for number, parameters in _own_parameters(program).items():
         stage = program.stages[number]
-        update_s = sum(optimizer_seconds(prod(p.local), p.dtype, optimizer, cluster) for p in parameters if p.requires_grad)
+        update_s = sum(optimizer_seconds(prod(p.updated), p.dtype, optimizer, cluster) for p in parameters if p.requires_grad)
         found[number] = {kind: graph_seconds(graph, cluster) for kind, graph in stage.graphs.items()}
         for kind in (Kind.BACKWARD, Kind.WEIGHT):
             if kind in found[number]:
                 sinks = sink_seconds([p for p in stage.parameters if p.name in stage.gradients(kind)], cluster)
                 found[number][kind] = replace(found[number][kind], compute_s=found[number][kind].compute_s + sinks)
-        found[number][Kind.REDUCE] = Seconds(compute_s=0.0, communicate_s=0.0 if len(found) > 1 else reduce_s)
-        found[number][Kind.UPDATE] = Seconds(compute_s=update_s, communicate_s=0.0)
+        first = len(found) == 1
+        found[number][Kind.REDUCE] = Seconds(compute_s=0.0, communicate_s=reduce_s if first else 0.0)
+        found[number][Kind.UPDATE] = Seconds(compute_s=update_s, communicate_s=gather_s if first else 0.0)
     return found
 
 
@@ -139,7 +143,7 @@ def sink_seconds(parameters: list[ParameterPart], cluster: Cluster) -> float:
     seconds = 0.0
     for parameter in parameters:
         if parameter.requires_grad:
-            meta = torch.empty(parameter.local, dtype=parameter.dtype, device="meta")
+            meta = torch.empty(parameter.gradient, dtype=parameter.dtype, device="meta")
             seconds += op_seconds(copy, (meta, meta), {}, meta, cluster)
     return seconds
 
@@ -178,13 +182,13 @@ def stage_memory(program: Program, optimizer: str) -> dict[int, StageMemory]:
     found: dict[int, StageMemory] = {}
     for number, parameters in _own_parameters(program).items():
         stage = program.stages[number]
-        gradients = sum(_bytes(p) for p in parameters if p.requires_grad)
+        trained = [p for p in parameters if p.requires_grad]
         transient, saved, kept = _passes(stage)
         use = MemoryUse(
-            parameters=sum(_bytes(p) for p in parameters),
-            gradients=gradients,
-            optimizer=OPTIMIZER_STATES.get(optimizer, 2) * gradients,
-            buffers=sum(_bytes(p) for p in stage.buffers) + _crossing_bytes(stage),
+            parameters=sum(_bytes(p, p.stored) for p in parameters) + _copied_bytes(trained, zero=(1, 2)),
+            gradients=sum(_bytes(p, p.gradient) for p in trained) + _copied_bytes(trained, zero=(1,)),
+            optimizer=OPTIMIZER_STATES.get(optimizer, 2) * sum(_bytes(p, p.updated) for p in trained),
+            buffers=sum(_bytes(p, p.local) for p in stage.buffers) + _crossing_bytes(stage),
             saved=0,
             transient=transient,
             runtime=_RUNTIME_BYTES,
@@ -194,28 +198,33 @@ def stage_memory(program: Program, optimizer: str) -> dict[int, StageMemory]:
 
 
 def _with_update(program: Program, stages: dict[int, StageMemory]) -> dict[int, StageMemory]:
-    """The update needs twice the largest parameter, when no microbatch is in flight any more."""
-    flying = _flying_bytes(program, stages)
+    """The update needs twice the largest part, and what is sent around it a message, when no microbatch is in flight any more."""
+    flying, message = _flying_bytes(program, stages), _message_bytes(program)
     for number, parameters in _own_parameters(program).items():
-        largest = max((_bytes(p) for p in parameters if p.requires_grad), default=0)
+        largest = max((_bytes(p, p.updated) for p in parameters if p.requires_grad), default=0)
         use = stages[number].use
-        stages[number] = replace(stages[number], use=replace(use, transient=max(use.transient, 2 * largest - flying)))
+        stages[number] = replace(stages[number], use=replace(use, transient=max(use.transient, max(2 * largest, message) - flying)))
     return stages
 
 
 def _passes(stage: StageProgram) -> tuple[int, int, int]:
     """(the most that a graph holds beside what is saved, bytes that forward saves, bytes that backward keeps for the weights' part)."""
     saved = saved_values(stage)
-    peaks = [liveness(stage.forward).peak_bytes - saved.nbytes, _peak_after(stage.backward, saved), 0]
+    peaks = [liveness(stage.forward).peak_bytes - saved.nbytes, _peak_after(stage.backward, saved, _sunk(stage, Kind.BACKWARD)), 0]
     if stage.weight is None:
         return max(peaks), saved.nbytes, 0
     kept = kept_values(stage, saved)
-    return max(*peaks, _peak_after(stage.weight, kept)), saved.nbytes, kept.nbytes
+    return max(*peaks, _peak_after(stage.weight, kept, _sunk(stage, Kind.WEIGHT))), saved.nbytes, kept.nbytes
 
 
-def _peak_after(graph: fx.Graph, passed: Passed) -> int:
-    """The most that a graph holds beside what was passed to it, which it frees."""
-    return liveness(graph, lambda node: passed.sizes.get(node, 0), passed.aliases).peak_bytes
+def _sunk(stage: StageProgram, kind: Kind) -> set[fx.Node]:
+    """Parameters' gradients, which go into their buffers."""
+    return set(stage.gradients(kind).values())
+
+
+def _peak_after(graph: fx.Graph, passed: Passed, sunk: Collection[fx.Node] = ()) -> int:
+    """The most that a graph holds beside what was passed to it, which it frees; sunk: as of `liveness`."""
+    return liveness(graph, lambda node: passed.sizes.get(node, 0), passed.aliases, sunk).peak_bytes
 
 
 def saved_values(stage: StageProgram) -> Passed:
@@ -269,5 +278,23 @@ def _crossing_bytes(stage: StageProgram) -> int:
     return sum(tensor_bytes(node.meta.get("val")) for node in stage.prelude.output_node().all_input_nodes)
 
 
-def _bytes(part: ParameterPart) -> int:
-    return prod(part.local) * part.dtype.itemsize
+def _bytes(part: ParameterPart, shape: Sequence[int]) -> int:
+    return prod(shape) * part.dtype.itemsize
+
+
+def _copied_bytes(trained: Sequence[ParameterPart], zero: tuple[int, ...]) -> int:
+    """Of the rank's parts that are no run of memory in the whole and lie by themselves, where the whole is there too."""
+    copied = [p for p in trained if p.division is not None and p.zero in zero and prod(p.local[: p.division.dim]) > 1]
+    return sum(_bytes(p, p.updated) for p in copied)
+
+
+def _message_bytes(program: Program) -> int:
+    """The largest message at the end of a step that reduces to parts or gathers: what is received, and what is put together to be sent."""
+    scattered = [reduction.nbytes * (1 if _in_place(reduction) else 2) for reduction in reductions(program) if reduction.scatter]
+    gathered = [message.nbytes * (1 if _in_place(message) else 2) for message in regatherings(program)]
+    return max([*scattered, *gathered], default=0)
+
+
+def _in_place(message: Reduction | Regathering) -> bool:
+    """Whether it is sent from where it is: one parameter whose parts are runs of memory."""
+    return len(message.parameters) == 1 and prod(message.parameters[0].local[: message.divisions[0].dim]) == 1

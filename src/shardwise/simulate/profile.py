@@ -15,7 +15,7 @@ from shardwise.program.actions import Kind
 from shardwise.program.holdings import modules_held
 from shardwise.program.program import Edge, Program, StageProgram
 from shardwise.simulate.costs import Seconds, StageMemory, stage_memory, stage_times, transfer_seconds
-from shardwise.simulate.traffic import Traffic, graph_traffic, reduction_traffic, traffic_seconds
+from shardwise.simulate.traffic import Traffic, gather_traffic, graph_traffic, reduction_traffic, traffic_seconds
 
 __all__ = ["EdgeProfile", "Profile", "StageProfile", "on_links", "profile_programs"]
 
@@ -31,7 +31,8 @@ class StageProfile(_Strict):
     memory: bytes by kind at the peak, "saved" only where saved_bytes is 0. saved_bytes: what one microbatch keeps from its forward to its
     backward pass; kept_bytes: from there to the weights' part of it, where that is apart.
     traffic: kind of action → what its communicating is made of, on devices of the catalog; none where the profile is of pieces.
-    reduces: axes over which gradients are summed. modules: what the stage holds; parameters: how many numbers, over all its ranks.
+    reduces: axes over which gradients are summed. tied: other stages with which a weight is shared, whose gradient is summed over all of
+    them. modules: what the stage holds; parameters: how many numbers, over all its ranks.
     """
 
     seconds: dict[str, tuple[float, float]]
@@ -40,6 +41,7 @@ class StageProfile(_Strict):
     kept_bytes: int = 0
     traffic: dict[str, list[Traffic]] = {}
     reduces: list[str] = []
+    tied: list[int] = []
     modules: list[str] = []
     parameters: int = 0
 
@@ -97,9 +99,10 @@ class _OnRank:
 
 
 def _traffic(program: Program, number: int) -> dict[Kind, list[Traffic]]:
-    """Of a stage's actions on a rank; its reductions count with the first of its stages."""
+    """Of a stage's actions on a rank; what it does once for all its stages counts with the first."""
     found = {kind: graph_traffic(graph) for kind, graph in program.stages[number].graphs.items()}
-    return found | {Kind.REDUCE: reduction_traffic(program) if number == next(iter(program.stages)) else []}
+    once = {Kind.REDUCE: reduction_traffic(program), Kind.UPDATE: gather_traffic(program)}
+    return found | once if number == next(iter(program.stages)) else found
 
 
 def _stage(ranks: list[_OnRank]) -> StageProfile:
@@ -108,6 +111,7 @@ def _stage(ranks: list[_OnRank]) -> StageProfile:
     fullest = max((rank.memory for rank in ranks), key=lambda memory: memory.use.total + memory.saved_bytes)
     reduces = sorted({axis for rank in ranks for part in rank.stage.parameters for axis in part.reduce})
     held = ranks[0].stage.parameters
+    tied = {other for part in held if part.requires_grad for other in part.stages} - {ranks[0].stage.stage}
     busiest = {kind: max(ranks, key=lambda rank: rank.times[kind].communicate_s) for kind in times[0]}
     return StageProfile(
         seconds=seconds,
@@ -116,6 +120,7 @@ def _stage(ranks: list[_OnRank]) -> StageProfile:
         kept_bytes=fullest.kept_bytes,
         traffic={kind.value: found for kind, rank in busiest.items() if (found := rank.traffic.get(kind))},
         reduces=reduces,
+        tied=sorted(tied),
         modules=modules_held(part.name for part in held),
         parameters=sum(prod(part.shape) for part in held),
     )

@@ -225,13 +225,15 @@ def _on_rank(span: Span, offset: int) -> Span:
 class _Row:
     """What the ranks of one place in the pipeline do. stages, seconds (computing, communicating): of each action; peers are pipeline ranks.
 
-    reduces: whether they wait for each other to reduce gradients; memory: bytes by kind.
+    reduces: whether they wait for each other to reduce gradients; tied: the places in the pipeline for which they wait then, too; memory:
+    bytes by kind.
     """
 
     actions: list[Action]
     stages: list[int]
     seconds: list[tuple[float, float]]
     reduces: bool
+    tied: frozenset[int]
     memory: dict[str, int]
 
 
@@ -248,13 +250,13 @@ def _rows(profile: Profile, mesh: Mesh, given: Tables | None) -> dict[int, _Row]
     saved, kept = ({stage: getattr(each, name) for stage, each in enumerate(profile.stages)} for name in ("saved_bytes", "kept_bytes"))
     held = in_flight(tables, saved, kept)
     return {
-        rank: _row(actions, sorted(stage for stage in home if home[stage] == rank), profile, seconds, held[rank])
+        rank: _row(actions, sorted(stage for stage in home if home[stage] == rank), profile, seconds, held[rank], home)
         for rank, actions in lists.items()
     }
 
 
-def _row(inner: list[Action], own: list[int], profile: Profile, seconds: list[_Times], held_bytes: int) -> _Row:
-    """Of the rank that has the stages `own`."""
+def _row(inner: list[Action], own: list[int], profile: Profile, seconds: list[_Times], held_bytes: int, home: Mapping[int, int]) -> _Row:
+    """Of the rank that has the stages `own`. home: stage → rank."""
     actions = [Action(kind=Kind.PRELUDE), *inner, Action(kind=Kind.REDUCE), Action(kind=Kind.UPDATE)]
     stages = [action.stage if action.stage >= 0 else own[0] for action in actions]
     once = {kind: _added(seconds[stage].get(kind, _NO_TIME) for stage in own) for kind in (Kind.PRELUDE, Kind.REDUCE, Kind.UPDATE)}
@@ -266,6 +268,7 @@ def _row(inner: list[Action], own: list[int], profile: Profile, seconds: list[_T
             for action, stage in zip(actions, stages, strict=True)
         ],
         reduces=any(profile.stages[stage].reduces for stage in own),
+        tied=frozenset(home[other] for stage in own for other in profile.stages[stage].tied) - {home[own[0]]},
         memory=_memory([profile.stages[stage] for stage in own], held_bytes),
     )
 
@@ -313,10 +316,11 @@ def _memory(stages: Sequence[StageProfile], held_bytes: int) -> dict[str, int]:
 
 @dataclass(kw_only=True)
 class _Rank:
-    """pipe: its place in the pipeline; actions: with the ranks that it talks to; factor: how many times as long it computes; at: that it
-    stands at; phase: what it does there."""
+    """pipe: its place in the pipeline; place: in its stage; actions: with the ranks that it talks to; factor: how many times as long it
+    computes; at: that it stands at; phase: what it does there."""
 
     pipe: int
+    place: int
     row: _Row
     actions: list[Action]
     factor: float = 1.0
@@ -336,7 +340,26 @@ def _placed(row: _Row, pipe: int, pace: _Pace, mesh: Mesh) -> _Rank:
     actions = row.actions
     if each > 1:
         actions = [replace(action, peer=action.peer * each + pace.first) if action.peer >= 0 else action for action in actions]
-    return _Rank(pipe=pipe, row=row, actions=actions, factor=pace.factors.get(pipe, 1.0))
+    return _Rank(pipe=pipe, place=pace.first, row=row, actions=actions, factor=pace.factors.get(pipe, 1.0))
+
+
+def _meets(ranks: Mapping[int, _Rank]) -> dict[int, frozenset[int]]:
+    """Rank → all, itself included, that end their reduction together: those of its stage, where they sum gradients, and those at its own
+    place in the stages with which weights are shared; and theirs."""
+    at = {(state.pipe, state.place): rank for rank, state in ranks.items()}
+    first: dict[int, int] = {}
+    group = {rank: frozenset({rank}) for rank in ranks}
+
+    def join(one: int, other: int) -> None:
+        together = group[one] | group[other]
+        group.update(dict.fromkeys(together, together))
+
+    for rank, state in ranks.items():
+        for pipe in state.row.tied:
+            join(rank, at[pipe, state.place])
+        if state.row.reduces:
+            join(rank, first.setdefault(state.pipe, rank))
+    return group
 
 
 _Message = tuple[str, int, bool]
@@ -358,6 +381,7 @@ class _Clock:
     events: list[tuple[float, int, int]] = field(default_factory=list)
     computing: dict[int, _Rank] = field(default_factory=dict)
     arrivals: dict[tuple[int, _Message], float] = field(default_factory=dict)  # (receiver, message) → when
+    reducing: set[int] = field(default_factory=set)  # ranks that stand at their reduction, or have passed it
     sent: dict[int, float] = field(default_factory=dict)
     received: dict[int, float] = field(default_factory=dict)
     gathered: dict[tuple[int, int, int], list[int]] = field(default_factory=dict)
@@ -366,9 +390,7 @@ class _Clock:
 
     def __post_init__(self) -> None:
         self.transfer_s: Mapping[str, float] = {edge.name: edge.transfer_s for edge in self.profile.edges}
-        self.at_pipe: dict[int, int] = {}
-        for state in self.ranks.values():
-            self.at_pipe[state.pipe] = self.at_pipe.get(state.pipe, 0) + 1
+        self.meets = _meets(self.ranks)
 
     def play(self) -> list[Span]:
         for rank in self.ranks:
@@ -427,23 +449,30 @@ class _Clock:
     def _ready(self, rank: int, state: _Rank, action: Action) -> bool:
         if action.receives:
             return (rank, action.message) in self.arrivals
-        group, size = self._group(rank, state, action)
-        if size == 1:
-            return True
-        here = self.gathered.setdefault(group, [])
+        if action.kind is Kind.REDUCE:
+            return self._all_reduce(rank)
+        return self.together == 1 or action.kind not in _TOGETHER or self._gathered(rank, state)
+
+    def _gathered(self, rank: int, state: _Rank) -> bool:
+        """Whether all that do this together with the rank are there; the last to come wakes the others."""
+        here = self.gathered.setdefault((state.pipe, rank // self.together, state.at), [])
         if rank not in here:
             here.append(rank)
-            if len(here) == size:
+            if len(here) == self.together:
                 for other in here:
                     if other != rank:
                         self._wake(other, self.now_s)
-        return len(here) == size
+        return len(here) == self.together
 
-    def _group(self, rank: int, state: _Rank, action: Action) -> tuple[tuple[int, int, int], int]:
-        """Who communicates in this action: its name, and of how many simulated ranks it is."""
-        if action.kind is Kind.REDUCE and state.row.reduces:
-            return (state.pipe, -1, state.at), self.at_pipe[state.pipe]
-        return (state.pipe, rank // self.together, state.at), self.together if action.kind in _TOGETHER else 1
+    def _all_reduce(self, rank: int) -> bool:
+        """Whether all whose gradients are summed with this rank's are there; the last to come wakes the others."""
+        group = self.meets[rank]
+        complete = group <= self.reducing | {rank}
+        if complete and rank not in self.reducing:
+            for other in group - {rank}:
+                self._wake(other, self.now_s)
+        self.reducing.add(rank)
+        return complete
 
     def _end(self, rank: int, state: _Rank, action: Action) -> None:
         span = Span(rank=rank, stage=state.row.stages[state.at], action=action, start_s=state.start_s, end_s=self.now_s)

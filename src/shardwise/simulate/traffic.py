@@ -10,14 +10,14 @@ from pydantic import BaseModel, ConfigDict
 from torch import fx
 
 from shardwise.cluster.model import Cluster
-from shardwise.cost.collectives import collective_cost, collective_seconds
+from shardwise.cost.collectives import Shares, collective_cost, collective_shares
 from shardwise.cost.compute import streaming_seconds
 from shardwise.cost.memory import tensor_bytes
 from shardwise.program.program import Program
-from shardwise.program.reductions import reductions
+from shardwise.program.reductions import reductions, regatherings
 from shardwise.sharding.collectives import COLLECTIVES, group_ranks
 
-__all__ = ["Traffic", "counted", "graph_traffic", "reduction_traffic", "traffic_of", "traffic_seconds"]
+__all__ = ["Traffic", "counted", "gather_traffic", "graph_traffic", "reduction_traffic", "traffic_of", "traffic_seconds", "traffic_shares"]
 
 
 class Traffic(BaseModel):
@@ -56,8 +56,22 @@ def graph_traffic(graph: fx.Graph) -> list[Traffic]:
 
 def reduction_traffic(program: Program) -> list[Traffic]:
     """Of the pending gradients, summed at the end of a step."""
-    found = [(reduction.nbytes, *_group(group)) for reduction in reductions(program) for group in reduction.groups]
-    return counted(Traffic(kind="all_reduce", nbytes=nbytes, ranks=ranks, stride=stride) for nbytes, ranks, stride in found)
+    found: list[Traffic] = []
+    for reduction in reductions(program):
+        if reduction.scatter:
+            found.append(_sent("reduce_scatter", reduction.nbytes, reduction.scatter))
+        found += [_sent("all_reduce", reduction.summed * reduction.dtype.itemsize, group) for group in reduction.groups]
+    return counted(found)
+
+
+def gather_traffic(program: Program) -> list[Traffic]:
+    """Of what other ranks have updated, gathered at the end of a step."""
+    return counted(_sent("all_gather", message.nbytes, message.group) for message in regatherings(program))
+
+
+def _sent(kind: str, nbytes: int, group: str) -> Traffic:
+    ranks, stride = _group(group)
+    return Traffic(kind=kind, nbytes=nbytes, ranks=ranks, stride=stride)
 
 
 def counted(each: Iterable[Traffic]) -> list[Traffic]:
@@ -67,14 +81,23 @@ def counted(each: Iterable[Traffic]) -> list[Traffic]:
 
 def traffic_seconds(traffic: Iterable[Traffic], cluster: Cluster) -> float:
     """One after the other."""
-    return sum(each.times * _seconds(each, cluster) for each in traffic)
+    each = traffic_shares(traffic, cluster)
+    return each.compute_s + each.communicate_s
 
 
-def _seconds(each: Traffic, cluster: Cluster) -> float:
-    copied_s = streaming_seconds(each.nbytes, each.nbytes, cluster) if each.inner and cluster.rates.copies_inner else 0.0
+def traffic_shares(traffic: Iterable[Traffic], cluster: Cluster) -> Shares:
+    """One after the other; where ranks share cores, collectives take part of their time from them."""
+    shares = [(each.times, _shares(each, cluster)) for each in traffic]
+    compute_s, communicate_s = (sum(times * getattr(share, name) for times, share in shares) for name in ("compute_s", "communicate_s"))
+    return Shares(compute_s=compute_s, communicate_s=communicate_s)
+
+
+def _shares(each: Traffic, cluster: Cluster) -> Shares:
     if each.impl is None:
-        return collective_cost(each.kind, each.nbytes, each.ranks, cluster, each.stride).seconds + copied_s
-    return collective_seconds(each.kind, each.impl, each.nbytes, each.ranks, cluster, each.stride) + copied_s
+        return Shares(compute_s=0.0, communicate_s=collective_cost(each.kind, each.nbytes, each.ranks, cluster, each.stride).seconds)
+    share = collective_shares(each.kind, each.impl, each.nbytes, each.ranks, cluster, each.stride)
+    copied_s = streaming_seconds(each.nbytes, each.nbytes, cluster) if each.inner and cluster.rates.copies_inner else 0.0
+    return Shares(compute_s=share.compute_s, communicate_s=share.communicate_s + copied_s)
 
 
 def _group(name: str) -> tuple[int, int]:
