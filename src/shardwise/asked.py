@@ -28,8 +28,10 @@ class Asked:
             raise _contradiction(path, f"is for the cluster {plan.cluster}", f"--cluster says {name}")
         pinned = Layout.parse(self.layout)
         for field in fields(pinned):
-            wanted = getattr(pinned, field.name)
-            if wanted is not None and wanted != (planned := getattr(plan, field.name)):
+            wanted, planned = getattr(pinned, field.name), getattr(plan, field.name)
+            if field.name == "table":
+                wanted = wanted.splitlines() or None
+            if wanted is not None and wanted != planned:
                 raise _contradiction(path, f"says {field.name}={planned}", f"--layout says {field.name}={wanted}")
         if self.global_batch is not None and self.global_batch != plan.global_batch:
             raise _contradiction(path, f"is for a global batch of {plan.global_batch}", f"--global-batch says {self.global_batch}")
