@@ -15,6 +15,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from math import lcm
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -109,7 +110,8 @@ def compare(rows: Sequence[Row], budget_s: float | None) -> Compared:
     if not experts:
         raise LeftOut(reasons[0])
     row = experts[0][0]
-    most = max(_SAMPLES, *(samples for _, _, samples in experts))
+    most = lcm(*(samples for _, _, samples in experts))
+    most *= max(1, _SAMPLES // most)
     made = twin(row.model, micro_batch=most)
     search = ScaleSearch(
         graph=capture(made.module.train(), made.batch),

@@ -60,6 +60,10 @@ RandomOption = Annotated[
     Literal["keyed", "fast"] | None,
     typer.Option("--random", help="keyed: one device's random numbers; fast: torch's own on each rank. Default: keyed."),
 ]
+PlannedClusterOption = Annotated[
+    str | None,
+    typer.Option("--cluster", help="local:N, N ranks on this machine, or a cluster file (.toml). Default: local:2, or the plan's."),
+]
 RunnableOption = Annotated[bool, typer.Option("--runnable", help="Only layouts that can be run today.")]
 BudgetOption = Annotated[
     float | None,
@@ -73,10 +77,6 @@ ObjectiveOption = Annotated[
 ]
 WithinOption = Annotated[float | None, typer.Option("--within", help="Seconds that a step may take, for --objective devices.")]
 PriceOption = Annotated[float | None, typer.Option("--price", help="Dollars for a device and hour, instead of the catalog's list price.")]
-PlannedClusterOption = Annotated[
-    str | None,
-    typer.Option("--cluster", help="local:N, N ranks on this machine, or a cluster file (.toml). Default: local:2, or the plan's."),
-]
 PlanOption = Annotated[Path | None, typer.Option("--plan", help="Use this plan.json instead of searching for one.")]
 SlowRankOption = Annotated[
     list[str] | None,

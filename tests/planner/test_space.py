@@ -75,8 +75,8 @@ def test_contradictory_pins_are_named(pins: str, names: str, why: str) -> None:
 
 
 def test_what_does_not_run_contradicts_runnable() -> None:
-    with pytest.raises(sw.LayoutError, match=r"zero=1 and --runnable contradict each other"):
-        replace(SPACE, pins=Pins.parse("zero=1,pp=2"), runnable=True).check()
+    with pytest.raises(sw.LayoutError, match=r"ep=4 and --runnable contradict each other: the runtime lacks experts divided"):
+        replace(SPACE, experts=8, pins=Pins.parse("ep=4,pp=2"), runnable=True).check()
 
 
 @pytest.mark.parametrize(

@@ -256,10 +256,9 @@ class _Stage:
 
     def _scatter(self, cost: PieceCost) -> float:
         trained = cost.parameters - cost.frozen
-        if not self._keeps_parts:
-            return 0.0
         messages = max(1, cost.tensors) if self.scheme.gather_each else 1
-        return messages * self._over_data("reduce_scatter", trained * self.scheme.gradient_bytes / messages)
+        each = self._over_data("reduce_scatter", trained * self.scheme.gradient_bytes / messages)
+        return messages * each if self._keeps_parts else 0.0
 
     @property
     def _keeps_parts(self) -> bool:

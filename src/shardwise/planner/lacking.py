@@ -8,9 +8,7 @@ from shardwise.planner.compose import Scheme
 
 __all__ = ["lacking"]
 
-_LACKS: tuple[tuple[Callable[[Scheme], bool], str], ...] = (
-    (lambda scheme: scheme.ep > 1, "experts divided over data ranks (ep={0.ep})"),
-)
+_LACKS: tuple[tuple[Callable[[Scheme], bool], str], ...] = ((lambda scheme: scheme.ep > 1, "experts divided over data ranks (ep={0.ep})"),)
 
 
 def lacking(scheme: Scheme) -> list[str]:

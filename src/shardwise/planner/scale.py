@@ -207,6 +207,8 @@ class ScaleSearch:
 
     def may_fit(self, split: Split) -> bool:
         """Whether its leanest schemes would fit if all memory were divided evenly; nothing is lowered for it but the whole model."""
+        if self._parameter_bytes > self.cluster.ranks * self.limit_bytes:
+            return False
         most = self.graph.global_batch
         shape, whole = self.pieces(Split(samples=most))
         costs = perfect(whole, most, split)
@@ -222,6 +224,14 @@ class ScaleSearch:
                 if memory_bound(profile, scheme) <= self.limit_bytes:
                     return True
         return False
+
+    @cached_property
+    def _parameter_bytes(self) -> int:
+        """Of the whole model."""
+        counts = {
+            value: piece.count for piece in self.twin.shape.pieces for op in piece.ops for value in op.inputs if value.kind == "parameter"
+        }
+        return sum(value.nbytes * count for value, count in counts.items())
 
     def composed(self, scheme: Scheme, samples: int) -> Profile:
         """What the layout's stages take. Raises LayoutError where there are more stages than parts."""

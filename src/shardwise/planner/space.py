@@ -222,7 +222,7 @@ class Space:
         return [size for size in sizes if size == 1 or (self.experts and self.experts % size == 0)]
 
     def _samples(self) -> list[int]:
-        sizes = [self.pins.microbatch] if self.pins.microbatch else list(_SAMPLES)
+        sizes = [self.pins.microbatch] if self.pins.microbatch else sorted({*_SAMPLES, self.most_samples})
         return [size for size in sizes if self.global_batch % size == 0 and self.most_samples % size == 0]
 
     def _orders(self, pp: int, microbatches: int) -> Iterator[tuple[str, int]]:

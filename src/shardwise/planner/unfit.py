@@ -6,15 +6,16 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 from shardwise.cluster.model import Cluster
-from shardwise.errors import LayoutError
+from shardwise.planner.compose import Scheme
 from shardwise.planner.plan import Infeasible
-from shardwise.planner.scale import ScaleSearch
-from shardwise.planner.space import Pins, layout_text
+from shardwise.planner.reasons import gb
+from shardwise.planner.scale import Found, ScaleSearch
+from shardwise.planner.search import FULL_MEMORY
+from shardwise.planner.space import Pins, Split
 from shardwise.simulate.simulator import simulate_profile
 
 __all__ = ["why_unfit"]
 
-_AGAIN = ("none", "selective", "full")
 _TIMES = (2, 4, 8, 16, 32, 64)  # as many nodes
 
 
@@ -23,17 +24,17 @@ def why_unfit(search: ScaleSearch, larger: Callable[[int], Cluster | None]) -> I
     lean = _leanest(search)
     reasons = ["no layout could be put together"]
     if lean is not None:
-        text, memory = lean
-        kinds = ", ".join(f"{kind} {nbytes / 1e9:.3g}" for kind, nbytes in sorted(memory.items(), key=lambda each: -each[1]) if nbytes)
+        memory = _memory(search, lean)
+        kinds = ", ".join(f"{kind} {nbytes / 1e9:,.4g}" for kind, nbytes in sorted(memory.items(), key=lambda each: -each[1]) if nbytes)
         reasons = [
-            f"the leanest layout, {text}, holds {sum(memory.values()) / 1e9:.3g} GB on its fullest device: {kinds}",
-            f"of a device's {search.cluster.memory_bytes / 1e9:.3g} GB a layout may take {search.limit_bytes / 1e9:.3g} GB",
+            f"the leanest layout, {lean}, holds {gb(sum(memory.values()))} on its fullest device: {kinds}",
+            f"of a device's {gb(search.cluster.memory_bytes)} a layout may take {gb(search.limit_bytes)}",
         ]
     for change, changed in _changes(search, larger):
         if _fits(changed):
             return Infeasible(reasons=reasons, remedy=change)
-    needed = sum(lean[1].values()) / 0.92e9 if lean else 0.0
-    return Infeasible(reasons=reasons, remedy=f"devices of {needed:.3g} GB or more, or fewer tokens in a sample")
+    needed = gb(sum(_memory(search, lean).values()) / FULL_MEMORY) if lean else "more memory"
+    return Infeasible(reasons=reasons, remedy=f"devices of {needed} or more, or fewer tokens in a sample")
 
 
 def _changes(search: ScaleSearch, larger: Callable[[int], Cluster | None]) -> Iterator[tuple[str, ScaleSearch]]:
@@ -64,27 +65,30 @@ def _with(search: ScaleSearch, pins: Pins, *, cluster: Cluster | None = None, on
 
 
 def _fits(search: ScaleSearch) -> bool:
-    return any(sum(memory.values()) <= search.limit_bytes for _, memory in _memories(search))
+    lean = _leanest(search)
+    return lean is not None and lean.memory_bytes <= search.limit_bytes and sum(_memory(search, lean).values()) <= search.limit_bytes
 
 
-def _leanest(search: ScaleSearch) -> tuple[str, dict[str, int]] | None:
-    return min(_memories(search), key=lambda each: sum(each[1].values()), default=None)
-
-
-def _memories(search: ScaleSearch) -> Iterator[tuple[str, dict[str, int]]]:
-    """(layout, bytes by kind) of the leanest schemes of each mesh of the split that divides most."""
+def _leanest(search: ScaleSearch) -> Found | None:
+    """Of the split that divides most, by the bound of its memory."""
     split = max(search.space.splits(), key=lambda each: (each.tp, -each.samples, -each.cp, each.ep), default=None)
     if split is None:
-        return
-    for mesh in search.space.meshes(split):
-        schemes = list(search.space.schemes(split, mesh))
-        zero, order = max((each.zero for each in schemes), default=0), {name: place for place, name in enumerate(("1f1b", "zb-h1"))}
-        lean = [each for each in schemes if each.zero == zero]
-        for scheme in sorted(lean, key=lambda each: (-_AGAIN.index(each.recompute), order.get(each.schedule, 2), each.chunks))[:1]:
-            try:
-                profile = search.composed(scheme, split.samples)
-            except LayoutError:
-                continue
-            few = replace(scheme, microbatches=min(scheme.microbatches, 2 * scheme.pp))
-            memory = simulate_profile(profile, (few if scheme.schedule != "gpipe" else scheme).mesh).memory
-            yield layout_text(scheme, split.samples), max(memory, key=lambda use: sum(use.values()))
+        return None
+    found = [search.bounded(scheme, split.samples) for mesh in search.space.meshes(split) for scheme in _lean(search, split, mesh)]
+    return min((each for each in found if each is not None), key=lambda each: each.memory_bytes, default=None)
+
+
+def _lean(search: ScaleSearch, split: Split, mesh: tuple[int, int]) -> list[Scheme]:
+    """Schemes of a mesh that hold little."""
+    schemes = list(search.space.schemes(split, mesh))
+    usual = [each for each in schemes if each.schedule == "1f1b"] or schemes
+    return [each for each in usual if each.zero == max(other.zero for other in usual)]
+
+
+def _memory(search: ScaleSearch, found: Found) -> dict[str, int]:
+    """Bytes by kind of the fullest device. It is as full after the first microbatches as later."""
+    scheme = found.scheme
+    enough = scheme.pp if scheme.schedule == "1f1b" else scheme.microbatches if scheme.schedule == "gpipe" else 2 * scheme.pp
+    few = replace(scheme, microbatches=min(scheme.microbatches, enough))
+    uses = simulate_profile(search.composed(scheme, found.samples), few.mesh).memory
+    return max(uses, key=lambda use: sum(use.values()))
