@@ -80,7 +80,13 @@ class Scheme:
     @property
     def mesh(self) -> Mesh:
         """For the simulator: data and sequence ranks do alike."""
-        return Mesh(dp=self.replicas, tp=self.tp, pp=self.pp, chunks=self.chunks, microbatches=self.microbatches, schedule=self.schedule)
+        sizes = {"dp": self.replicas, "tp": self.tp, "pp": self.pp, "chunks": self.chunks, "coupled": self.coupled}
+        return Mesh(**sizes, microbatches=self.microbatches, schedule=self.schedule)
+
+    @property
+    def coupled(self) -> int:
+        """Neighbouring ranks that do each microbatch together: those that share operators, sequences, experts, or gather parameters."""
+        return self.tp * max(self.cp, self.ep, self.sharded if self.zero == 3 else 1)
 
     @property
     def replicas(self) -> int:
@@ -231,6 +237,7 @@ class _Stage:
             memory=self._memory(),
             saved_bytes=self._saved(),
             kept_bytes=sum(cost.held.late * count for cost, count, _ in self._each()) if splits_backward else 0,
+            reduces=["dp"] if self.scheme.replicas > 1 else [],
             parameters=self._parameters() * self.scheme.tp,
         )
 

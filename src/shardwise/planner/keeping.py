@@ -57,6 +57,21 @@ class Kept:
     working: Mapping[str, int]
     cached: Mapping[str, int]
 
+    def share(self, part: float) -> Kept:
+        """A part of what is kept, with nothing beside."""
+        nothing = dict.fromkeys(self.working, 0)
+        return Kept(
+            saved={remade: int(nbytes * part) for remade, nbytes in self.saved.items()},
+            entered=int(self.entered * part),
+            core=int(self.core * part),
+            made=int(self.made * part),
+            chosen=int(self.chosen * part),
+            needed=int(self.needed * part),
+            late=int(self.late * part),
+            working=nothing,
+            cached=nothing,
+        )
+
     def kept(self, recompute: str, remade: str) -> int:
         """Bytes kept until the backward pass begins."""
         saved = self.saved[remade]
