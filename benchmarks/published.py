@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -30,6 +31,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table as Shown
 
+from benchmarks.published_experts import expert_ranks, expert_rates, local_experts, routing_of
 from benchmarks.published_machines import machines_of
 from benchmarks.published_models import TwinError, twin
 from benchmarks.published_rows import Row, read_directory, sweeps
@@ -64,15 +66,20 @@ _BOUND, _FILE_BOUND, _EXPRESSED = 0.08, 0.15, 0.90
 
 @dataclass(frozen=True, kw_only=True)
 class Prediction:
-    """step_s: the prediction; low_s, high_s: over what the row leaves open. reason: why there is none."""
+    """step_s: the prediction; low_s, high_s: over what the row leaves open. room_bytes: of a device. reason: why there is none."""
 
     row: Row
     step_s: float | None = None
     low_s: float | None = None
     high_s: float | None = None
     memory_bytes: float | None = None
-    fits: bool = True
+    room_bytes: float = math.inf
     reason: str = ""
+
+    @property
+    def fits(self) -> bool:
+        """Whether it needs no more memory than a device has."""
+        return self.memory_bytes is None or self.memory_bytes <= self.room_bytes
 
     @property
     def error(self) -> float | None:
@@ -97,33 +104,31 @@ class Predictor:
             found = [self._step(row, year, software, recompute) for recompute in _recomputations(row, software)]
         except (TwinError, ShardwiseError) as error:
             return Prediction(row=row, reason=str(error).splitlines()[0])
-        chosen = next((each for each in found if each.fits), min(found, key=lambda each: each.memory_bytes or 0.0))
         times = [each.step_s for each in found if each.step_s is not None]
-        return replace(chosen, low_s=min(times), high_s=max(times))
+        return replace(_chosen(found), low_s=min(times), high_s=max(times))
 
     def _step(self, row: Row, year: int, software: Software, recompute: str) -> Prediction:
-        cluster = _cluster(row, software)
+        cluster = _cluster(row, year, software)
         shape, costs = self._pieces(row, year, software, cluster)
         if row.kind == "layer time":
             return Prediction(row=row, step_s=_block_seconds(shape, costs, recompute))
-        scheme = _scheme(row, software, recompute)
+        scheme = _scheme(row, year, software, recompute)
         profile = compose(shape, costs, scheme, cluster, splits_backward=splits_backward(scheme.schedule))
         step = simulate_profile(profile, scheme.mesh)
         memory = max(step.memory_bytes)
-        return Prediction(row=row, step_s=step.step_time_s, memory_bytes=memory, fits=memory <= _ROOM * cluster.memory_bytes)
+        return Prediction(row=row, step_s=step.step_time_s, memory_bytes=memory, room_bytes=_ROOM * cluster.memory_bytes)
 
     def _pieces(self, row: Row, year: int, software: Software, cluster: Cluster) -> tuple[Outline, tuple[PieceCost, ...]]:
         layout, fused = row.layout, software.fused_attention
         model = replace(row.model, layers=_LAYERS) if row.kind == "layer time" else row.model
-        if layout.ep > 1 and model.experts:  # a rank's share of the experts
-            model = replace(model, experts=max(model.topk, model.experts // layout.ep))
-        key = (model, _micro_batch(row), fused)
+        ranks, local = expert_ranks(row), local_experts(row)
+        key = (model, _micro_batch(row), fused, local)
         if key not in self.twins:
-            made = twin(model, micro_batch=_micro_batch(row), fused_attention=fused)
+            made = twin(model, micro_batch=_micro_batch(row), fused_attention=fused, local_experts=local)
             self.twins[key] = (capture(made.module.train(), made.batch), made.counts)
         graph, counts = self.twins[key]
         sequence = layout.sequence_parallel if layout.sequence_parallel is not None else year >= _SEQUENCE_PARALLEL_SINCE
-        split = TwinLayout(tp=layout.tp, cp=layout.cp, sequence_parallel=bool(sequence))
+        split = TwinLayout(tp=layout.tp, cp=layout.cp, sequence_parallel=bool(sequence) or ranks > 1, whole_experts=ranks > 1)
         near = cluster.machines.span(1, layout.tp * layout.cp) if cluster.machines else None
         full = (key, split, near, cluster.rates.model_dump_json())
         if full not in self.costs:
@@ -131,7 +136,22 @@ class Predictor:
         return self.costs[full]
 
 
-def _cluster(row: Row, software: Software) -> Cluster:
+def _chosen(found: Sequence[Prediction]) -> Prediction:
+    """The first that fits, or else what comes nearest to it. Where it is not the first, it recomputes no more blocks than must be: the time
+    lies between its own and that of the one before, which does not fit, as the memory does."""
+    nearest = min(range(len(found)), key=lambda index: found[index].memory_bytes or 0.0)
+    place = next((index for index, each in enumerate(found) if each.fits), nearest)
+    less, more = found[max(0, place - 1)], found[place]
+    if place == 0 or None in (less.step_s, more.step_s, less.memory_bytes, more.memory_bytes):
+        return more
+    assert less.step_s and more.step_s and less.memory_bytes and more.memory_bytes
+    if not more.fits or less.memory_bytes <= more.memory_bytes:
+        return more
+    share = (less.memory_bytes - more.room_bytes) / (less.memory_bytes - more.memory_bytes)
+    return replace(more, step_s=less.step_s + share * (more.step_s - less.step_s), memory_bytes=more.room_bytes)
+
+
+def _cluster(row: Row, year: int, software: Software) -> Cluster:
     """The row's machines as its software uses them."""
     cluster = cluster_of(machines_of(row.machine), software.attention)
     changes = {
@@ -139,7 +159,7 @@ def _cluster(row: Row, software: Software) -> Cluster:
         "copies_inner": software.copies_inner,
         "call_s": software.call_s or cluster.rates.call_s,
     }
-    cluster = replace(cluster, rates=cluster.rates.model_copy(update=changes))
+    cluster = replace(cluster, rates=cluster.rates.model_copy(update=changes | expert_rates(row, year)))
     if products := _PRODUCTS.get(row.layout.precision or ""):
         cluster = _with_products_in(cluster, products)
     return cluster if software.products == 1 else _slower(cluster, software.products)
@@ -162,7 +182,7 @@ def _recomputations(row: Row, software: Software) -> Sequence[str]:
     return (software.selective if given == "selective" else given,)
 
 
-def _scheme(row: Row, software: Software, recompute: str) -> Scheme:
+def _scheme(row: Row, year: int, software: Software, recompute: str) -> Scheme:
     layout = row.layout
     chunks = layout.virtual_stages or 1
     return Scheme(
@@ -170,7 +190,8 @@ def _scheme(row: Row, software: Software, recompute: str) -> Scheme:
         tp=layout.tp,
         pp=layout.pp,
         cp=layout.cp,
-        ep=layout.ep,
+        ep=expert_ranks(row),
+        routing=routing_of(row, year),
         chunks=chunks,
         microbatches=_microbatches(row),
         schedule=_SCHEDULES.get(layout.schedule or "", "interleaved" if chunks > 1 else "1f1b"),

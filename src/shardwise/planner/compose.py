@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 from shardwise.cluster.model import Cluster
 from shardwise.cost.collectives import collective_cost
+from shardwise.cost.routing import Routing, routing_seconds
 from shardwise.errors import LayoutError
 from shardwise.planner.pieces import Outline, PieceCost, Work
 from shardwise.simulate.profile import EdgeProfile, Profile, StageProfile
@@ -23,6 +24,7 @@ from shardwise.simulate.simulator import Mesh
 
 __all__ = ["Scheme", "compose", "divide", "recomputed"]
 
+_COPYING = 0.15  # of a device computes nothing while rows are copied: DeepEP's 20 of 132 multiprocessors of an H100
 _STATE_BYTES = 12  # Adam in mixed precision: float32 parameter and two moments
 _UPDATE_BYTES = 30  # read and written by the update of one number: gradient 4, states 24, new 16-bit parameter 2
 _CONTEXT_BYTES = 1.5e9  # CUDA context, communication buffers, workspaces
@@ -33,11 +35,12 @@ _FRAGMENTS = 1.04  # of activations: what the allocator cannot use
 class Scheme:
     """How a step is run.
 
-    dp, cp, tp, pp: ranks; ep: over how many of the data ranks experts are divided (the pieces hold one's share of them); chunks: stages of
-    each pipeline rank.
+    dp, cp, tp, pp: ranks; chunks: stages of each pipeline rank.
+    ep: over how many consecutive tensor, context and data ranks experts are divided, each whole on one rank (the pieces hold one rank's
+    share of them); routing: how tokens get there, wanted where ep > 1.
     zero: 0 to 3; shard: over how many data ranks ZeRO divides, all of them if 0.
-    recompute: "none", "full" (each block keeps what it is given), "selective" (and what its products with weights make) or "alternate"
-    (and what every second of these makes).
+    recompute: "none", "full" (each block keeps what it is given), "selective" (and what its products with weights make), "pointwise" (and
+    what attention makes) or "alternate" (as "selective", but of every second product).
     gradient_bytes: of a number's gradient in memory and on the link.
     even: stages of equally many blocks, the first and last with what stands before and after them; else stages of equal time.
     overlap: of the last microbatch's backward pass, beside which gradients are reduced; of the first's forward pass, beside which
@@ -50,6 +53,7 @@ class Scheme:
     pp: int = 1
     cp: int = 1
     ep: int = 1
+    routing: Routing | None = None
     chunks: int = 1
     microbatches: int = 1
     schedule: str = "1f1b"
@@ -61,6 +65,11 @@ class Scheme:
     overlap: float = 0.85
     hidden: float = 0.0
     gather_each: bool = False
+
+    def __post_init__(self) -> None:
+        if self.ep > 1 and (self.routing is None or self.tp * self.replicas % self.ep):
+            missing = "without its routing" if self.routing is None else f"does not divide tp·cp·dp = {self.tp * self.replicas}"
+            raise LayoutError(f"ep={self.ep} {missing}: give the experts of a layer and how many a token has, and a divisor of the ranks")
 
     @property
     def stages(self) -> int:
@@ -81,6 +90,21 @@ class Scheme:
     def sharded(self) -> int:
         """Ranks over which ZeRO divides what it divides."""
         return min(self.shard or self.replicas, self.replicas) if self.zero else 1
+
+    @property
+    def expert_copies(self) -> int:
+        """Ranks that hold the same experts, `expert_stride` ranks apart."""
+        return self.replicas if self.ep == 1 else max(1, self.tp * self.replicas // self.ep)
+
+    @property
+    def expert_stride(self) -> int:
+        """Where experts are not divided they lie as the rest does."""
+        return self.tp if self.ep == 1 else self.ep
+
+    @property
+    def expert_sharded(self) -> int:
+        """Ranks over which ZeRO divides what experts take: of those that it divides the rest over, the ones that hold the same."""
+        return max(1, self.expert_copies * self.sharded // self.replicas)
 
 
 def divide(shape: Outline, costs: Sequence[PieceCost], scheme: Scheme) -> list[list[tuple[int, int]]]:
@@ -186,13 +210,16 @@ class _Stage:
         forward = backward = weight = Work()
         for cost, count, again in self._each():
             gathered, routed = self._gather(cost), self._route(cost)
-            forward += _times(_beside(self._shown(cost.forward) + routed, gathered, self.scheme.overlap), count)
-            inputs = self._shown(cost.backward_input + recomputed(cost, again)) + routed + (routed if again == "full" else Work())
+            passes = 2 if again == "full" else 1  # in which tokens go to experts
+            forward += _times(self._beside(self._launched(cost, self._routed(self._shown(cost.forward), routed), 1), gathered), count)
+            inputs = self._routed(self._shown(cost.backward_input + recomputed(cost, again)), passes * routed)
             scattered = self._scatter(cost)
             if splits_backward:
-                backward, weight = backward + _times(inputs, count), weight + _times(cost.backward_weight, count)
+                backward += _times(self._launched(cost, inputs, passes), count)
+                weight += _times(self._launched(cost, cost.backward_weight, 1), count)
             else:
-                backward += _times(_beside(inputs + cost.backward_weight, gathered + scattered, self.scheme.overlap), count)
+                both = self._launched(cost, inputs + cost.backward_weight, passes + 1)
+                backward += _times(self._beside(both, gathered + scattered), count)
         prelude = Work()
         for cost, _, _ in self._each():
             prelude += cost.prelude
@@ -218,50 +245,80 @@ class _Stage:
 
     # -- communication -----------------------------------------------------------------------------------------------------------------
 
-    def _over_data(self, kind: str, nbytes: float) -> float:
-        """Over the ranks that ZeRO divides, or all replicas."""
+    def _over_data(self, kind: str, numbers: float, experts: float, item: int) -> float:
+        """Of so many numbers, among them experts', over the ranks that ZeRO divides, or all replicas."""
         scheme = self.scheme
-        ranks = scheme.sharded if scheme.zero else scheme.replicas
-        return collective_cost(kind, nbytes, ranks, self.cluster, scheme.tp).seconds
+        ranks, copies = (scheme.sharded, scheme.expert_sharded) if scheme.zero else (scheme.replicas, scheme.expert_copies)
+        dense = collective_cost(kind, (numbers - experts) * item, ranks, self.cluster, scheme.tp).seconds
+        return dense + (collective_cost(kind, experts * item, copies, self.cluster, scheme.expert_stride).seconds if experts else 0.0)
 
-    def _across(self, nbytes: float) -> float:
+    def _across(self, numbers: float, experts: float, item: int) -> float:
         """Between replicas of what ZeRO divides."""
-        scheme = self.scheme
-        copies = scheme.replicas // scheme.sharded if scheme.zero else 1
-        return collective_cost("all_reduce", nbytes / scheme.sharded, copies, self.cluster, scheme.tp * scheme.sharded).seconds
+        scheme, total = self.scheme, 0.0
+        if not scheme.zero:
+            return total
+        for part, held, shards, stride in (
+            (numbers - experts, scheme.replicas, scheme.sharded, scheme.tp),
+            (experts, scheme.expert_copies, scheme.expert_sharded, scheme.expert_stride),
+        ):
+            total += (
+                collective_cost("all_reduce", part * item / shards, held // shards, self.cluster, stride * shards).seconds if part else 0.0
+            )
+        return total
 
-    def _route(self, cost: PieceCost) -> Work:
-        """Rows to the experts' ranks and back."""
-        if self.scheme.ep == 1 or not cost.routed:
-            return Work()
-        each = collective_cost("all_to_all", cost.routed / 2, self.scheme.ep, self.cluster, self.scheme.tp).seconds
-        return Work(communicate_s=2 * each)
+    def _route(self, cost: PieceCost) -> float:
+        """Tokens to their experts' ranks and back, s."""
+        scheme, routing = self.scheme, self.scheme.routing
+        if routing is None or scheme.ep == 1 or not cost.routed:
+            return 0.0
+        return routing_seconds(routing, cost.routed / routing.chosen, cost.row, cost.item, scheme.ep, self.cluster)
+
+    def _routed(self, work: Work, routed_s: float) -> Work:
+        """With routing, after it or beside it; what copies the rows computes nothing meanwhile."""
+        if self.scheme.routing is None or not self.scheme.routing.overlapped:
+            return work + Work(communicate_s=routed_s)
+        return self._beside(work + Work(compute_s=_COPYING * routed_s), routed_s)
+
+    def _beside(self, work: Work, collective_s: float) -> Work:
+        """A collective that runs while the work does: what it takes longer, and the part that never hides."""
+        overlap = self.scheme.overlap
+        total = overlap * (work.compute_s + work.communicate_s)
+        return Work(compute_s=work.compute_s, communicate_s=work.communicate_s + max(collective_s - total, (1 - overlap) * collective_s))
+
+    def _launched(self, cost: PieceCost, work: Work, passes: int) -> Work:
+        """Not done before the host has launched it."""
+        if self.scheme.routing is None or not cost.routed:
+            return work
+        waits = passes * self.scheme.routing.launch_s - work.compute_s - work.communicate_s
+        return work + Work(compute_s=max(0.0, waits))
 
     def _gather(self, cost: PieceCost) -> float:
-        messages = max(1, cost.tensors) if self.scheme.gather_each else 1
-        return messages * self._over_data("all_gather", cost.parameters * cost.item / messages) if self.scheme.zero == 3 else 0.0
+        return self._by_piece("all_gather", cost, cost.parameters, cost.item)
 
     def _scatter(self, cost: PieceCost) -> float:
-        trained = cost.parameters - cost.frozen
+        return self._by_piece("reduce_scatter", cost, cost.parameters - cost.frozen, self.scheme.gradient_bytes)
+
+    def _by_piece(self, kind: str, cost: PieceCost, numbers: int, item: int) -> float:
+        """What ZeRO-3 sends for each piece in each pass."""
+        if self.scheme.zero != 3:
+            return 0.0
         messages = max(1, cost.tensors) if self.scheme.gather_each else 1
-        return (
-            messages * self._over_data("reduce_scatter", trained * self.scheme.gradient_bytes / messages) if self.scheme.zero == 3 else 0.0
-        )
+        return messages * self._over_data(kind, numbers / messages, cost.experts / messages, item)
 
     def _reduce(self, backward_s: float) -> float:
         """What is left of the reductions when the last microbatch's backward pass has ended."""
-        scheme, trained = self.scheme, self._sum("parameters") - self._sum("frozen")
-        gradients = (trained - self._sum("experts") * (1 - 1 / scheme.ep)) * scheme.gradient_bytes
-        pending = collective_cost("all_reduce", self._sum("pending") * scheme.gradient_bytes, scheme.tp, self.cluster).seconds
+        scheme, trained, experts = self.scheme, self._sum("parameters") - self._sum("frozen"), self._sum("experts")
+        item, summed = scheme.gradient_bytes, self._sum("pending") - (self._sum("pending_experts") if scheme.ep > 1 else 0)
+        pending = collective_cost("all_reduce", summed * item, scheme.tp, self.cluster).seconds
         if scheme.zero == 3:
-            return pending + self._across(gradients)
-        if scheme.replicas == 1:
+            return pending + self._across(trained, experts, item)
+        if scheme.replicas == scheme.expert_copies == 1:
             return pending
         if scheme.zero == 0:
-            reduced, gathered = self._over_data("all_reduce", gradients), 0.0
+            reduced, gathered = self._over_data("all_reduce", trained, experts, item), 0.0
         else:
-            reduced = self._over_data("reduce_scatter", gradients) + self._across(gradients)
-            gathered = self._over_data("all_gather", self._sum("parameters") * self._item())
+            reduced = self._over_data("reduce_scatter", trained, experts, item) + self._across(trained, experts, item)
+            gathered = self._over_data("all_gather", self._sum("parameters"), experts, self._item())
         hidden = scheme.overlap * backward_s
         forward_s = sum(cost.forward.compute_s * count for cost, count, _ in self._each())
         return pending + max(reduced - hidden, reduced * 0.05) + max(gathered - scheme.overlap * forward_s, gathered * 0.05)
@@ -274,9 +331,13 @@ class _Stage:
         return numbers * _UPDATE_BYTES / self.cluster.rates.read_bytes_per_s.at(1e9)
 
     def _states(self) -> float:
-        """Numbers whose states a rank has: those of experts are divided among fewer ranks, being fewer."""
-        trained, experts = self._sum("parameters") - self._sum("frozen"), self._sum("experts")
-        return (trained - experts) / self.scheme.sharded + experts / max(1, self.scheme.sharded // self.scheme.ep)
+        """Numbers whose states a rank has."""
+        return self._share(self._sum("parameters") - self._sum("frozen"))
+
+    def _share(self, numbers: float) -> float:
+        """What ZeRO leaves a rank of so many numbers, among them experts': those are divided among fewer ranks, having fewer copies."""
+        experts = self._sum("experts")
+        return (numbers - experts) / self.scheme.sharded + experts / self.scheme.expert_sharded
 
     # -- memory ------------------------------------------------------------------------------------------------------------------------
 
@@ -288,11 +349,10 @@ class _Stage:
         trained, item = parameters - frozen, self._item()
         largest = max((cost.parameters for cost, _, _ in self._each()), default=0)
         again = max((cost.saved - _kept(cost, once_more) for cost, _, once_more in self._each()), default=0)
-        share = scheme.sharded
         gathered = 2 * largest * item if scheme.zero == 3 else 0
         return {
-            "parameters": parameters * item // (share if scheme.zero == 3 else 1),
-            "gradients": trained * scheme.gradient_bytes // (share if scheme.zero >= 2 else 1),
+            "parameters": int((self._share(parameters) if scheme.zero == 3 else parameters) * item),
+            "gradients": int((self._share(trained) if scheme.zero >= 2 else trained) * scheme.gradient_bytes),
             "optimizer": int(self._states() * _STATE_BYTES),
             "saved": 0,
             "transient": int((max((cost.transient for cost, _, _ in self._each()), default=0) + again) * _FRAGMENTS) + gathered,
@@ -303,20 +363,16 @@ class _Stage:
 def recomputed(cost: PieceCost, recompute: str) -> Work:
     """What the backward pass computes once more."""
     products = Work(compute_s=cost.forward.compute_s - cost.light.compute_s)
-    return {"none": Work(), "selective": cost.light, "alternate": cost.light + _times(products, 0.5), "full": cost.forward}[recompute]
+    every_second = cost.light + _times(products, 0.5)
+    none = Work()
+    return {"none": none, "pointwise": cost.pointwise, "selective": cost.light, "alternate": every_second, "full": cost.forward}[recompute]
 
 
 def _kept(cost: PieceCost, recompute: str) -> int:
     """Bytes that a microbatch keeps."""
-    made = {"selective": cost.made, "alternate": cost.made // 2, "full": 0}
+    made = {"pointwise": cost.made + cost.attended, "selective": cost.made, "alternate": cost.made // 2, "full": 0}
     return cost.saved if recompute == "none" else min(cost.saved, cost.entered + made[recompute])
 
 
 def _times(work: Work, count: float) -> Work:
     return Work(compute_s=work.compute_s * count, communicate_s=work.communicate_s * count)
-
-
-def _beside(work: Work, collective_s: float, overlap: float) -> Work:
-    """A collective that runs while the work does: what it takes longer, and the part that never hides."""
-    total = overlap * (work.compute_s + work.communicate_s)
-    return Work(compute_s=work.compute_s, communicate_s=work.communicate_s + max(collective_s - total, (1 - overlap) * collective_s))

@@ -25,7 +25,7 @@ from shardwise.cost.operators import name_of
 from shardwise.errors import PlanError
 from shardwise.program.build import build_programs, rank_of
 from shardwise.program.lower import Cut
-from shardwise.program.program import Program, StageProgram
+from shardwise.program.program import ParameterPart, Program, StageProgram
 from shardwise.program.recompute import WEIGHED
 from shardwise.program.trace import Tracer
 from shardwise.program.weights import edges_need
@@ -127,10 +127,11 @@ class PieceCost:
     backward_input, backward_weight: the backward pass in two, what its predecessor waits for and the rest. saved: bytes kept for the
     backward pass; entered: bytes of what it is given by other pieces and keeps; sent: bytes that go on to the next piece;
     flops: of products and attention, both passes.
-    transient: most bytes beside. light: of the forward pass what is no product with weights; made: bytes that these products make.
-    routed: bytes of what goes to experts and comes back from them; experts: numbers of their weights.
+    transient: most bytes beside. light: of the forward pass what is no product with weights; made: bytes that these products make;
+    pointwise: of the light part what is neither attention nor communication; attended: bytes that attention makes.
+    routed, row: rows that go to experts and come back from them, and numbers of one; experts: numbers of their weights.
     parameters: numbers that the rank holds, in so many tensors; frozen: of them, without gradient; item: bytes of one.
-    pending: numbers whose gradients are summed over the tensor axis once a step.
+    pending: numbers whose gradients are summed over the tensor axis once a step; pending_experts: of them, those of experts.
     """
 
     forward: Work
@@ -138,10 +139,13 @@ class PieceCost:
     backward_weight: Work
     prelude: Work
     light: Work
+    pointwise: Work
     saved: int
     entered: int
     made: int
+    attended: int
     routed: int
+    row: int
     experts: int
     sent: int
     flops: float
@@ -151,6 +155,7 @@ class PieceCost:
     frozen: int
     item: int
     pending: int
+    pending_experts: int
 
 
 def piece_costs(shape: Outline, assignment: Assignment, prelude: set[Op], cluster: Cluster, tracer: Tracer) -> tuple[PieceCost, ...]:
@@ -172,6 +177,8 @@ def _cost(program: Program, cluster: Cluster) -> PieceCost:
     trained = [part for part in stage.parameters if part.requires_grad]
     sizes = [prod(part.local) for part in stage.parameters]
     peaks = liveness(stage.forward).peak_bytes - saved, liveness(stage.backward).peak_bytes
+    experts, (routed, row) = _expert_parameters(stage), _routed(stage.forward)
+    attending = [node for node in forward if name_of(node.target) not in WEIGHED and _flops(node)]
     return PieceCost(
         forward=_work(forward),
         backward_input=_work({node: seconds for node, seconds in backward.items() if node not in weights}),
@@ -179,11 +186,14 @@ def _cost(program: Program, cluster: Cluster) -> PieceCost:
         + Work(compute_s=sink_seconds(stage.parameters, cluster)),
         prelude=_work(node_seconds(stage.prelude, cluster)),
         light=_work({node: seconds for node, seconds in forward.items() if name_of(node.target) not in WEIGHED}),
+        pointwise=Work(compute_s=sum(seconds for node, seconds in forward.items() if node.target not in COLLECTIVES and not _flops(node))),
         saved=saved,
         entered=entered,
-        routed=_routed(stage.forward),
-        experts=sum(tensor_bytes(each) // each.element_size() for each in _expert_weights(stage.forward)),
+        routed=routed,
+        row=row,
+        experts=sum(prod(part.local) for part in experts),
         made=sum(tensor_bytes(node.meta["val"]) for node in forward if name_of(node.target) in WEIGHED),
+        attended=sum(tensor_bytes(node.meta["val"]) for node in attending),
         sent=sum(edge.nbytes for edge in program.edges if edge.source == stage.stage and edge.target == stage.stage + 1),
         flops=sum(_flops(node) for node in (*forward, *backward)),
         transient=max(0, *peaks),
@@ -192,6 +202,7 @@ def _cost(program: Program, cluster: Cluster) -> PieceCost:
         frozen=sum(sizes) - sum(prod(part.local) for part in trained),
         item=max((part.dtype.itemsize for part in stage.parameters), default=0),
         pending=sum(prod(part.local) for part in trained if part.reduce),
+        pending_experts=sum(prod(part.local) for part in experts if part.reduce),
     )
 
 
@@ -204,16 +215,27 @@ def _expert_calls(graph: fx.Graph) -> list[fx.Node]:
     return [node for node in graph.nodes if name_of(node.target) == "expert_mm"]
 
 
-def _expert_weights(graph: fx.Graph) -> list[torch.Tensor]:
-    return [node.args[1].meta["val"] for node in _expert_calls(graph) if isinstance(node.args[1], fx.Node)]
+def _expert_parameters(stage: StageProgram) -> list[ParameterPart]:
+    """The parameters that products with experts take as matrices."""
+    inputs = [node for node in stage.forward.nodes if node.op == "placeholder"]
+    names = {node: binding.name for node, binding in zip(inputs, stage.forward_inputs, strict=True) if binding.kind == "parameter"}
+    read = {names.get(_origin(call.all_input_nodes[1])) for call in _expert_calls(stage.forward)}
+    return [part for part in stage.parameters if part.name in read]
 
 
-def _routed(graph: fx.Graph) -> int:
-    """Bytes of the rows that the first product with experts takes, and of those that the last one makes."""
-    calls = _expert_calls(graph)
-    if not calls or not isinstance(calls[0].args[0], fx.Node):
-        return 0
-    return tensor_bytes(calls[0].args[0].meta["val"]) + tensor_bytes(calls[-1].meta["val"])
+def _origin(node: fx.Node) -> fx.Node:
+    """What a tensor was before it was turned, cast or gathered."""
+    while node.op == "call_function":
+        node = node.all_input_nodes[0]
+    return node
+
+
+def _routed(graph: fx.Graph) -> tuple[int, int]:
+    """The rows that the first product with experts takes, and numbers of one of them."""
+    for call in _expert_calls(graph):
+        rows, row = call.all_input_nodes[0].meta["val"].shape
+        return rows, row
+    return 0, 0
 
 
 def _flops(node: fx.Node) -> float:

@@ -8,10 +8,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from shardwise.capture.experts import expert_mm
 from shardwise.capture.graph import Graph, Op
 from shardwise.cluster.model import Cluster
 from shardwise.cost.collectives import collective_cost
-from shardwise.planner.apply import analyse, assign
+from shardwise.planner.apply import Analysis, analyse, assign
 from shardwise.planner.intra import Costs, representatives, split_tensors
 from shardwise.planner.pieces import Outline, PieceCost, outline, piece_costs
 from shardwise.planner.search import PREFER_SPLIT, OpCosts
@@ -24,11 +25,15 @@ _SCATTERED = 3.0  # times its cost: an all-reduce, where the sequence is to be s
 
 @dataclass(frozen=True, kw_only=True)
 class TwinLayout:
-    """tp, cp: ranks; sequence_parallel: whether tp splits the sequence where it does not split products."""
+    """tp, cp: ranks; sequence_parallel: whether tp splits the sequence where it does not split products.
+
+    whole_experts: whether tp leaves the matrices of experts whole and splits their rows.
+    """
 
     tp: int = 1
     cp: int = 1
     sequence_parallel: bool = True
+    whole_experts: bool = False
 
 
 def split_twin(
@@ -52,8 +57,21 @@ def split_twin(
         state_bytes=lambda value: value.nbytes * 8.0,
         limit_bytes=None,
         prefer_split=PREFER_SPLIT,
-        forbidden={} if layout.sequence_parallel else analysis.sequence,
+        forbidden=_forbidden(analysis, layout),
     )
     split_tensors(assignment, analysis.batch, analysis.prelude, costs)
     shape = outline(graph, analysis.prelude, counts)
     return shape, piece_costs(shape, assignment, analysis.prelude, cluster, tracer)
+
+
+def _forbidden(analysis: Analysis, layout: TwinLayout) -> dict[Op, set[str]]:
+    """Factors that the tensor axis is not to split."""
+    found = {} if layout.sequence_parallel else {op: {choice.factor} for op, choice in analysis.sequence.items()}
+    if layout.whole_experts:
+        for op in (each for each in analysis.graph.ops if each.target is expert_mm):
+            found[op] = found.get(op, set()) | set(analysis.signatures[op].splits) - {"s"}
+            view = op.inputs[1].producer
+            while view is not None:  # of the matrices
+                found[view] = set(analysis.signatures[view].splits)
+                view = view.inputs[0].producer
+    return found
