@@ -18,7 +18,7 @@ from shardwise.planner.plan import Infeasible, Plan
 from shardwise.planner.proposal import Proposal, WhatIf
 from shardwise.planner.reasons import explain, gb, seconds
 
-__all__ = ["Change", "Comparison", "Line", "compare", "usual_changes", "with_what_ifs"]
+__all__ = ["Change", "Comparison", "Line", "compare", "load_plan", "usual_changes", "with_what_ifs"]
 
 _EXAMPLES = "nodes=129 (or nodes=+1), network=2x, device=h200, global-batch=3072"
 _LARGER = {
@@ -205,7 +205,7 @@ class Comparison:
 
 def compare(first: Path, second: Path) -> Comparison:
     """Two plan files of either kind. Raises PlanError for a file that is none."""
-    plans = [_load(path) for path in (first, second)]
+    plans = [load_plan(path) for path in (first, second)]
     figures = [_figures(plan) for plan in plans]
     names = list(dict.fromkeys(name for each in figures for name in each))
     lines = [Line(name=name, first=figures[0].get(name, "–"), second=figures[1].get(name, "–")) for name in names]
@@ -216,7 +216,8 @@ def compare(first: Path, second: Path) -> Comparison:
     )
 
 
-def _load(path: Path) -> Plan | Proposal:
+def load_plan(path: Path) -> Plan | Proposal:
+    """A plan file of either kind. Raises PlanError for a file that is none."""
     try:
         return Proposal.load(path)
     except PlanError:

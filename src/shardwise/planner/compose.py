@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 from shardwise.cluster.model import Cluster
 from shardwise.cost.collectives import collective_cost
+from shardwise.cost.routing import Routing, routing_seconds
 from shardwise.errors import LayoutError
 from shardwise.planner.pieces import Outline, PieceCost, Work
 from shardwise.simulate.profile import EdgeProfile, Profile, StageProfile
@@ -24,23 +25,28 @@ from shardwise.simulate.simulator import Mesh
 
 __all__ = ["Scheme", "compose", "divide", "recomputed"]
 
-_STATE_BYTES = 12  # Adam in mixed precision: float32 parameter and two moments
+_COPYING = 0.15  # of a device computes nothing while rows are copied: DeepEP's 20 of 132 multiprocessors of an H100
 _UPDATE_BYTES = 30  # read and written by the update of one number: gradient 4, states 24, new 16-bit parameter 2
-_CONTEXT_BYTES = 1.5e9  # CUDA context, communication buffers, workspaces
-_FRAGMENTS = 1.04  # of activations: what the allocator cannot use
+_CONTEXT_BYTES = 1.65e9  # CUDA context and kernels: 1,573 MiB on an A100 (BigScience, tr11-176B-ml/chronicles-prequel.md, 2022)
+_COMMUNICATOR_BYTES = 0.2e9  # NCCL: 4 MiB buffers (NCCL_BUFFSIZE) × 16 channels × ring, tree up and tree down
 
 
 @dataclass(frozen=True, kw_only=True)
 class Scheme:
     """How a step is run.
 
-    dp, cp, tp, pp: ranks; ep: over how many of the data ranks experts are divided (the pieces hold one's share of them); chunks: stages of
-    each pipeline rank.
+    dp, cp, tp, pp: ranks; chunks: stages of each pipeline rank.
+    ep: over how many consecutive tensor, context and data ranks experts are divided, each whole on one rank (the pieces hold one rank's
+    share of them); routing: how tokens get there, wanted where ep > 1.
     zero: 0 to 3; shard: over how many data ranks ZeRO divides, all of them if 0.
-    recompute: "none", "full" (each block keeps what it is given), "selective" (and what its products with weights make) or "alternate"
-    (and what every second of these makes).
-    gradient_bytes: of a number's gradient in memory and on the link.
-    even: stages of equally many blocks, the first and last with what stands before and after them; else stages of equal time.
+    recompute: what a block computes again, a policy of `planner/keeping.py`; remade: what is made again anyhow, as said
+    there, and "blocks" for all within blocks alone; None for what the cluster's rates say of fused kernels.
+    gradient_bytes: of a number's gradient in memory and on the link. state_bytes: of its float32 value and the optimizer's states; copied:
+    whether a 16-bit value is held beside the float32 one; step_bytes: that the update takes beside, of the numbers that the rank updates.
+    bucket_bytes: at most, of gradients that are put together to be reduced. keeps_sent: whether a stage's result is held until its backward
+    pass, though nothing of that reads it (Korthikanti et al. 2022, appendix B).
+    even: stages of equally many blocks, the first and last with what stands before and after them, which count as a block each where only
+    so all stages have as many; else stages of equal time.
     overlap: of the last microbatch's backward pass, beside which gradients are reduced; of the first's forward pass, beside which
     updated parameters are gathered; of a piece, beside which ZeRO-3 gathers the next. hidden: of what the ranks of the tensor axis send
     each other, that products hide. gather_each: whether ZeRO-3 gathers each parameter by itself, not a block's together.
@@ -51,17 +57,29 @@ class Scheme:
     pp: int = 1
     cp: int = 1
     ep: int = 1
+    routing: Routing | None = None
     chunks: int = 1
     microbatches: int = 1
     schedule: str = "1f1b"
     zero: int = 0
     shard: int = 0
     recompute: str = "none"
+    remade: str | None = None
     gradient_bytes: int = 4
+    state_bytes: int = 12  # Adam in mixed precision: a float32 parameter and two moments
+    copied: bool = True
+    step_bytes: int = 0
+    bucket_bytes: int = 0
+    keeps_sent: bool = False
     even: bool = False
     overlap: float = 0.85
     hidden: float = 0.0
     gather_each: bool = False
+
+    def __post_init__(self) -> None:
+        if self.ep > 1 and (self.routing is None or self.tp * self.replicas % self.ep):
+            missing = "without its routing" if self.routing is None else f"does not divide tp·cp·dp = {self.tp * self.replicas}"
+            raise LayoutError(f"ep={self.ep} {missing}: give the experts of a layer and how many a token has, and a divisor of the ranks")
 
     @property
     def stages(self) -> int:
@@ -71,7 +89,13 @@ class Scheme:
     @property
     def mesh(self) -> Mesh:
         """For the simulator: data and sequence ranks do alike."""
-        return Mesh(dp=self.replicas, tp=self.tp, pp=self.pp, chunks=self.chunks, microbatches=self.microbatches, schedule=self.schedule)
+        sizes = {"dp": self.replicas, "tp": self.tp, "pp": self.pp, "chunks": self.chunks, "coupled": self.coupled}
+        return Mesh(**sizes, microbatches=self.microbatches, schedule=self.schedule)
+
+    @property
+    def coupled(self) -> int:
+        """Neighbouring ranks that do each microbatch together: those that share operators, sequences, experts, or gather parameters."""
+        return self.tp * max(self.cp, self.ep, self.sharded if self.zero == 3 else 1)
 
     @property
     def replicas(self) -> int:
@@ -82,6 +106,21 @@ class Scheme:
     def sharded(self) -> int:
         """Ranks over which ZeRO divides what it divides."""
         return min(self.shard or self.replicas, self.replicas) if self.zero else 1
+
+    @property
+    def expert_copies(self) -> int:
+        """Ranks that hold the same experts, `expert_stride` ranks apart."""
+        return self.replicas if self.ep == 1 else max(1, self.tp * self.replicas // self.ep)
+
+    @property
+    def expert_stride(self) -> int:
+        """Where experts are not divided they lie as the rest does."""
+        return self.tp if self.ep == 1 else self.ep
+
+    @property
+    def expert_sharded(self) -> int:
+        """Ranks over which ZeRO divides what experts take: of those that it divides the rest over, the ones that hold the same."""
+        return max(1, self.expert_copies * self.sharded // self.replicas)
 
 
 def divide(shape: Outline, costs: Sequence[PieceCost], scheme: Scheme) -> list[list[tuple[int, int]]]:
@@ -99,7 +138,7 @@ def divide(shape: Outline, costs: Sequence[PieceCost], scheme: Scheme) -> list[l
         ends: list[int] = []
         done = 0
         for stage in range(scheme.stages - 1):
-            done += each + (stage < more)
+            done += each + (stage > 0 if more == scheme.stages - 2 else stage < more)
             ends.append(blocks[done - 1] + 1)
         ends.append(len(units))
     else:
@@ -182,27 +221,36 @@ class _Stage:
     def _each(self) -> Iterator[tuple[PieceCost, int, str]]:
         """(cost, how many, how it is recomputed)."""
         for index, count in self.parts:
-            yield self.costs[index], count, self.scheme.recompute if self.shape.pieces[index].count > 1 else "none"
+            yield self.costs[index], count, self.scheme.recompute if self._is_block(index) else "none"
+
+    def _is_block(self, index: int) -> bool:
+        return self.shape.pieces[index].count > 1
 
     def _sum(self, field: str) -> int:
         return sum(getattr(cost, field) * count for cost, count, _ in self._each())
+
+    def _parameters(self) -> int:
+        """What two pieces hold once."""
+        here = {index for index, _ in self.parts}
+        return self._sum("parameters") - sum(size for index in here for other, size in self.costs[index].tied.items() if other in here)
 
     def profile(self, *, splits_backward: bool) -> StageProfile:
         forward = backward = weight = Work()
         for cost, count, again in self._each():
             gathered, routed = self._gather(cost), self._route(cost)
-            forward += _times(_beside(self._shown(cost.forward) + routed, gathered, self.scheme.overlap), count)
-            inputs = self._shown(cost.backward_input + recomputed(cost, again)) + routed + (routed if again == "full" else Work())
+            passes = 2 if again == "full" else 1  # in which tokens go to experts
+            forward += _times(self._beside(self._launched(cost, self._routed(self._shown(cost.forward), routed), 1), gathered), count)
+            inputs = self._routed(self._shown(cost.backward_input + recomputed(cost, again)), passes * routed)
             scattered = self._scatter(cost)
             if splits_backward:
-                backward += _times(_beside(inputs, gathered, self.scheme.overlap), count)
-                weight += _times(_beside(cost.backward_weight, scattered, self.scheme.overlap), count)
+                backward += _times(self._beside(self._launched(cost, inputs, passes), gathered), count)
+                weight += _times(self._beside(self._launched(cost, cost.backward_weight, 1), scattered), count)
             else:
-                backward += _times(_beside(inputs + cost.backward_weight, gathered + scattered, self.scheme.overlap), count)
+                both = self._launched(cost, inputs + cost.backward_weight, passes + 1)
+                backward += _times(self._beside(both, gathered + scattered), count)
         prelude = Work()
         for cost, _, _ in self._each():
             prelude += cost.prelude
-        saved = int(self._saved() * _FRAGMENTS)
         seconds = {
             "prelude": prelude,
             "forward": forward,
@@ -213,9 +261,10 @@ class _Stage:
         return StageProfile(
             seconds={kind: (work.compute_s, work.communicate_s) for kind, work in seconds.items()},
             memory=self._memory(),
-            saved_bytes=saved,
-            kept_bytes=saved if splits_backward else 0,
-            parameters=self._sum("parameters") * self.scheme.tp,
+            saved_bytes=self._saved(),
+            kept_bytes=sum(cost.held.late * count for cost, count, _ in self._each()) if splits_backward else 0,
+            reduces=["dp"] if self.scheme.replicas > 1 else [],
+            parameters=self._parameters() * self.scheme.tp,
         )
 
     def _shown(self, work: Work) -> Work:
@@ -224,34 +273,64 @@ class _Stage:
 
     # -- communication -----------------------------------------------------------------------------------------------------------------
 
-    def _over_data(self, kind: str, nbytes: float) -> float:
-        """Over the ranks that ZeRO divides, or all replicas."""
+    def _over_data(self, kind: str, numbers: float, experts: float, item: int) -> float:
+        """Of so many numbers, among them experts', over the ranks that ZeRO divides, or all replicas."""
         scheme = self.scheme
-        ranks = scheme.sharded if scheme.zero else scheme.replicas
-        return collective_cost(kind, nbytes, ranks, self.cluster, scheme.tp).seconds
+        ranks, copies = (scheme.sharded, scheme.expert_sharded) if scheme.zero else (scheme.replicas, scheme.expert_copies)
+        dense = collective_cost(kind, (numbers - experts) * item, ranks, self.cluster, scheme.tp).seconds
+        return dense + (collective_cost(kind, experts * item, copies, self.cluster, scheme.expert_stride).seconds if experts else 0.0)
 
-    def _across(self, nbytes: float) -> float:
+    def _across(self, numbers: float, experts: float, item: int) -> float:
         """Between replicas of what ZeRO divides."""
-        scheme = self.scheme
-        copies = scheme.replicas // scheme.sharded if scheme.zero else 1
-        return collective_cost("all_reduce", nbytes / scheme.sharded, copies, self.cluster, scheme.tp * scheme.sharded).seconds
+        scheme, total = self.scheme, 0.0
+        if not scheme.zero:
+            return total
+        for part, held, shards, stride in (
+            (numbers - experts, scheme.replicas, scheme.sharded, scheme.tp),
+            (experts, scheme.expert_copies, scheme.expert_sharded, scheme.expert_stride),
+        ):
+            total += (
+                collective_cost("all_reduce", part * item / shards, held // shards, self.cluster, stride * shards).seconds if part else 0.0
+            )
+        return total
 
-    def _route(self, cost: PieceCost) -> Work:
-        """Rows to the experts' ranks and back."""
-        if self.scheme.ep == 1 or not cost.routed:
-            return Work()
-        each = collective_cost("all_to_all", cost.routed / 2, self.scheme.ep, self.cluster, self.scheme.tp).seconds
-        return Work(communicate_s=2 * each)
+    def _route(self, cost: PieceCost) -> float:
+        """Tokens to their experts' ranks and back, s."""
+        scheme, routing = self.scheme, self.scheme.routing
+        if routing is None or scheme.ep == 1 or not cost.routed:
+            return 0.0
+        return routing_seconds(routing, cost.routed / routing.chosen, cost.row, cost.item, scheme.ep, self.cluster)
+
+    def _routed(self, work: Work, routed_s: float) -> Work:
+        """With routing, after it or beside it; what copies the rows computes nothing meanwhile."""
+        if self.scheme.routing is None or not self.scheme.routing.overlapped:
+            return work + Work(communicate_s=routed_s)
+        return self._beside(work + Work(compute_s=_COPYING * routed_s), routed_s)
+
+    def _beside(self, work: Work, collective_s: float) -> Work:
+        """A collective that runs while the work does: what it takes longer, and the part that never hides."""
+        overlap = self.scheme.overlap
+        total = overlap * (work.compute_s + work.communicate_s)
+        return Work(compute_s=work.compute_s, communicate_s=work.communicate_s + max(collective_s - total, (1 - overlap) * collective_s))
+
+    def _launched(self, cost: PieceCost, work: Work, passes: int) -> Work:
+        """Not done before the host has launched it."""
+        if self.scheme.routing is None or not cost.routed:
+            return work
+        waits = passes * self.scheme.routing.launch_s - work.compute_s - work.communicate_s
+        return work + Work(compute_s=max(0.0, waits))
 
     def _gather(self, cost: PieceCost) -> float:
-        messages = max(1, cost.tensors) if self.scheme.gather_each else 1
-        return messages * self._over_data("all_gather", cost.parameters * cost.item / messages) if self.scheme.zero == 3 else 0.0
+        return self._by_piece("all_gather", cost, cost.parameters, cost.item) if self.scheme.zero == 3 else 0.0
 
     def _scatter(self, cost: PieceCost) -> float:
         trained = cost.parameters - cost.frozen
+        return self._by_piece("reduce_scatter", cost, trained, self.scheme.gradient_bytes) if self._keeps_parts else 0.0
+
+    def _by_piece(self, kind: str, cost: PieceCost, numbers: int, item: int) -> float:
+        """What ZeRO sends for each piece in each pass."""
         messages = max(1, cost.tensors) if self.scheme.gather_each else 1
-        each = self._over_data("reduce_scatter", trained * self.scheme.gradient_bytes / messages)
-        return messages * each if self._keeps_parts else 0.0
+        return messages * self._over_data(kind, numbers / messages, cost.experts / messages, item)
 
     @property
     def _keeps_parts(self) -> bool:
@@ -260,18 +339,19 @@ class _Stage:
 
     def _reduce(self, backward_s: float) -> float:
         """What is left of the reductions when the last microbatch's backward pass has ended."""
-        scheme, trained = self.scheme, self._sum("parameters") - self._sum("frozen")
-        gradients = (trained - self._sum("experts") * (1 - 1 / scheme.ep)) * scheme.gradient_bytes
-        pending = collective_cost("all_reduce", self._sum("pending") * scheme.gradient_bytes, scheme.tp, self.cluster).seconds
+        scheme, trained, experts = self.scheme, self._parameters() - self._sum("frozen"), self._sum("experts")
+        item, summed = scheme.gradient_bytes, self._sum("pending") - (self._sum("pending_experts") if scheme.ep > 1 else 0)
+        pending = collective_cost("all_reduce", summed * item, scheme.tp, self.cluster).seconds
         if scheme.zero == 3:
-            return pending + self._across(gradients)
-        if scheme.replicas == 1:
+            return pending + self._across(trained, experts, item)
+        if scheme.replicas == scheme.expert_copies == 1:
             return pending
         if scheme.zero == 0:
-            reduced, gathered = self._over_data("all_reduce", gradients), 0.0
+            reduced, gathered = self._over_data("all_reduce", trained, experts, item), 0.0
         else:
-            reduced = self._across(gradients) + (0.0 if self._keeps_parts else self._over_data("reduce_scatter", gradients))
-            gathered = self._over_data("all_gather", self._sum("parameters") * self._item())
+            scattered = 0.0 if self._keeps_parts else self._over_data("reduce_scatter", trained, experts, item)
+            reduced = scattered + self._across(trained, experts, item)
+            gathered = self._over_data("all_gather", self._parameters(), experts, self._item())
         hidden = scheme.overlap * backward_s
         forward_s = sum(cost.forward.compute_s * count for cost, count, _ in self._each())
         return pending + max(reduced - hidden, reduced * 0.05) + max(gathered - scheme.overlap * forward_s, gathered * 0.05)
@@ -284,49 +364,73 @@ class _Stage:
         return numbers * _UPDATE_BYTES / self.cluster.rates.read_bytes_per_s.at(1e9)
 
     def _states(self) -> float:
-        """Numbers whose states a rank has: those of experts are divided among fewer ranks, being fewer."""
-        trained, experts = self._sum("parameters") - self._sum("frozen"), self._sum("experts")
-        return (trained - experts) / self.scheme.sharded + experts / max(1, self.scheme.sharded // self.scheme.ep)
+        """Numbers whose states a rank has."""
+        return self._share(self._parameters() - self._sum("frozen"))
+
+    def _share(self, numbers: float) -> float:
+        """What ZeRO leaves a rank of so many numbers, among them experts': those are divided among fewer ranks, having fewer copies."""
+        experts = self._sum("experts")
+        return (numbers - experts) / self.scheme.sharded + experts / self.scheme.expert_sharded
 
     # -- memory ------------------------------------------------------------------------------------------------------------------------
 
+    def _remade(self, index: int) -> str:
+        found = self.scheme.remade or ("all" if self.cluster.rates.fuses else "none")
+        return found if found != "blocks" else "all" if self._is_block(index) else "none"
+
     def _saved(self) -> int:
-        return sum(_kept(cost, again) * count for cost, count, again in self._each())
+        sent = self.costs[self.parts[-1][0]].sent if self.scheme.keeps_sent else 0
+        return sent + sum(kept * count for (_, count, _), (kept, _, _) in zip(self._each(), self._held(), strict=True))
+
+    def _held(self) -> Iterator[tuple[int, int, int]]:
+        """Of each kind of piece what one keeps of a microbatch, the most beside, and what the allocator takes beside both."""
+        for (index, _), (cost, _, again) in zip(self.parts, self._each(), strict=True):
+            remade = self._remade(index)
+            yield cost.held.kept(again, remade), cost.held.beside(again, remade), cost.held.cached[remade]
 
     def _memory(self) -> dict[str, int]:
-        scheme, parameters, frozen = self.scheme, self._sum("parameters"), self._sum("frozen")
-        trained, item = parameters - frozen, self._item()
-        largest = max((cost.parameters for cost, _, _ in self._each()), default=0)
-        again = max((cost.saved - _kept(cost, once_more) for cost, _, once_more in self._each()), default=0)
-        share = scheme.sharded
-        gathered = 2 * largest * item if scheme.zero == 3 else 0
+        scheme, parameters, frozen = self.scheme, self._parameters(), self._sum("frozen")
+        trained, held = parameters - frozen, parameters if self.scheme.copied else frozen
+        beside = max(beside for _, beside, _ in self._held())
         return {
-            "parameters": parameters * item // (share if scheme.zero == 3 else 1),
-            "gradients": trained * scheme.gradient_bytes // (share if scheme.zero >= 2 else 1),
-            "optimizer": int(self._states() * _STATE_BYTES),
+            "parameters": int((self._share(held) if scheme.zero == 3 and scheme.copied else held) * self._item()),
+            "gradients": int((self._share(trained) if scheme.zero >= 2 else trained) * scheme.gradient_bytes),
+            "optimizer": int(self._states() * (scheme.state_bytes + scheme.step_bytes)),
             "saved": 0,
-            "transient": int((max((cost.transient for cost, _, _ in self._each()), default=0) + again) * _FRAGMENTS) + gathered,
-            "runtime": int(_CONTEXT_BYTES),
+            "transient": beside,
+            "cached": max(each + cached for _, each, cached in self._held()) - beside,
+            "gathered": self._gathered() + min(scheme.bucket_bytes if scheme.replicas > 1 else 0, trained * scheme.gradient_bytes),
+            "runtime": int(_CONTEXT_BYTES + self._communicators() * _COMMUNICATOR_BYTES),
         }
+
+    def _gathered(self) -> int:
+        """Of parameters that ZeRO-3 divides, those that are whole: what is no block all the time, else a block; and as much for what
+        comes first and the next block, gathered into memory of their own (torch, distributed/fsdp/_fully_shard/_fsdp_param_group.py)."""
+        if self.scheme.zero < 3:
+            return 0
+        ends = sum(self.costs[index].parameters for index, _ in self.parts if not self._is_block(index))
+        block = max((self.costs[index].parameters for index, _ in self.parts if self._is_block(index)), default=0)
+        return 2 * (ends + block) * self._item()
+
+    def _communicators(self) -> int:
+        scheme = self.scheme
+        return sum(ranks > 1 for ranks in (scheme.tp, scheme.cp, scheme.ep, scheme.replicas)) + 2 * (scheme.pp > 1)
 
 
 def recomputed(cost: PieceCost, recompute: str) -> Work:
     """What the backward pass computes once more."""
     products = Work(compute_s=cost.forward.compute_s - cost.light.compute_s)
-    return {"none": Work(), "selective": cost.light, "alternate": cost.light + _times(products, 0.5), "full": cost.forward}[recompute]
-
-
-def _kept(cost: PieceCost, recompute: str) -> int:
-    """Bytes that a microbatch keeps."""
-    made = {"selective": cost.made, "alternate": cost.made // 2, "full": 0}
-    return cost.saved if recompute == "none" else min(cost.saved, cost.entered + made[recompute])
+    alternate = cost.light + _times(products, 0.5)
+    again = {
+        "none": Work(),
+        "pointwise": cost.pointwise,
+        "attention": cost.light,
+        "selective": cost.light,
+        "alternate": alternate,
+        "full": cost.forward,
+    }
+    return again[recompute]
 
 
 def _times(work: Work, count: float) -> Work:
     return Work(compute_s=work.compute_s * count, communicate_s=work.communicate_s * count)
-
-
-def _beside(work: Work, collective_s: float, overlap: float) -> Work:
-    """A collective that runs while the work does: what it takes longer, and the part that never hides."""
-    total = overlap * (work.compute_s + work.communicate_s)
-    return Work(compute_s=work.compute_s, communicate_s=work.communicate_s + max(collective_s - total, (1 - overlap) * collective_s))

@@ -115,7 +115,7 @@ class Searched:
     """What a search found. found: layouts that fit, simulated, fastest first; lower_s: nothing that was left out takes less.
 
     splits, lowered: how many there are and how many were lowered; composed, simulated: schemes; tight: the fastest bound among layouts
-    that do not fit, None where all do.
+    that do not fit, None where all do. considered: every layout that was put together, by its scheme and samples.
     """
 
     found: list[Found] = field(default_factory=list)
@@ -127,6 +127,7 @@ class Searched:
     slots: int = 0
     seconds: float = 0.0
     tight: Found | None = None
+    considered: dict[tuple[Scheme, int], Found] = field(default_factory=dict)
 
     @property
     def best_s(self) -> float:
@@ -458,6 +459,7 @@ class _Branching:
         return time.monotonic() > self.end_s
 
     def _fits(self, found: Found) -> bool:
+        self.result.considered[found.scheme, found.samples] = found
         if found.memory_bytes <= self.search.limit_bytes:
             return True
         if self.result.tight is None or found.estimate_s < self.result.tight.estimate_s:

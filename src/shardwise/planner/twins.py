@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+from shardwise.capture.experts import expert_mm
 from shardwise.capture.graph import Graph, Op
 from shardwise.cluster.model import Cluster
 from shardwise.cost.collectives import collective_cost
@@ -20,16 +21,20 @@ from shardwise.program.trace import Tracer
 
 __all__ = ["Twin", "TwinLayout", "split_twin"]
 
-_SCATTERED = 3.0  # times its cost: an all-reduce, where the sequence is to be split between products
+_DEAR = 3.0  # times its cost: an all-reduce where the sequence is to be split between products, what replaces one where it is not
 
 
 @dataclass(frozen=True, kw_only=True)
 class TwinLayout:
-    """tp, cp: ranks; sequence_parallel: whether tp splits the sequence where it does not split products."""
+    """tp, cp: ranks; sequence_parallel: whether tp splits the sequence where it does not split products, instead of holding it whole.
+
+    whole_experts: whether tp leaves the matrices of experts whole and splits their rows.
+    """
 
     tp: int = 1
     cp: int = 1
     sequence_parallel: bool = True
+    whole_experts: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +71,7 @@ class Twin:
         """
         analysis = self.analysis
         assignment = assign(analysis, 1, microbatches, layout.tp, layout.cp)
-        dear = {"all_reduce": _SCATTERED} if layout.sequence_parallel else {}
+        dear = dict.fromkeys(["all_reduce"] if layout.sequence_parallel else ["reduce_scatter", "all_gather"], _DEAR)
         costs = Costs(
             operator=lambda op: self._each.of(self._first[op])[0] / microbatches,
             heavy=lambda op: self._each.of(op)[1],
@@ -75,7 +80,7 @@ class Twin:
             state_bytes=lambda value: value.nbytes * 8.0,
             limit_bytes=None,
             prefer_split=PREFER_SPLIT,
-            forbidden={} if layout.sequence_parallel else analysis.sequence,
+            forbidden=_forbidden(analysis, layout),
         )
         split_tensors(assignment, analysis.batch, analysis.prelude, costs)
         return self.shape, piece_costs(self.shape, assignment, analysis.prelude, self.cluster, self.tracer)
@@ -86,3 +91,16 @@ def split_twin(
 ) -> tuple[Outline, tuple[PieceCost, ...]]:
     """The pieces of a thin graph in one split; see `Twin`."""
     return Twin(graph=graph, counts=counts, cluster=cluster, tracer=tracer).split(layout, microbatches)
+
+
+def _forbidden(analysis: Analysis, layout: TwinLayout) -> dict[Op, set[str]]:
+    """Factors that the tensor axis is not to split."""
+    found = {} if layout.sequence_parallel else {op: {choice.factor} for op, choice in analysis.sequence.items()}
+    if layout.whole_experts:
+        for op in (each for each in analysis.graph.ops if each.target is expert_mm):
+            found[op] = found.get(op, set()) | set(analysis.signatures[op].splits) - {"s"}
+            view = op.inputs[1].producer
+            while view is not None:  # of the matrices
+                found[view] = set(analysis.signatures[view].splits)
+                view = view.inputs[0].producer
+    return found

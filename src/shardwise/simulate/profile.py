@@ -9,12 +9,15 @@ from math import prod
 from pydantic import BaseModel, ConfigDict
 
 from shardwise.cluster.model import Cluster
+from shardwise.cost.collectives import collective_cost
+from shardwise.errors import LayoutError
 from shardwise.program.actions import Kind
 from shardwise.program.holdings import modules_held
 from shardwise.program.program import Edge, Program, StageProgram
 from shardwise.simulate.costs import Seconds, StageMemory, stage_memory, stage_times, transfer_seconds
+from shardwise.simulate.traffic import Traffic, gather_traffic, graph_traffic, reduction_traffic, traffic_seconds
 
-__all__ = ["EdgeProfile", "Profile", "StageProfile", "profile_programs"]
+__all__ = ["EdgeProfile", "Profile", "StageProfile", "on_links", "profile_programs"]
 
 
 class _Strict(BaseModel):
@@ -27,6 +30,7 @@ class StageProfile(_Strict):
     seconds: kind of action → (computing, communicating); "backward" is the inputs' part where there is "weight", too, the whole where not.
     memory: bytes by kind at the peak, "saved" only where saved_bytes is 0. saved_bytes: what one microbatch keeps from its forward to its
     backward pass; kept_bytes: from there to the weights' part of it, where that is apart.
+    traffic: kind of action → what its communicating is made of, on devices of the catalog; none where the profile is of pieces.
     reduces: axes over which gradients are summed. tied: other stages with which a weight is shared, whose gradient is summed over all of
     them. modules: what the stage holds; parameters: how many numbers, over all its ranks.
     """
@@ -35,6 +39,7 @@ class StageProfile(_Strict):
     memory: dict[str, int]
     saved_bytes: int = 0
     kept_bytes: int = 0
+    traffic: dict[str, list[Traffic]] = {}
     reduces: list[str] = []
     tied: list[int] = []
     modules: list[str] = []
@@ -69,7 +74,8 @@ def profile_programs(programs: Mapping[int, Program], cluster: Cluster, optimize
     for program in programs.values():
         times, memory = stage_times(program, cluster, optimizer), stage_memory(program, optimizer)
         for number, stage in program.stages.items():
-            stages.setdefault(number, []).append(_OnRank(stage=stage, times=times[number], memory=memory[number]))
+            sent = _traffic(program, number) if cluster.machines else {}
+            stages.setdefault(number, []).append(_OnRank(stage=stage, times=times[number], memory=memory[number], traffic=sent))
         transfers = transfer_seconds(program, cluster)
         for edge in program.edges:
             edges.setdefault(edge.name, _edge(edge, transfers[edge.name]))
@@ -89,6 +95,14 @@ class _OnRank:
     stage: StageProgram
     times: dict[Kind, Seconds]
     memory: StageMemory
+    traffic: dict[Kind, list[Traffic]]
+
+
+def _traffic(program: Program, number: int) -> dict[Kind, list[Traffic]]:
+    """Of a stage's actions on a rank; what it does once for all its stages counts with the first."""
+    found = {kind: graph_traffic(graph) for kind, graph in program.stages[number].graphs.items()}
+    once = {Kind.REDUCE: reduction_traffic(program), Kind.UPDATE: gather_traffic(program)}
+    return found | once if number == next(iter(program.stages)) else found
 
 
 def _stage(ranks: list[_OnRank]) -> StageProfile:
@@ -98,13 +112,45 @@ def _stage(ranks: list[_OnRank]) -> StageProfile:
     reduces = sorted({axis for rank in ranks for part in rank.stage.parameters for axis in part.reduce})
     held = ranks[0].stage.parameters
     tied = {other for part in held if part.requires_grad for other in part.stages} - {ranks[0].stage.stage}
+    busiest = {kind: max(ranks, key=lambda rank: rank.times[kind].communicate_s) for kind in times[0]}
     return StageProfile(
         seconds=seconds,
         memory=fullest.use.by_kind(),
         saved_bytes=fullest.saved_bytes,
         kept_bytes=fullest.kept_bytes,
+        traffic={kind.value: found for kind, rank in busiest.items() if (found := rank.traffic.get(kind))},
         reduces=reduces,
         tied=sorted(tied),
         modules=modules_held(part.name for part in held),
         parameters=sum(prod(part.shape) for part in held),
     )
+
+
+# -- other links ---------------------------------------------------------------------------------------------------------------------------
+
+
+def on_links(profile: Profile, cluster: Cluster, apart: int) -> Profile:
+    """The profile with all that is sent costed anew, on a cluster of the same devices. apart: ranks between neighbouring stages.
+
+    Raises LayoutError where the profile has seconds of communicating but does not say of what.
+    """
+    stages = [_stage_on_links(number, stage, cluster) for number, stage in enumerate(profile.stages)]
+    edges = [_edge_on_links(edge, cluster, apart) for edge in profile.edges]
+    return profile.model_copy(update={"stages": stages, "edges": edges})
+
+
+def _stage_on_links(number: int, stage: StageProfile, cluster: Cluster) -> StageProfile:
+    seconds = dict(stage.seconds)
+    for kind, (compute_s, communicate_s) in stage.seconds.items():
+        if communicate_s and kind not in stage.traffic:
+            raise LayoutError(
+                f"the plan says how long stage {number} communicates ({kind}: {communicate_s:.3g} s) but not what it sends, so that other "
+                "links cannot be costed; make the plan again"
+            )
+        seconds[kind] = compute_s, traffic_seconds(stage.traffic.get(kind, []), cluster)
+    return stage.model_copy(update={"seconds": seconds})
+
+
+def _edge_on_links(edge: EdgeProfile, cluster: Cluster, apart: int) -> EdgeProfile:
+    seconds = collective_cost("send_recv", edge.nbytes, 2, cluster, apart).seconds if edge.transfer_s else 0.0
+    return edge.model_copy(update={"transfer_s": seconds})
