@@ -22,6 +22,7 @@ from shardwise.cluster.catalog import catalog
 from shardwise.cluster.machine_files import is_machine_file
 from shardwise.cluster.model import Cluster, cluster_of
 from shardwise.cluster.specs import parse_spec, read_spec
+from shardwise.cost.routing import Routing
 from shardwise.errors import ClusterError, LayoutError, ModelError
 from shardwise.planner.compose import divide
 from shardwise.planner.plan import Infeasible
@@ -210,7 +211,7 @@ class Study:
     sequence: int | None
     graph: Graph
     counts: tuple[int, ...]
-    experts: int
+    routing: Routing | None
     tracer: Tracer = field(default_factory=lambda: Tracer(device=torch.device("cpu")))
     costs: dict[Any, Any] = field(default_factory=dict)
 
@@ -233,7 +234,7 @@ class Study:
             sequence=sequence or preset.sequence,
             graph=graph,
             counts=(preset.first_layers, repeated) if preset.first_layers > 1 else (repeated,),
-            experts=next((int(preset.values[key]) for key in _EXPERTS if key in preset.values), 0),
+            routing=_routing(preset),
         )
 
     def search(self, cluster: Cluster, wish: Wish) -> ScaleSearch:
@@ -245,7 +246,7 @@ class Study:
             global_batch=wish.global_batch or self.preset.batch_size,
             pins=wish.pins,
             only_runnable=wish.runnable,
-            experts=self.experts,
+            routing=self.routing,
             budget_s=wish.budget_s,
             tracer=self.tracer,
             costs=self.costs,
@@ -299,6 +300,14 @@ class Study:
             peak=peak,
             price_per_hour=price,
         )
+
+
+def _routing(preset: Preset) -> Routing | None:
+    experts = next((int(preset.values[key]) for key in _EXPERTS if key in preset.values), 0)
+    if not experts:
+        return None
+    chosen, groups, limit = (int(preset.values.get(key, 1)) for key in ("num_experts_per_tok", "n_group", "topk_group"))
+    return Routing(experts=experts, chosen=chosen, groups=groups, limit=limit)
 
 
 def _is_one_run(preset: Preset) -> bool:

@@ -8,6 +8,7 @@ from itertools import product
 import pytest
 
 import shardwise as sw
+from shardwise.cost.routing import Routing
 from shardwise.planner.space import Pins, Space, Split
 from shardwise.program.tables import rank_tables
 
@@ -45,7 +46,7 @@ def test_pins_hold() -> None:
 
 
 def test_experts_are_divided_among_data_ranks() -> None:
-    space = replace(SPACE, experts=8)
+    space = replace(SPACE, routing=Routing(experts=8, chosen=2))
     assert {split.ep for split in space.splits()} == {1, 2, 4, 8}
     for split in space.splits():
         assert all(dp * split.cp % split.ep == 0 for dp, _ in space.meshes(split))
@@ -76,7 +77,7 @@ def test_contradictory_pins_are_named(pins: str, names: str, why: str) -> None:
 
 def test_what_does_not_run_contradicts_runnable() -> None:
     with pytest.raises(sw.LayoutError, match=r"ep=4 and --runnable contradict each other: the runtime lacks experts divided"):
-        replace(SPACE, experts=8, pins=Pins.parse("ep=4,pp=2"), runnable=True).check()
+        replace(SPACE, routing=Routing(experts=8, chosen=2), pins=Pins.parse("ep=4,pp=2"), runnable=True).check()
 
 
 @pytest.mark.parametrize(

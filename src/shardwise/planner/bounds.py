@@ -126,5 +126,5 @@ def _in_flight(scheme: Scheme, *, first: bool) -> int:
         return chunks * min(ranks, microbatches) + ahead if first else (chunks - 1) * min(ranks, microbatches) + 1
     if scheme.schedule == "zb-v":
         return min(2 * ranks - 1, microbatches) + 1 if first else 2 * min(ranks, microbatches)
-    most = {"gpipe": microbatches, "1f1b": ranks if first else 1, "zb-h1": ranks, "zb-2p": 2 * ranks - 1}
-    return min(most[scheme.schedule], microbatches)
+    most = {"gpipe": microbatches, "1f1b": ranks, "zb-h1": ranks, "zb-2p": 2 * ranks - 1}
+    return min(most[scheme.schedule], microbatches) if first or scheme.schedule == "gpipe" else 1

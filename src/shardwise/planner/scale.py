@@ -23,6 +23,7 @@ import torch
 from shardwise.capture.graph import Graph
 from shardwise.cluster.model import Cluster
 from shardwise.cost.collectives import collective_cost
+from shardwise.cost.routing import Routing
 from shardwise.errors import LayoutError
 from shardwise.planner.bounds import memory_bound, perfect, profile_bound, scheme_bound
 from shardwise.planner.compose import Scheme, compose, recomputed
@@ -44,7 +45,6 @@ _AHEAD, _AT_ONCE = 30, 1  # schemes put together before the best few of them are
 _HOPELESS = 1.02  # times the best: an estimate is not further off than that
 _ALIKE = 0.005  # of a step: estimates that promise about as much
 _USUAL_TP = 8
-_KEPT = ("parameters", "saved")
 _AGAIN, _GATHERED = 1.15, 1.5  # times what it takes: a step that must compute again, or gather parameters
 
 
@@ -148,7 +148,7 @@ class Searched:
 class ScaleSearch:
     """graph: a thin one, whose batch is the largest microbatch that is tried; counts: how many blocks each of its runs really has.
 
-    global_batch: samples of a step; only_runnable: leaves out what the runtime cannot run yet; experts: of a block.
+    global_batch: samples of a step; only_runnable: leaves out what the runtime cannot run yet; routing: how tokens get to experts.
     budget_s: how long to search; without it, as long as a fixed amount of work takes.
     """
 
@@ -158,7 +158,7 @@ class ScaleSearch:
     global_batch: int
     pins: Pins = field(default_factory=Pins)
     only_runnable: bool = False
-    experts: int = 0
+    routing: Routing | None = None
     budget_s: float | None = None
     tracer: Tracer = field(default_factory=lambda: Tracer(device=torch.device("cpu")))
     costs: dict[object, tuple[Outline, tuple[PieceCost, ...]]] = field(default_factory=dict)
@@ -178,7 +178,7 @@ class ScaleSearch:
             blocks=sum(self.counts),
             global_batch=self.global_batch,
             most_samples=self.graph.global_batch,
-            experts=self.experts,
+            routing=self.routing,
             sequences=bool(self.twin.analysis.sequence_dims),
             pins=self.pins,
             runnable=self.only_runnable,
@@ -203,7 +203,7 @@ class ScaleSearch:
             parts = self.graph.global_batch // split.samples
             self.costs[key] = self.twin.split(TwinLayout(tp=split.tp, cp=split.cp), parts)
         shape, costs = self.costs[key]
-        return shape, costs if split.ep == 1 else tuple(_with_experts_over(cost, split.ep) for cost in costs)
+        return shape, costs if split.ep == 1 else tuple(_with_experts_over(cost, split) for cost in costs)
 
     def may_fit(self, split: Split) -> bool:
         """Whether its leanest schemes would fit if all memory were divided evenly; nothing is lowered for it but the whole model."""
@@ -295,9 +295,9 @@ class ScaleSearch:
         )
 
 
-def _with_experts_over(cost: PieceCost, ep: int) -> PieceCost:
+def _with_experts_over(cost: PieceCost, split: Split) -> PieceCost:
     """A piece of which a rank has one of ep parts of the experts, with as many rows as before: those of ep times as many tokens."""
-    gone = cost.experts - cost.experts // ep
+    gone = cost.experts - cost.experts * split.tp // split.ep
     return replace(cost, experts=cost.experts - gone, parameters=cost.parameters - gone)
 
 
@@ -370,7 +370,7 @@ class _Branching:
 
     def _plain(self, split: Split, dp: int, pp: int) -> Scheme:
         microbatches = self.search.global_batch // (dp * split.samples)
-        return Scheme(dp=dp, tp=split.tp, pp=pp, cp=split.cp, ep=split.ep, microbatches=microbatches)
+        return Scheme(dp=dp, tp=split.tp, pp=pp, cp=split.cp, microbatches=microbatches)
 
     def _kernels(self, most: Split, first: Split) -> tuple[float, float]:
         """Seconds of computing that a sample takes and that a microbatch takes beside, on one rank, as two splits have it: reading weights
@@ -390,7 +390,8 @@ class _Branching:
     def _expected(self, shape: Outline, costs: Sequence[PieceCost], scheme: Scheme, slower: float, talk_s: float) -> float:
         """Seconds that a step is expected to take on a mesh: longer where parameters and gradients, or what the microbatches in flight
         keep, too, do not fit, since something must then be computed again, or gathered."""
-        numbers, saved = (sum(getattr(cost, name) * p.count for cost, p in zip(costs, shape.pieces, strict=True)) for name in _KEPT)
+        numbers = sum(cost.parameters * piece.count for cost, piece in zip(costs, shape.pieces, strict=True))
+        saved = sum(cost.held.kept("none", "all") * piece.count for cost, piece in zip(costs, shape.pieces, strict=True))
         held = numbers * 6 / scheme.pp
         crowded = _GATHERED if held > self.search.limit_bytes else _AGAIN if held + saved > self.search.limit_bytes else 1.0
         work = scheme_bound(shape, costs, scheme) * slower + talk_s * scheme.microbatches / scheme.pp

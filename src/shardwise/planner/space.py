@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
+from shardwise.cost.routing import Routing
 from shardwise.errors import LayoutError
 from shardwise.planner.compose import Scheme
 from shardwise.planner.lacking import lacking
@@ -129,8 +130,8 @@ class Space:
     """All layouts of a model on so many ranks.
 
     near: ranks that the links within a node join, beyond which tp does not go unless it is pinned; blocks: of the model, its stages are
-    at most as many; most_samples: of the largest microbatch; experts: of a block, 0 where it has none; sequences: whether they can be
-    split; runnable: only what runs today.
+    at most as many; most_samples: of the largest microbatch; routing: how tokens get to experts, None where there are none.
+    sequences: whether they can be split; runnable: only what runs today.
     """
 
     ranks: int
@@ -138,7 +139,7 @@ class Space:
     blocks: int
     global_batch: int
     most_samples: int
-    experts: int = 0
+    routing: Routing | None = None
     sequences: bool = True
     pins: Pins = field(default_factory=Pins)
     runnable: bool = False
@@ -180,6 +181,7 @@ class Space:
                             pp=pp,
                             cp=split.cp,
                             ep=split.ep,
+                            routing=self.routing if split.ep > 1 else None,
                             chunks=chunks,
                             microbatches=microbatches,
                             schedule=schedule,
@@ -188,6 +190,11 @@ class Space:
                         )
                         if not (self.runnable and lacking(scheme)):
                             yield scheme
+
+    @property
+    def experts(self) -> int:
+        """Of a block."""
+        return self.routing.experts if self.routing else 0
 
     def check(self) -> None:
         """LayoutError where there is no layout, naming the fewest pins that exclude each other."""
