@@ -179,15 +179,12 @@ def test_options_that_cannot_work_are_refused(arguments, message, capsys):
 
 @pytest.mark.slow
 def test_a_sweep_runs_for_real(tmp_path, capsys):
-    """Two ranks, the tiny model, all layouts of two stages; on a noisy machine steps do not count, but all are run."""
-    path = tmp_path / "sweep.json"
-    arguments = ["--models", "gpt2", "--ranks", "2", "--size", "small", "--only", "tp=1,pp=2,microbatches=2", "--steps", "2", "--breakdown"]
-    assert main([*arguments, "--time-limit", "60", "--json", str(path)]) == 0, capsys.readouterr().out
+    """Two ranks, the tiny model, one schedule beside the chosen layout; on a noisy machine steps do not count, but all are run."""
+    path, layout = tmp_path / "sweep.json", "dp=1,tp=1,pp=2,microbatches=2,schedule=gpipe"
+    arguments = ["--models", "gpt2", "--ranks", "2", "--size", "small", "--only", layout, "--steps", "1", "--breakdown"]
+    assert main([*arguments, "--time-limit", "90", "--json", str(path)]) == 0, capsys.readouterr().out
     told = json.loads(path.read_text())["gpt2"]
-    assert {row["layout"].split(", as")[0] for row in told["rows"]} >= {
-        "dp=1,tp=1,pp=2,microbatches=2,schedule=1f1b",
-        "dp=1,tp=1,pp=2,microbatches=2,schedule=gpipe",
-    }
+    assert layout in {row["layout"] for row in told["rows"]}
     assert sum(row["chosen"] for row in told["rows"]) == 1
     for row in told["rows"]:
         assert len(row["peak_bytes"]) == 2 and row["predicted_s"] > 0
