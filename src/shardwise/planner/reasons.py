@@ -143,9 +143,9 @@ def _why(best: Found, found: Sequence[Found]) -> Iterator[str]:
     """For each choice the best layout that makes another one; choices that meet the same layout together."""
     met: dict[int, list[str]] = {}
     for name in (*_DIMS, "microbatch"):
-        other = next((place for place, each in enumerate(found) if _value(each, name) != _value(best, name)), None)
-        if other is not None:
-            met.setdefault(other, []).append(name)
+        unlike = next((place for place, each in enumerate(found) if _value(each, name) != _value(best, name)), None)
+        if unlike is not None:
+            met.setdefault(unlike, []).append(name)
     if met:
         yield "Why"
     for place, names in sorted(met.items()):

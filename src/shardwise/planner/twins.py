@@ -20,12 +20,12 @@ from shardwise.program.trace import Tracer
 
 __all__ = ["Twin", "TwinLayout", "split_twin"]
 
-_SCATTERED = 3.0  # times its cost: an all-reduce, where the sequence is to be split between products
+_DEAR = 3.0  # times its cost: an all-reduce where the sequence is to be split between products, what replaces one where it is not
 
 
 @dataclass(frozen=True, kw_only=True)
 class TwinLayout:
-    """tp, cp: ranks; sequence_parallel: whether tp splits the sequence where it does not split products."""
+    """tp, cp: ranks; sequence_parallel: whether tp splits the sequence where it does not split products, instead of holding it whole."""
 
     tp: int = 1
     cp: int = 1
@@ -66,7 +66,7 @@ class Twin:
         """
         analysis = self.analysis
         assignment = assign(analysis, 1, microbatches, layout.tp, layout.cp)
-        dear = {"all_reduce": _SCATTERED} if layout.sequence_parallel else {}
+        dear = dict.fromkeys(["all_reduce"] if layout.sequence_parallel else ["reduce_scatter", "all_gather"], _DEAR)
         costs = Costs(
             operator=lambda op: self._each.of(self._first[op])[0] / microbatches,
             heavy=lambda op: self._each.of(op)[1],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from typing import Any, cast
 
 from shardwise.cluster.model import Cluster
 from shardwise.planner.compose import Scheme
@@ -46,7 +47,7 @@ def _changes(search: ScaleSearch, larger: Callable[[int], Cluster | None]) -> It
     for name, values in eased.items():
         now = getattr(pins, name)
         for value in values[values.index(now) + 1 :] if now in values else values if now is not None else ():
-            yield f"{name}={value} instead of {name}={now}", _with(search, replace(pins, **{name: value}))
+            yield f"{name}={value} instead of {name}={now}", _with(search, replace(pins, **cast(dict[str, Any], {name: value})))
     for name in pins.named:
         yield f"leave {name} open instead of {name}={getattr(pins, name)}", _with(search, pins.without([name]))
     if len(pins.named) > 1:
