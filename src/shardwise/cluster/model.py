@@ -95,12 +95,12 @@ def _local(spec: str, refresh: bool) -> Cluster:
     )
 
 
-def cluster_of(found: Machines, attention: str = "") -> Cluster:
+def cluster_of(found: Machines, attention: str = "", fitted: bool = True) -> Cluster:
     """Unlike devices are taken as the slowest of them: equal parts wait for it. Memory is that of the smallest.
 
-    attention: the kernel that computes it (`shardwise.cluster.roofline`), the newest where none is named.
+    attention, fitted: as in `shardwise.cluster.roofline.device_rates`.
     """
-    found_rates = [device_rates(device, attention) for device in found.devices]
+    found_rates = [device_rates(device, attention, fitted) for device in found.devices]
     rates = min(found_rates, key=lambda each: each.matmul_of("bfloat16").cubes_flops.values[-1])
     return Cluster(
         name=found.name,
