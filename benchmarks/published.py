@@ -108,24 +108,25 @@ class Predictor:
         self.costs: dict[Any, tuple[Outline, tuple[PieceCost, ...]]] = {}
         self.tracer = Tracer(device=torch.device("cpu"))
 
-    def predict(self, row: Row, year: int, words: str = "") -> Prediction:
-        """The row's step. What cannot be expressed says why. year, words: of the source, which say what its software could do."""
+    def predict(self, row: Row, year: int, words: str = "", last_year: int | None = None) -> Prediction:
+        """The row's step. What cannot be expressed says why. year, words: of the source, which say what its software could do; last_year:
+        the last that it names, for software of experts, which moves fast."""
         if not row.usable and (row.reason or not (row.out_of_memory or row.memory_bytes)):
             return Prediction(row=row, reason=row.reason or "nothing to compare with")
         software = software_of(row, year, words) if self.fitted else unfitted(software_of(row, year, words))
         try:
-            found = [self._step(row, year, software, recompute) for recompute in _recomputations(row, software)]
+            found = [self._step(row, year, last_year or year, software, recompute) for recompute in _recomputations(row, software)]
         except (TwinError, ShardwiseError) as error:
             return Prediction(row=row, reason=str(error).splitlines()[0])
         times = [each.step_s for each in found if each.step_s is not None]
         return replace(_chosen(found), low_s=min(times), high_s=max(times))
 
-    def _step(self, row: Row, year: int, software: Software, recompute: str) -> Prediction:
-        cluster = _cluster(row, year, software, self.fitted)
+    def _step(self, row: Row, year: int, last_year: int, software: Software, recompute: str) -> Prediction:
+        cluster = _cluster(row, last_year, software, self.fitted)
         shape, costs = self._pieces(row, year, software, cluster)
         if row.kind == "layer time":
             return Prediction(row=row, step_s=_block_seconds(shape, costs, recompute))
-        scheme = _scheme(row, year, software, recompute, holding_of(row, year))
+        scheme = _scheme(row, last_year, software, recompute, holding_of(row, year))
         profile = compose(shape, costs, scheme, cluster, splits_backward=splits_backward(scheme.schedule))
         step = simulate_profile(profile, scheme.mesh)
         fullest = max(step.memory, key=lambda memory: sum(memory.values()))
@@ -325,8 +326,8 @@ def _predicted(job: tuple[Path, str, bool]) -> tuple[FileResult, list[Prediction
     table = next(table for table in read_directory(folder) if table.path.name == name)
     fitted, unfitted_too = Predictor(), Predictor(fitted=False)
     unfitted_too.twins = fitted.twins
-    predictions = [fitted.predict(row, table.year or 2023, table.words) for row in table.rows]
-    others = [unfitted_too.predict(row, table.year or 2023, table.words) for row in table.rows if zero_shot and row.usable]
+    predictions = [fitted.predict(row, table.year or 2023, table.words, table.last_year) for row in table.rows]
+    others = [unfitted_too.predict(row, table.year or 2023, table.words, table.last_year) for row in table.rows if zero_shot and row.usable]
     return summarise(table.path.stem, predictions, others), predictions
 
 

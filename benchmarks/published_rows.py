@@ -191,10 +191,11 @@ class FlopConvention:
 
 @dataclass(frozen=True, kw_only=True)
 class Table:
-    """One file. year: the last that its source names; words: its title and its notes."""
+    """One file. year, last_year: the first and the last that its source names; words: its title and its notes."""
 
     path: Path
     year: int | None
+    last_year: int | None
     words: str
     rows: tuple[Row, ...]
     convention: FlopConvention
@@ -227,15 +228,15 @@ def read_table(path: Path) -> Table:
         if not isinstance(raw, dict):
             raise TableError(f"{path}:{line}: row {index} is no object")
     source, hardware, notes = _object(content, "source"), _object(content, "hardware"), str(content.get("notes", ""))
-    years = re.findall(r"\d{4}", str(source.get("year", "")))
-    year = max(map(int, years), default=None)
+    years = [int(each) for each in re.findall(r"\d{4}", str(source.get("year", "")))]
+    year, last_year = min(years, default=None), max(years, default=None)
     title = f"{source.get('title', '')} {source.get('address', '')}"
     counts = read_memory_counts(notes)
     read = [_row(path.name, index, raw, hardware, title) for index, raw in enumerate(content["rows"])]
     pairs = [(raw, replace(row, memory_counts=counts)) for raw, row in zip(content["rows"], read, strict=True)]
     convention = flop_convention(pairs, notes, year)
     rows = tuple(_with_flops(raw, row, convention) for raw, row in pairs)
-    return Table(path=path, year=year, words=f"{title} {notes}", rows=rows, convention=convention)
+    return Table(path=path, year=year, last_year=last_year, words=f"{title} {notes}", rows=rows, convention=convention)
 
 
 def _row(file: str, index: int, raw: Json, hardware: Json, title: str) -> Row:
