@@ -306,6 +306,8 @@ def layouts(
     else:
         typer.echo(f"{found.model} on {found.cluster.name}: {found.global_batch} samples a step, bfloat16; {len(found.found)} layouts fit")
         Console().print(found.table())
+        if found.places():
+            typer.echo(f"\nThe first, by device:\n{found.places()}")
 
 
 @app.command()

@@ -13,6 +13,7 @@ from shardwise.capture.export import capture
 from shardwise.cluster.model import Cluster
 from shardwise.errors import ModelError
 from shardwise.planner.scale import Found, ScaleSearch
+from shardwise.planner.uneven import Placed, kinds_of, search_unlike
 
 __all__ = ["Outlook", "outlook"]
 
@@ -55,6 +56,11 @@ class Outlook:
             )
         return table
 
+    def places(self) -> str:
+        """Who does what in the first layout, a line for each kind of device; "" where all are alike."""
+        first = self.found[0] if self.found else None
+        return "\n".join(first.places) if isinstance(first, Placed) else ""
+
     def as_json(self) -> dict[str, Any]:
         """For programs: seconds, bytes, shares."""
         return {
@@ -69,6 +75,7 @@ class Outlook:
                     "model_flops_utilisation": self.use(each),
                     "memory_bytes": each.memory_bytes,
                     "runs": each.runs,
+                    **({"places": list(each.places)} if isinstance(each, Placed) else {}),
                 }
                 for each in self.found
             ],
@@ -93,7 +100,7 @@ def outlook(
     search = ScaleSearch(
         graph=graph, counts=counts, cluster=cluster, global_batch=global_batch or preset.batch_size, only_runnable=runnable
     )
-    found = search.search()
+    found = search_unlike(search) if len(kinds_of(cluster)) > 1 else search.search()
     machines = cluster.machines
     peak = machines.peak_flops("bfloat16") if machines else cluster.ranks * cluster.rates.matmul_of("bfloat16").cubes_flops.values[-1]
     flops = search.flops() if found else 0.0

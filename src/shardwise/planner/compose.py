@@ -11,7 +11,7 @@ Sources: ZeRO, Rajbhandari et al. 2020; recomputation, Chen et al. 2016 and Kort
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from shardwise.cluster.model import Cluster
@@ -21,7 +21,7 @@ from shardwise.planner.pieces import Outline, PieceCost, Work
 from shardwise.simulate.profile import EdgeProfile, Profile, StageProfile
 from shardwise.simulate.simulator import Mesh
 
-__all__ = ["Scheme", "compose", "divide", "recomputed"]
+__all__ = ["Scheme", "compose", "divide", "hop_seconds", "recomputed", "stage_profile"]
 
 _STATE_BYTES = 12  # Adam in mixed precision: float32 parameter and two moments
 _UPDATE_BYTES = 30  # read and written by the update of one number: gradient 4, states 24, new 16-bit parameter 2
@@ -153,16 +153,40 @@ def compose(shape: Outline, costs: Sequence[PieceCost], scheme: Scheme, cluster:
     return Profile(stages=profiles, edges=list(_edges(made, scheme, cluster)), cores=None)
 
 
+def stage_profile(
+    shape: Outline,
+    costs: Sequence[PieceCost],
+    parts: Sequence[tuple[int, int]],
+    scheme: Scheme,
+    cluster: Cluster,
+    *,
+    between: Cluster | None = None,
+    apart: int = 0,
+) -> StageProfile:
+    """One stage: so many of each piece (`divide`), with the costs of the devices that it is on, `cluster`.
+
+    between, apart: where the data ranks are not neighbours inside `cluster`: what joins them, and how many ranks there are from one to the
+    next.
+    """
+    stage = _Stage(shape=shape, costs=costs, parts=parts, scheme=scheme, cluster=cluster, between=between, apart=apart)
+    return stage.profile(splits_backward=False)
+
+
+def hop_seconds(nbytes: float, tp: int, cluster: Cluster, send: Callable[[float], float]) -> float:
+    """Of a message from stage to stage. A message that all tensor ranks have whole is sent in parts and put together beyond, where that is
+    faster (Narayanan et al. 2021, section 4.1). send: bytes → seconds from one rank to its neighbour; cluster: of the tensor ranks."""
+    return min(send(nbytes), send(nbytes / tp) + collective_cost("all_gather", nbytes, tp, cluster).seconds)
+
+
 def _edges(made: Sequence[_Stage], scheme: Scheme, cluster: Cluster) -> Iterator[EdgeProfile]:
-    """A message that all tensor ranks have whole is sent in parts and put together beyond, where that is faster (Narayanan et al. 2021,
-    section 4.1)."""
     stride = scheme.dp * scheme.cp * scheme.tp
+
+    def send(nbytes: float) -> float:
+        return collective_cost("send_recv", nbytes, 2, cluster, stride).seconds
+
     for number, stage in enumerate(made[:-1]):
         nbytes = stage.costs[stage.parts[-1][0]].sent
-        whole = collective_cost("send_recv", nbytes, 2, cluster, stride).seconds
-        gathered = collective_cost("all_gather", nbytes, scheme.tp, cluster).seconds
-        parts = collective_cost("send_recv", nbytes / scheme.tp, 2, cluster, stride).seconds + gathered
-        seconds = min(whole, parts) if scheme.pp > 1 else 0.0
+        seconds = hop_seconds(nbytes, scheme.tp, cluster, send) if scheme.pp > 1 else 0.0
         yield EdgeProfile(name=f"h→{number + 1}", source=number, target=number + 1, nbytes=nbytes, transfer_s=seconds, requires_grad=True)
 
 
@@ -173,6 +197,8 @@ class _Stage:
     parts: Sequence[tuple[int, int]]
     scheme: Scheme
     cluster: Cluster
+    between: Cluster | None = None
+    apart: int = 0
 
     def _each(self) -> Iterator[tuple[PieceCost, int, str]]:
         """(cost, how many, how it is recomputed)."""
@@ -222,13 +248,14 @@ class _Stage:
         """Over the ranks that ZeRO divides, or all replicas."""
         scheme = self.scheme
         ranks = scheme.sharded if scheme.zero else scheme.replicas
-        return collective_cost(kind, nbytes, ranks, self.cluster, scheme.tp).seconds
+        return collective_cost(kind, nbytes, ranks, self.between or self.cluster, self.apart or scheme.tp).seconds
 
     def _across(self, nbytes: float) -> float:
         """Between replicas of what ZeRO divides."""
         scheme = self.scheme
         copies = scheme.replicas // scheme.sharded if scheme.zero else 1
-        return collective_cost("all_reduce", nbytes / scheme.sharded, copies, self.cluster, scheme.tp * scheme.sharded).seconds
+        apart = (self.apart or scheme.tp) * scheme.sharded
+        return collective_cost("all_reduce", nbytes / scheme.sharded, copies, self.between or self.cluster, apart).seconds
 
     def _route(self, cost: PieceCost) -> Work:
         """Rows to the experts' ranks and back."""

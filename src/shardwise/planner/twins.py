@@ -13,11 +13,11 @@ from shardwise.cluster.model import Cluster
 from shardwise.cost.collectives import collective_cost
 from shardwise.planner.apply import analyse, assign
 from shardwise.planner.intra import Costs, representatives, split_tensors
-from shardwise.planner.pieces import Outline, PieceCost, outline, piece_costs
+from shardwise.planner.pieces import Outline, PieceCost, outline, piece_costs_on
 from shardwise.planner.search import PREFER_SPLIT, OpCosts
 from shardwise.program.trace import Tracer
 
-__all__ = ["TwinLayout", "split_twin"]
+__all__ = ["TwinLayout", "split_twin", "split_twin_on"]
 
 _SCATTERED = 3.0  # times its cost: an all-reduce, where the sequence is to be split between products
 
@@ -36,7 +36,15 @@ def split_twin(
 ) -> tuple[Outline, tuple[PieceCost, ...]]:
     """The pieces of a thin graph (counts: how many blocks each of its runs really has) and what they cost a rank for one of so many
     microbatches of the graph's batch."""
-    analysis = analyse(graph, "fast")
+    shape, (costs,) = split_twin_on(graph, counts, layout, (cluster,), tracer, microbatches=microbatches)
+    return shape, costs
+
+
+def split_twin_on(
+    graph: Graph, counts: Sequence[int], layout: TwinLayout, clusters: Sequence[Cluster], tracer: Tracer, *, microbatches: int = 1
+) -> tuple[Outline, list[tuple[PieceCost, ...]]]:
+    """As `split_twin`, with the costs on each of several clusters; the split is the best one on the first, and the same on all."""
+    analysis, cluster = analyse(graph, "fast"), clusters[0]
     assignment = assign(analysis, 1, microbatches, layout.tp, layout.cp)
     each, first = OpCosts(cluster=cluster, tracer=tracer), representatives(graph)
 
@@ -56,4 +64,4 @@ def split_twin(
     )
     split_tensors(assignment, analysis.batch, analysis.prelude, costs)
     shape = outline(graph, analysis.prelude, counts)
-    return shape, piece_costs(shape, assignment, analysis.prelude, cluster, tracer)
+    return shape, piece_costs_on(shape, assignment, analysis.prelude, clusters, tracer)

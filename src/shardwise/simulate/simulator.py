@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import heapq
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import accumulate
 from pathlib import Path
 from typing import Literal
 
@@ -24,7 +25,7 @@ from shardwise.program.tables import Tables, check_table, in_flight, placed, ran
 from shardwise.program.transfers import rank_actions
 from shardwise.simulate.profile import Profile, StageProfile
 
-__all__ = ["Mesh", "Simulation", "Span", "simulate_profile", "trace_of"]
+__all__ = ["Column", "Mesh", "Simulation", "Span", "simulate_columns", "simulate_profile", "trace_of"]
 
 _TINY_S = 1e-12
 _ONCE = ("transient", "runtime")  # memory that a rank's stages use in turn, or share
@@ -128,8 +129,10 @@ def simulate_profile(profile: Profile, mesh: Mesh, tables: Tables | None = None)
     shared = profile.cores is not None
     places = [(d, t) for d in range(mesh.dp) for t in range(mesh.tp)] if shared else [(0, 0)]
     rows = _rows(profile, mesh, tables)
-    ranks = {rank_of(pipe, d, t, mesh.dp, mesh.tp): _placed(row, pipe, (d, t), mesh) for pipe, row in rows.items() for d, t in places}
-    timeline = _Clock(profile=profile, ranks=dict(sorted(ranks.items()))).play()
+    ranks = {
+        rank_of(pipe, d, t, mesh.dp, mesh.tp): _placed(row, pipe, (d, t), mesh, profile) for pipe, row in rows.items() for d, t in places
+    }
+    timeline = _Clock(cores=profile.cores, ranks=dict(sorted(ranks.items()))).play()
     total = max(span.end_s for span in timeline)
     busy = [(sum(compute for compute, _ in row.seconds), sum(talk for _, talk in row.seconds)) for row in rows.values()]
     crowd = max(1.0, len(ranks) / profile.cores) if profile.cores else 1.0
@@ -139,6 +142,55 @@ def simulate_profile(profile: Profile, mesh: Mesh, tables: Tables | None = None)
     if not shared and len(memory) <= _DRAWN:
         timeline = [_on_rank(span, offset) for offset in range(each) for span in timeline]
     return Simulation(step_time_s=total, timeline=timeline, memory=memory, bubble=waiting, communication_s=max(talk for _, talk in busy))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Column:
+    """Copies of the pipeline that do alike: how many there are, what their stages take, and how many microbatches each of them has."""
+
+    profile: Profile
+    copies: int
+    microbatches: int
+
+
+def simulate_columns(columns: Sequence[Column], mesh: Mesh) -> Simulation:
+    """One step of copies of the pipeline that do not all do alike: those on slower devices take longer, or have fewer microbatches.
+
+    columns: in the order of the data axis; the ranks of one do alike, each with a device of its own, so that one of each stage is
+    simulated, and its timeline is that of the column's first copy. Ranks of a stage that reduce gradients wait for each other.
+    mesh: dp as many as the columns have copies; its microbatches mean nothing. LayoutError as of `simulate_profile`.
+    """
+    copies = sum(column.copies for column in columns)
+    if copies != mesh.dp or any(column.profile.cores for column in columns):
+        raise LayoutError(f"{copies} copies on devices of their own make no dp={mesh.dp}; give as many columns' copies as the mesh has")
+    folded = replace(mesh, dp=len(columns), tp=1)
+    firsts = [0, *accumulate(column.copies for column in columns)]
+    rows = [_rows(column.profile, replace(mesh, microbatches=column.microbatches), None) for column in columns]
+    ranks = {
+        rank_of(pipe, number, 0, folded.dp, 1): _placed(row, pipe, (number, 0), folded, column.profile)
+        for number, column in enumerate(columns)
+        for pipe, row in rows[number].items()
+    }
+    timeline = _Clock(cores=None, ranks=dict(sorted(ranks.items()))).play()
+    total = max(span.end_s for span in timeline)
+
+    def real(rank: int) -> int:
+        return rank_of(rank // folded.dp, firsts[rank % folded.dp], 0, mesh.dp, mesh.tp)
+
+    each = [(row, column.copies) for pipe in range(mesh.pp) for column, row in zip(columns, (r[pipe] for r in rows), strict=True)]
+    busy = sum(sum(map(sum, row.seconds)) * copies for row, copies in each)
+    return Simulation(
+        step_time_s=total,
+        timeline=[_renumbered(span, real) for span in timeline],
+        memory=[row.memory for row, copies in each for _ in range(copies * mesh.tp)],
+        bubble=1 - min(1.0, busy / (total * mesh.pp * mesh.dp)),
+        communication_s=max(sum(talk for _, talk in row.seconds) for row, _ in each),
+    )
+
+
+def _renumbered(span: Span, real: Callable[[int], int]) -> Span:
+    action = span.action if span.action.peer < 0 else replace(span.action, peer=real(span.action.peer))
+    return replace(span, rank=real(span.rank), action=action)
 
 
 def _on_rank(span: Span, offset: int) -> Span:
@@ -244,11 +296,13 @@ def _memory(stages: Sequence[StageProfile], held_bytes: int) -> dict[str, int]:
 
 @dataclass(kw_only=True)
 class _Rank:
-    """pipe: its place in the pipeline; actions: with the ranks that it talks to; at: that it stands at; phase: what it does there."""
+    """pipe: its place in the pipeline; actions: with the ranks that it talks to; transfer_s: of what it sends, by edge; at: that it stands
+    at; phase: what it does there."""
 
     pipe: int
     row: _Row
     actions: list[Action]
+    transfer_s: Mapping[str, float]
     at: int = 0
     phase: Literal["", "computing", "waiting", "communicating"] = ""
     start_s: float = 0.0
@@ -259,14 +313,14 @@ class _Rank:
         return self.at >= len(self.actions)
 
 
-def _placed(row: _Row, pipe: int, place: tuple[int, int], mesh: Mesh) -> _Rank:
+def _placed(row: _Row, pipe: int, place: tuple[int, int], mesh: Mesh, profile: Profile) -> _Rank:
     """The rank at a place (d, t) of the mesh; it talks to the ranks at its own place."""
     actions = row.actions
     if mesh.dp * mesh.tp > 1:
         actions = [
             replace(action, peer=rank_of(action.peer, *place, mesh.dp, mesh.tp)) if action.peer >= 0 else action for action in actions
         ]
-    return _Rank(pipe=pipe, row=row, actions=actions)
+    return _Rank(pipe=pipe, row=row, actions=actions, transfer_s={edge.name: edge.transfer_s for edge in profile.edges})
 
 
 _Message = tuple[str, int, bool]
@@ -277,7 +331,7 @@ class _Clock:
     """events: (when, which in order of making, rank whose computing or communicating ends then). Computing on shared cores has no event
     of its own: how long it takes depends on who else computes."""
 
-    profile: Profile
+    cores: int | None
     ranks: dict[int, _Rank]
     now_s: float = 0.0
     events: list[tuple[float, int, int]] = field(default_factory=list)
@@ -288,7 +342,6 @@ class _Clock:
     made: int = 0
 
     def __post_init__(self) -> None:
-        self.transfer_s: Mapping[str, float] = {edge.name: edge.transfer_s for edge in self.profile.edges}
         self.at_pipe: dict[int, int] = {}
         for state in self.ranks.values():
             self.at_pipe[state.pipe] = self.at_pipe.get(state.pipe, 0) + 1
@@ -329,14 +382,14 @@ class _Clock:
         state.start_s, state.compute_s = self.now_s, state.row.seconds[state.at][0]
         if action.sends:
             message = action.message
-            self.arrivals[action.peer, message] = self.now_s + self.transfer_s[action.edge]
+            self.arrivals[action.peer, message] = self.now_s + state.transfer_s[action.edge]
             other = self.ranks[action.peer]
             if other.phase == "waiting" and other.actions[other.at].receives and other.actions[other.at].message == message:
                 self._wake(action.peer, self.now_s)
 
     def _compute(self, rank: int, state: _Rank) -> None:
         state.phase = "computing"
-        if self.profile.cores:
+        if self.cores:
             self.computing[rank] = state
         else:
             self._wake(rank, self.now_s + state.compute_s)
@@ -366,7 +419,7 @@ class _Clock:
 
     def _next(self) -> list[int]:
         """Lets time pass until the next end; whose."""
-        rate = min(1.0, self.profile.cores / len(self.computing)) if self.profile.cores and self.computing else 1.0
+        rate = min(1.0, self.cores / len(self.computing)) if self.cores and self.computing else 1.0
         soonest = min((state.compute_s for state in self.computing.values()), default=float("inf")) / rate
         passed = min(soonest, self.events[0][0] - self.now_s if self.events else float("inf"))
         self.now_s += max(passed, 0.0)
