@@ -40,7 +40,7 @@ class Prediction(_Strict):
     """What the simulator says of a plan. Seconds and bytes; memory_bytes and by_kind for each rank.
 
     by_kind: for each rank parameters, gradients, optimizer, saved, transient, buffers and runtime at the peak.
-    limit_bytes: what a rank has.
+    limit_bytes: what a rank has, the largest where they are not alike; limits: each of them where they are not.
     """
 
     step_time_s: float
@@ -49,6 +49,7 @@ class Prediction(_Strict):
     bubble: float = 0.0
     communication_s: float = 0.0
     limit_bytes: int | None = None
+    limits: list[int] = []
 
 
 class Candidate(_Strict):
@@ -87,6 +88,7 @@ class Plan(_Strict):
     chunks: stages of each pipeline rank. schedule: the name of one, or "table" for the user's own, whose lines `table` has.
     random: "keyed", random numbers are the same in every layout; "fast", they come from torch's generator, seeded for each part.
     sequence_dims: where cp splits the sequence, batch input → its sequence dim.
+    shares: in which proportion the data ranks divide the samples; [] evenly.
     operators, parameters: pattern → choice or type on the tensor axis; what is not named is whole.
     collectives: "kind/ranks" → (up to so many bytes, implementation), measured on the cluster.
     profile: what the stages take, for the simulator.
@@ -110,6 +112,7 @@ class Plan(_Strict):
     optimizer: str
     random: Random = "keyed"
     sequence_dims: dict[str, int] = {}
+    shares: list[int] = []
     stages: list[str]
     operators: dict[str, str] = {}
     parameters: dict[str, str] = {}
@@ -126,9 +129,14 @@ class Plan(_Strict):
         if prod(sizes.values()) != self.ranks:
             product = " × ".join(f"{name}={size}" for name, size in sizes.items())
             raise ValueError(f"{product} are {prod(sizes.values())} ranks, not ranks={self.ranks}")
+        if self.shares and (len(self.shares) != self.dp or min(self.shares) < 1 or self.global_batch % sum(self.shares)):
+            raise ValueError(f"shares={self.shares} do not divide global_batch={self.global_batch} among the ranks of dp={self.dp}")
+        each = [self.global_batch * share // sum(self.shares) for share in self.shares]
+        if any(samples % self.microbatches for samples in each):
+            raise ValueError(f"microbatches={self.microbatches} do not divide the data ranks' samples, {each}")
         if self.global_batch < self.dp:
             raise ValueError(f"a global batch of {self.global_batch} leaves some of the ranks on dp={self.dp} without a sample")
-        if self.microbatches > 1 and self.global_batch % (self.dp * self.microbatches):
+        if not self.shares and self.microbatches > 1 and self.global_batch % (self.dp * self.microbatches):
             raise ValueError(f"dp={self.dp} × microbatches={self.microbatches} do not divide global_batch={self.global_batch}")
         self._check_schedule()
         return self
@@ -160,7 +168,9 @@ class Plan(_Strict):
         """The plan in a layout's words."""
         context = f"cp={self.cp}," if self.cp > 1 else ""
         chunks = f"chunks={self.chunks}," if self.chunks > 1 else ""
-        return f"dp={self.dp},{context}tp={self.tp},pp={self.pp},{chunks}microbatches={self.microbatches},schedule={self.schedule}"
+        shares = f",shares={':'.join(map(str, self.shares))}" if self.shares else ""
+        mesh = f"dp={self.dp},{context}tp={self.tp},pp={self.pp},{chunks}"
+        return f"{mesh}microbatches={self.microbatches},schedule={self.schedule}{shares}"
 
     @property
     def tables(self) -> list[list[Slot]]:
