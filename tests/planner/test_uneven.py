@@ -136,6 +136,15 @@ def test_all_samples_are_shared_out(scale: ScaleSearch) -> None:
             assert column.copies * column.microbatches * each.samples == BATCH
 
 
+def test_what_runs_today(scale: ScaleSearch) -> None:
+    """Copies with equally many microbatches on one stage, and stages; neither ZeRO nor recomputation."""
+    every = replace(uneven(scale), only_runnable=True).search()
+    assert {each.words.partition("=")[0] for each in every} == {"stages", "copies"} and all(each.runs for each in every)
+    for each in every:
+        assert len({column.microbatches for column in each.columns}) == 1
+        assert (each.scheme.zero, each.scheme.recompute) == (0, "none")
+
+
 # -- the best of their form ----------------------------------------------------------------------------------------------------------------
 
 
