@@ -531,7 +531,7 @@ def search_unlike(search: ScaleSearch) -> list[Found]:
         only_runnable=search.only_runnable,
     )
     together = uneven.search()
-    found: list[Found] = [_with_step(each) for each in together[:_SIMULATED]] + [_placed(each) for each in together[_SIMULATED:]]
+    found: list[Found] = [*map(_with_step, together[:_SIMULATED]), *map(_placed, together[_SIMULATED:])]
     slowest = min(kinds, key=lambda kind: kind.alone.rates.matmul_of("bfloat16").cubes_flops.values[-1])
     pace = f"{search.cluster.ranks} devices with equal parts, at the pace of {slowest.name}"
     found += [_equal(each, (pace,), "equal") for each in search.search()]
