@@ -155,7 +155,7 @@ def test_cuts_are_the_best_by_the_simulator(scale: ScaleSearch) -> None:
     every = [made for each in tries if (made := search._staged(each))]
     assert len(every) >= 12 and {each.scheme.pp for each in every} == {2, 4}
     losses = [each.simulated().step_time_s / min(_all_cuts(search, each)) for each in every]
-    assert max(losses) <= 1.07 and sorted(losses)[len(losses) * 3 // 4] <= 1.01, "the formula that is minimised is near the simulator"
+    assert max(losses) <= 1.05 and sorted(losses)[len(losses) * 3 // 4] <= 1.01, "the formula that is minimised is near the simulator"
 
 
 def _all_cuts(search: UnevenSearch, each: Uneven) -> list[float]:

@@ -278,11 +278,10 @@ class UnevenSearch:
         seats = [kind for kind in team.kinds for _ in range(kind.ranks // width)]
         flying = [min(scheme.pp - stage, scheme.microbatches) for stage in range(scheme.pp)]
         units = self._units(scheme.tp)
-        tables = []
-        for stage, kind in enumerate(seats):
-            table = self._ranges(team, kind, scheme, size, stages=True).within(kind.limit_bytes, flying[stage], scheme.microbatches)
-            ends = {index: self._edge(team, seats, scheme, size, index, stage, first=stage * width).transfer_s for index in set(units)}
-            tables.append(table + [0.0, *(2 * ends[index] for index in units)] if stage + 1 < scheme.pp else table)
+        tables = [
+            self._ranges(team, kind, scheme, size, stages=True).within(kind.limit_bytes, many, scheme.microbatches)
+            for kind, many in zip(seats, flying, strict=True)
+        ]
         cuts = cut_unlike(tables, scheme.microbatches)
         if cuts is None:
             return None
@@ -452,11 +451,19 @@ def _end_s(stage: StageProfile) -> float:
 
 
 def _pace(profile: Profile) -> tuple[float, float]:
-    """(fill and drain of the pipeline, seconds of each microbatch), as 1F1B goes: a stage that has sent a microbatch on waits for a
-    gradient, which the next stage sends when it has received that microbatch (`shardwise.program.transfers`)."""
-    hops = {edge.source: 2 * edge.transfer_s for edge in profile.edges}
-    works = [_both_ways(stage) + hops.get(number, 0.0) for number, stage in enumerate(profile.stages)]
-    return sum(works) - max(works), max(works)
+    """(fill and drain of the pipeline, seconds of each microbatch), as 1F1B goes.
+
+    A stage has one microbatch more in flight than the next one, so that n stages in a row let n of them on their way to the end of the row and
+    back at a time: that way, messages included, divided by n, is what a microbatch takes at least.
+    """
+    works = [_both_ways(stage) for stage in profile.stages]
+    hops = [2 * edge.transfer_s for edge in profile.edges]
+    ways = [
+        (sum(works[first:last]) + sum(hops[first : last - 1])) / (last - first)
+        for first in range(len(works))
+        for last in range(first + 1, len(works) + 1)
+    ]
+    return sum(works) + sum(hops) - max(ways), max(ways)
 
 
 def _edge_profile(stage: int, nbytes: int, seconds: float) -> EdgeProfile:
