@@ -33,7 +33,7 @@ def verified(example: Example, layout: str) -> Report:
 @pytest.mark.parametrize(
     "layout",
     ["shares=3:1,tp=1,pp=1", "shares=1:3,tp=1,pp=1,microbatches=2", "shares=5:1:2,tp=1,pp=1", "shares=3:1,tp=2,pp=1,microbatches=2"]
-    + ["shares=1:3,tp=1,pp=2,microbatches=2", "shares=3:1,cp=2,tp=1,pp=1"],
+    + ["shares=1:3,tp=1,pp=2,chunks=2,microbatches=2", "shares=3:1,cp=2,tp=1,pp=1"],
 )
 @pytest.mark.parametrize("model", [llama, gpt2])
 def test_every_axis_beside_shares(model: Callable[..., Example], layout: str) -> None:
@@ -78,7 +78,8 @@ def test_a_rank_works_on_its_share() -> None:
     programs = preflight(plan, capture(model, batch))
     sizes = []
     for program in programs.values():
-        inputs = [node for node in program.stage.prelude.nodes if node.op == "placeholder"]
+        (stage,) = program.stages.values()
+        inputs = [node for node in stage.prelude.nodes if node.op == "placeholder"]
         sizes.append({node.meta["val"].shape[0] for node in inputs if node.meta["val"].dim() > 0})
     assert sizes == [{5}, {1}, {2}]
 

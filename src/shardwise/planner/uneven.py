@@ -453,8 +453,8 @@ def _end_s(stage: StageProfile) -> float:
 def _pace(profile: Profile) -> tuple[float, float]:
     """(fill and drain of the pipeline, seconds of each microbatch), as 1F1B goes.
 
-    A stage has one microbatch more in flight than the next one, so that n stages in a row let n of them on their way to the end of the row and
-    back at a time: that way, messages included, divided by n, is what a microbatch takes at least.
+    A stage has one microbatch more in flight than the next one, so that n stages in a row let n of them on their way to the end of the row
+    and back at a time: that way, messages included, divided by n, is what a microbatch takes at least.
     """
     works = [_both_ways(stage) for stage in profile.stages]
     hops = [2 * edge.transfer_s for edge in profile.edges]
