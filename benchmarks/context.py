@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol, runtime_checkable
 
 from benchmarks.workloads import Batch, Workload
 
 StepFunction = Callable[[Batch], float | None]
 """Takes one optimizer step on the *global* batch; returns the mean loss of this rank's part, or None if it has none.
 The parts are equal, so the mean over the ranks that have one is the global loss."""
+
+
+@runtime_checkable
+class Recording(Protocol):
+    """A step function that can say more."""
+
+    def __call__(self, batch: Batch) -> float | None:
+        """As of `StepFunction`."""
+
+    def actions(self) -> Mapping[str, float]:
+        """What each kind of action took in the last step, s."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from benchmarks.context import RankContext, StepFunction
-from benchmarks.workloads import Workload, optimizer
+from benchmarks.context import RankContext
+from benchmarks.workloads import Batch, Workload, optimizer
 
 RANKS = 2
 
@@ -37,11 +38,31 @@ def _per_rank(memory: float | Sequence[float]) -> tuple[float, ...]:
     return tuple(float(size) for size in memory) if isinstance(memory, Sequence) else (float(memory),) * RANKS
 
 
-def build(context: RankContext) -> StepFunction:
+@dataclass(frozen=True)
+class OurStep:
+    """A job's step, which can say what its actions took."""
+
+    job: Any
+
+    def __call__(self, batch: Batch) -> float:
+        """Take one step on the global batch."""
+        loss: float = self.job.step(batch)
+        return loss
+
+    def actions(self) -> dict[str, float]:
+        """Seconds by kind, waiting included."""
+        seconds: dict[str, float] = {}
+        for event in self.job.events:
+            kind = event.action.kind.value
+            seconds[kind] = seconds.get(kind, 0.0) + event.end_s - event.start_s
+        return seconds
+
+
+def build(context: RankContext) -> OurStep:
     """Return the job's step: it takes the global batch and returns the global loss on every rank."""
     import shardwise as sw
 
     assert context.plan_path is not None
     plan = sw.Plan.load(context.plan_path)
     job = sw.parallelize(context.workload.build(), context.workload.batch(0), plan=plan, optimizer=optimizer)
-    return job.step
+    return OurStep(job)

@@ -51,11 +51,17 @@ def _step(team: Team, record: Record, round_: int) -> None:
     ranks = team.step(round_)
     share = others_share(before, read_cpu(driver))
     record.peak_bytes = [rank.peak_bytes for rank in ranks]
-    record.samples.append(Sample(round=round_, seconds=max(rank.seconds for rank in ranks), loss=_loss(ranks), others_share=share))
+    seconds = max(rank.seconds for rank in ranks)
+    record.samples.append(Sample(round=round_, seconds=seconds, loss=_loss(ranks), others_share=share, actions=_actions(ranks)))
 
 
 def _loss(ranks: list[RankStep]) -> float:
     return statistics.fmean(rank.loss for rank in ranks if rank.loss is not None)
+
+
+def _actions(ranks: list[RankStep]) -> dict[str, float]:
+    kinds = dict.fromkeys(kind for rank in ranks for kind in rank.actions)
+    return {kind: statistics.fmean(rank.actions.get(kind, 0.0) for rank in ranks) for kind in kinds}
 
 
 def _line(round_: int, latest: dict[str, Sample]) -> str:

@@ -10,14 +10,14 @@ import importlib
 import os
 import socket
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 
 import torch
 import torch.distributed as dist
 
-from benchmarks.context import Contestant, RankContext, StepFunction
+from benchmarks.context import Contestant, RankContext, Recording, StepFunction
 from benchmarks.memory import PeakMeter, peak_meter, resident_bytes
 from benchmarks.processes import Child, receive
 from benchmarks.workloads import SMALL, Batch, optimizer
@@ -28,11 +28,13 @@ STEP_TIMEOUT_S = 180.0
 
 @dataclass(frozen=True, kw_only=True)
 class RankStep:
-    """What one rank measured in one step; `peak_bytes` is its peak since the first step, less its size before the model existed."""
+    """What one rank measured in one step; `peak_bytes` is its peak since the first step, less its size before the model existed;
+    `actions`: seconds by kind of action, of contestants that say so."""
 
     seconds: float
     loss: float | None
     peak_bytes: int
+    actions: Mapping[str, float] = field(default_factory=dict)
 
 
 class Team:
@@ -84,7 +86,8 @@ def _answer_steps(pipe: Connection, context: RankContext, step: StepFunction, me
         if context.world_size > 1:
             dist.barrier()
         seconds, loss = _timed(step, batch)
-        pipe.send(RankStep(seconds=seconds, loss=loss, peak_bytes=meter.peak_bytes() - before))
+        actions = step.actions() if isinstance(step, Recording) else {}
+        pipe.send(RankStep(seconds=seconds, loss=loss, peak_bytes=meter.peak_bytes() - before, actions=actions))
 
 
 def _timed(step: StepFunction, batch: Batch) -> tuple[float, float | None]:

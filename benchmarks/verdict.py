@@ -5,7 +5,7 @@ from __future__ import annotations
 import enum
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from benchmarks.quiet import is_quiet
 
@@ -31,12 +31,14 @@ class Outcome(enum.Enum):
 
 @dataclass(frozen=True, kw_only=True)
 class Sample:
-    """One step of one contestant: seconds of its slowest rank, the global loss, and others' share of the CPU meanwhile."""
+    """One step of one contestant: seconds of its slowest rank, the global loss, and others' share of the CPU meanwhile; `actions`: seconds
+    by kind of action, the mean over the ranks."""
 
     round: int
     seconds: float
     loss: float
     others_share: float
+    actions: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def counts(self) -> bool:

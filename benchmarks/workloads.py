@@ -1,7 +1,8 @@
 """The models that are timed, and their batches: equal in every process that asks for them.
 
-`FULL` holds the shapes that results are reported for; `SMALL` the same families in a size that trains in milliseconds,
-to try the harness itself. Dropout is off everywhere, so that the losses of all contestants can be compared.
+`FULL` holds the shapes that results are reported for; `MEDIUM` the same families in a size that takes a tenth, where many layouts are to
+be run; `SMALL` in one that trains in milliseconds, to try the harness itself. Dropout is off everywhere, so that the losses of all
+contestants can be compared.
 """
 
 from __future__ import annotations
@@ -126,6 +127,11 @@ FULL = {
     "gpt2": Workload(family="gpt2"),
     "llama": Workload(family="llama", ffn=1376),
     "vit": Workload(family="vit", hidden=384, ffn=1536),
+}
+MEDIUM = {
+    "gpt2": Workload(family="gpt2", layers=6, hidden=256, ffn=1024, heads=4, vocabulary=4096, sequence=128),
+    "llama": Workload(family="llama", layers=6, hidden=256, ffn=688, heads=4, vocabulary=4096, sequence=128),
+    "vit": Workload(family="vit", layers=6, hidden=256, ffn=1024, heads=4, image=128),
 }
 SMALL = {
     "gpt2": Workload(family="gpt2", layers=2, hidden=32, ffn=128, heads=4, vocabulary=64, sequence=16),

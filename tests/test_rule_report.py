@@ -12,6 +12,7 @@ import torch
 from typer.testing import CliRunner
 
 from shardwise.capture import operators
+from shardwise.capture.normalize import _REWRITES, rewriting
 from shardwise.cli import app
 from shardwise.errors import RuleError
 from shardwise.rule_report import known_rules, show_rule, targets_named
@@ -81,6 +82,22 @@ def test_an_operator_without_a_rule_is_tried(tmp_path: Path, monkeypatch: pytest
     text = run("shardwise_test::reported", "--shapes", "4,6").output
     assert "No rule of shardwise's: it is run on small parts to find one." in text
     assert "a b -> a b (found by running it)" in text and "b=6  whole  (no way of splitting it was found" in text
+
+
+def test_what_capture_rewrites_needs_no_rule() -> None:
+    lines = run("aten.embedding_bag").output.splitlines()
+    assert lines[0] == "aten.embedding_bag.default"
+    assert lines[1] == "  It needs no rule: capture makes other operators of it."
+    assert "shardwise.bag_of_rows" in lines[2] and "shardwise.bag_of_runs" in lines[2]
+    (told,) = json.loads(run("aten.embedding_bag.padding_idx", "--json").output)
+    assert told["source"] == "rewritten" and not told["signature"]
+    assert show_rule(aten.embedding.default).source == "rule", "rewritten sometimes, and split where it is not"
+
+
+@pytest.mark.parametrize("target", [target for target in _REWRITES if target not in RULES], ids=str)
+def test_what_is_made_of_an_operator_has_rules(target: Any) -> None:
+    named = re.findall(r"`([\w.]+)`", rewriting(target) or "")
+    assert named and all(set(targets_named(each)) <= set(RULES) for each in named), "its description names operators that are split"
 
 
 @pytest.mark.parametrize(

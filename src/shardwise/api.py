@@ -83,12 +83,14 @@ def parallelize(
     """
     from shardwise.runtime.group import join_group
     from shardwise.runtime.job import Job
+    from shardwise.runtime.memory import give_back_freed_memory
 
     join_group(timeout_s)
     graph = capture(model, _resized(batch, plan.global_batch, batch_dims or {}), loss=loss, batch_dims=batch_dims)
     applied = apply_plan(plan, graph)
     job = Job(graph, plan, applied, state_of(model, graph), optimizer, device=_device(), seed=seed, timeout_s=timeout_s)
     _release(model, job)
+    give_back_freed_memory()
     return job
 
 

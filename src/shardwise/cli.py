@@ -12,14 +12,16 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, ParamSpec, TypeVar
 import typer
 from rich.console import Console
 
-from shardwise.errors import ShardwiseError
+from shardwise.errors import PlanError, ShardwiseError
 
 if TYPE_CHECKING:
     from shardwise import Plan
+    from shardwise.asked import Asked
 
 __all__ = ["app", "main"]
 
 DIFFERS, WRONG_INPUT, INFEASIBLE = 1, 2, 3
+DEFAULT_CLUSTER = "local:2"
 
 app = typer.Typer(
     help="Runs an ordinary single-device PyTorch model split over many devices, with the same numbers.",
@@ -36,10 +38,16 @@ ModelOption = Annotated[
     typer.Option("--model", help="hf:CONFIG.json, or FILE.py:FUNCTION, a function that returns the model and an example batch."),
 ]
 ClusterOption = Annotated[str, typer.Option("--cluster", help="local:N, N ranks on this machine, or a cluster file (.toml).")]
-LayoutOption = Annotated[str | None, typer.Option("--layout", help="What to pin, such as tp=2,pp=2,microbatches=4. The rest is searched.")]
+LayoutOption = Annotated[
+    str | None, typer.Option("--layout", help="What to pin, such as tp=2,pp=2,microbatches=4 or dp=4,zero=3. The rest is searched.")
+]
 ScheduleOption = Annotated[
     str | None,
     typer.Option("--schedule", help="gpipe, 1f1b, interleaved, zb-h1, zb-2p, zb-v, or a file with a table of your own."),
+]
+RecomputeOption = Annotated[
+    Literal["none", "selective", "full"] | None,
+    typer.Option("--recompute", help="What the backward pass computes again, to save memory. Default: none where that fits."),
 ]
 GlobalBatchOption = Annotated[int | None, typer.Option("--global-batch", min=1, help="Examples in a step, over all ranks.")]
 SequenceOption = Annotated[int | None, typer.Option("--sequence", min=1, help="Tokens in an example, for hf: language models.")]
@@ -47,6 +55,10 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for program
 RandomOption = Annotated[
     Literal["keyed", "fast"] | None,
     typer.Option("--random", help="keyed: one device's random numbers; fast: torch's own on each rank. Default: keyed."),
+]
+PlannedClusterOption = Annotated[
+    str | None,
+    typer.Option("--cluster", help="local:N, N ranks on this machine, or a cluster file (.toml). Default: local:2, or the plan's."),
 ]
 PlanOption = Annotated[Path | None, typer.Option("--plan", help="Use this plan.json instead of searching for one.")]
 
@@ -81,12 +93,13 @@ def _reported(command: Callable[_P, _R]) -> Callable[_P, _R]:
 @_reported
 def plan(
     model: ModelOption = None,
-    cluster: ClusterOption = "local:2",
+    cluster: ClusterOption = DEFAULT_CLUSTER,
     layout: LayoutOption = None,
     schedule: ScheduleOption = None,
     global_batch: GlobalBatchOption = None,
     sequence: SequenceOption = None,
     random: RandomOption = None,
+    recompute: RecomputeOption = None,
     out: Annotated[Path, typer.Option("--out", help="Where the plan goes.")] = Path("plan.json"),
     as_json: JsonOption = False,
 ) -> None:
@@ -98,7 +111,7 @@ def plan(
 
     shardwise plan --model train.py:model_and_batch --cluster local:4 --layout tp=2,pp=2 --out tp2pp2.json
     """
-    chosen = _plan(model, cluster, _scheduled(layout, schedule), global_batch, sequence, random)
+    chosen = _plan(model, cluster, _pinned(layout, schedule=schedule, recompute=recompute), global_batch, sequence, random)
     _save(chosen, out)
     if as_json:
         typer.echo(out.read_text())
@@ -114,12 +127,13 @@ def train(
     steps: Annotated[int, typer.Option("--steps", min=1, help="Optimizer steps.")] = 100,
     learning_rate: Annotated[float, typer.Option("--lr", min=0.0, help="AdamW's learning rate.")] = 1e-3,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Of the weights and the order of the data.")] = 0,
-    cluster: ClusterOption = "local:2",
+    cluster: PlannedClusterOption = None,
     layout: LayoutOption = None,
     schedule: ScheduleOption = None,
     global_batch: GlobalBatchOption = None,
     sequence: SequenceOption = None,
     random: RandomOption = None,
+    recompute: RecomputeOption = None,
     plan_file: PlanOption = None,
     port: Annotated[int, typer.Option("--port", min=0, max=65535, help="For the ranks to meet at; 0 takes a free one.")] = 0,
     out: Annotated[Path, typer.Option("--out", help="A directory for plan.json, training.json, report.html and trace.json.")] = Path(
@@ -147,8 +161,8 @@ def train(
         steps=steps,
         learning_rate=learning_rate,
         seed=seed,
-        cluster=cluster,
-        layout=_scheduled(layout, schedule),
+        cluster=cluster if plan_file else cluster or DEFAULT_CLUSTER,
+        layout=_pinned(layout, schedule=schedule, recompute=recompute),
         global_batch=global_batch,
         sequence=sequence,
         random=random,
@@ -166,11 +180,12 @@ def train(
 @_reported
 def verify(
     model: ModelOption = None,
-    cluster: ClusterOption = "local:2",
+    cluster: ClusterOption = DEFAULT_CLUSTER,
     layout: LayoutOption = None,
     schedule: ScheduleOption = None,
     global_batch: GlobalBatchOption = None,
     sequence: SequenceOption = None,
+    recompute: RecomputeOption = None,
     dtype: Annotated[Precision, typer.Option("--dtype", help="float64 is the proof, float32 the practice.")] = Precision.FLOAT64,
     as_json: JsonOption = False,
 ) -> None:
@@ -188,7 +203,8 @@ def verify(
     from shardwise.models import load_model
 
     module, batch = load_model(_required(model), batch_size=global_batch, sequence=sequence)
-    report = _feasible(sw.verify(module, batch, cluster=cluster, layout=_scheduled(layout, schedule), dtype=getattr(torch, dtype.value)))
+    pinned = _pinned(layout, schedule=schedule, recompute=recompute)
+    report = _feasible(sw.verify(module, batch, cluster=cluster, layout=pinned, dtype=getattr(torch, dtype.value)))
     if as_json:
         names = ("ok", "max_relative_error", "first_difference", "layout")
         typer.echo(json.dumps({name: _plain(getattr(report, name)) for name in names}, indent=2))
@@ -247,7 +263,7 @@ def coverage(
 def simulate(
     model: ModelOption = None,
     plan_file: PlanOption = None,
-    cluster: ClusterOption = "local:2",
+    cluster: PlannedClusterOption = None,
     layout: LayoutOption = None,
     schedule: ScheduleOption = None,
     global_batch: GlobalBatchOption = None,
@@ -266,8 +282,13 @@ def simulate(
     shardwise simulate --model hf:config.json --cluster cluster.toml --layout tp=8
     """
     import shardwise as sw
+    from shardwise.asked import Asked
 
-    chosen = sw.Plan.load(plan_file) if plan_file else _plan(model, cluster, _scheduled(layout, schedule), global_batch, sequence)
+    pinned = _pinned(layout, schedule=schedule)
+    if plan_file is None:
+        chosen = _plan(model, cluster or DEFAULT_CLUSTER, pinned, global_batch, sequence)
+    else:
+        chosen = _planned(plan_file, model, Asked(cluster=cluster, layout=pinned, global_batch=global_batch), sequence)
     simulation = sw.simulate(chosen)
     out.parent.mkdir(parents=True, exist_ok=True)
     simulation.save_trace(out)
@@ -405,9 +426,10 @@ def _required(model: str | None) -> str:
     return model
 
 
-def _scheduled(layout: str | None, schedule: str | None) -> str | None:
-    """The layout with the schedule that an option of its own names."""
-    return layout if schedule is None else ",".join(filter(None, (layout, f"schedule={schedule}")))
+def _pinned(layout: str | None, **options: str | None) -> str | None:
+    """The layout with what options of their own name."""
+    named = [f"{name}={value}" for name, value in options.items() if value is not None]
+    return ",".join(filter(None, (layout, *named))) or None
 
 
 def _plan(
@@ -423,6 +445,18 @@ def _plan(
 
     module, batch = load_model(_required(model), batch_size=global_batch, sequence=sequence, device="meta")
     return _feasible(sw.plan(module, batch, cluster=cluster, layout=layout, global_batch=global_batch, random=random or "keyed"))
+
+
+def _planned(path: Path, model: str | None, asked: Asked, sequence: int | None) -> Plan:
+    """The plan of a file, which no option contradicts."""
+    import shardwise as sw
+
+    given = [name for name, value in (("--model", model), ("--sequence", sequence)) if value is not None]
+    if given:
+        raise PlanError(f"{given[0]} has no effect beside --plan {path}, which holds what is simulated: leave one of the two out")
+    plan = sw.Plan.load(path)
+    asked.check(plan, path)
+    return plan
 
 
 def _feasible(result: Any) -> Any:

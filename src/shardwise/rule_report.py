@@ -12,6 +12,7 @@ import torch
 from pydantic import BaseModel, ConfigDict
 
 from shardwise.capture.graph import Op, operator_name
+from shardwise.capture.normalize import rewriting
 from shardwise.errors import RuleError
 from shardwise.sharding.rules import RULES, signature_of
 from shardwise.sharding.rules.examples import Example, example, example_call
@@ -47,7 +48,8 @@ class Factor(_Frozen):
 
 
 class ShownRule(_Frozen):
-    """How a call would be split. source: "rule", "declared", "discovered" or "whole"; linear: sets of inputs that may be summands."""
+    """How a call would be split. source: "rule", "declared", "discovered", "whole" or "rewritten" (capture leaves no such call).
+    linear: sets of inputs that may be summands."""
 
     operator: str
     family: str
@@ -60,6 +62,8 @@ class ShownRule(_Frozen):
 
     def __str__(self) -> str:
         lines = [f"{self.operator}" + (f"  (rules/{self.family}.py)" if self.family else ""), *_indented(self.doc)]
+        if self.source == "rewritten":
+            return "\n".join(lines)
         if not self.signature:
             return "\n".join([*lines, "  no example of it is known: give a call with --shapes and --args"])
         said = {"rule": "", "declared": " (declared)", "discovered": " (found by running it)", "whole": " (kept whole)"}[self.source]
@@ -140,6 +144,9 @@ def show_rule(target: Any, shapes: str | None = None, args: str = "") -> ShownRu
     Raises RuleError when the operator does not take the shapes.
     """
     rule = RULES.get(target)
+    if rule is None and (becomes := rewriting(target)) is not None:
+        doc = f"It needs no rule: capture makes other operators of it.\n{becomes}"
+        return ShownRule(operator=operator_name(target), family="", doc=doc, source="rewritten")
     doc = "No rule of shardwise's: it is run on small parts to find one." if rule is None else _doc(rule)
     shown = ShownRule(operator=operator_name(target), family=_family(rule) if rule else "", doc=doc)
     op = _first_call(target, args) if shapes is None else example_call(target, Example(shapes=shapes, args=args))

@@ -13,10 +13,11 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from shardwise.asked import Asked
 from shardwise.capture.export import capture
 from shardwise.cluster.machine import available_memory_bytes
 from shardwise.environment import rank_environment
-from shardwise.errors import DataError, ModelError, PlanError
+from shardwise.errors import DataError, ModelError
 from shardwise.models import Batch, load_model
 from shardwise.planner.plan import Random, simulate
 from shardwise.planner.preflight import preflight
@@ -33,14 +34,14 @@ __all__ = ["TrainRequest", "run_training"]
 
 @dataclass(frozen=True, kw_only=True)
 class TrainRequest:
-    """The command's options; shown: whether progress is displayed."""
+    """The command's options, None where they were not given; shown: whether progress is displayed."""
 
     model: str
     data: Path | None
     steps: int
     learning_rate: float
     seed: int
-    cluster: str
+    cluster: str | None
     layout: str | None
     global_batch: int | None
     sequence: int | None
@@ -87,18 +88,16 @@ def _plan(request: TrainRequest, model: nn.Module, batch: Batch) -> Plan | Infea
     import shardwise as sw
 
     if request.plan_file is not None:
-        return _as_asked(sw.Plan.load(request.plan_file), request)
+        plan = sw.Plan.load(request.plan_file)
+        _asked(request).check(plan, request.plan_file)
+        return plan
+    assert request.cluster is not None, "without a plan the command names a cluster"
     random = request.random or "keyed"
     return sw.plan(model, batch, cluster=request.cluster, layout=request.layout, global_batch=request.global_batch, random=random)
 
 
-def _as_asked(plan: Plan, request: TrainRequest) -> Plan:
-    """The plan, which no option contradicts."""
-    if request.random not in (None, plan.random):
-        raise PlanError(
-            f"{request.plan_file} says random={plan.random!r}, --random says {request.random}: change the file or leave the option out"
-        )
-    return plan
+def _asked(request: TrainRequest) -> Asked:
+    return Asked(cluster=request.cluster, layout=request.layout, global_batch=request.global_batch, random=request.random)
 
 
 def _plan_of_rank_0(request: TrainRequest, model: nn.Module, batch: Batch) -> Plan | Infeasible:

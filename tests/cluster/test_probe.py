@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -7,7 +9,7 @@ import torch
 
 from shardwise.cluster import probe
 from shardwise.cluster.probe_kernels import KERNELS
-from shardwise.cluster.rates import IMPLEMENTATIONS, Curve, MatmulRate, Rates
+from shardwise.cluster.rates import IMPLEMENTATIONS, KERNEL_WORKING_SET_BYTES, Curve, MatmulRate, Rates
 from shardwise.cluster.timing import Stopwatch
 
 
@@ -36,6 +38,10 @@ def test_two_ranks_measure_everything() -> None:
         (kind, impl) for kind in IMPLEMENTATIONS for impl in IMPLEMENTATIONS[kind]
     }
     assert all(rate.ranks == 2 and 1e-7 < rate.latency_s <= rate.seconds[-1] < 5 for rate in rates.collectives)
+    assert all(len(rate.busy_s) == 2 and 0 <= rate.busy_s[0] <= rate.busy_s[1] < 5 for rate in rates.collectives)
+    assert any(rate.busy_s[1] > 0 for rate in rates.collectives)
+    assert rates.cached_bytes_per_s is not None
+    assert rates.cached_bytes_per_s[0] > rates.read_bytes_per_s.at(KERNEL_WORKING_SET_BYTES), "working sets of any size are met cold"
     assert 1e9 < rates.matmul_of("float32").flops_per_s(512, 512, 512) < 1e14
     assert rates.matmul_of("float32").thinness.at(1) < 0.9
     assert 1e8 < rates.read_bytes_per_s.at(1 << 26) < 1e12
@@ -90,14 +96,19 @@ def test_kernels_run_in_every_dtype(name: str) -> None:
         assert elements >= 64 * 512
 
 
-def test_stopwatch_counts_the_cpu_alone() -> None:
-    import time
+def _busy(seconds: float) -> None:
+    end = time.thread_time() + seconds
+    while time.thread_time() < end:
+        pass
 
+
+def test_stopwatch_counts_the_cpu_alone() -> None:
     watch = Stopwatch(budget_s=0.0)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         assert watch.seconds(lambda: time.sleep(0.02)) < 0.01
+        assert watch.seconds(lambda: None, before=partial(_busy, 0.01)) < 0.005, "what comes before is not counted"
     finally:
         torch.set_num_threads(threads)
     assert watch.contention > 2

@@ -45,9 +45,14 @@ def test_collective_is_read_between_and_beyond_its_sizes() -> None:
     assert rate.seconds_for(2100) == 4.0
     assert rate.seconds_for(3100) == pytest.approx(6.0)
     assert rate.bytes_per_s == pytest.approx(500.0)
+    assert rate.busy_for(600) == 0.0, "not known"
+    busy = _collective(busy_s=(0.1, 0.3, 0.4))
+    assert [busy.busy_for(size) for size in (0, 600, 2100, 3100)] == pytest.approx([0.1, 0.2, 0.4, 0.5])
 
 
-@pytest.mark.parametrize("changed", [{"kind": "gossip"}, {"impl": "ring"}, {"seconds": (1.0,)}, {"message_bytes": (3.0, 2.0, 1.0)}])
+@pytest.mark.parametrize(
+    "changed", [{"kind": "gossip"}, {"impl": "ring"}, {"seconds": (1.0,)}, {"message_bytes": (3.0, 2.0, 1.0)}, {"busy_s": (1.0,)}]
+)
 def test_collective_refuses(changed: dict[str, object]) -> None:
     with pytest.raises(ValidationError):
         _collective(**changed)

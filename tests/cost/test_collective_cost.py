@@ -1,9 +1,14 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
+import torch
 
 from shardwise.cluster.model import Cluster
-from shardwise.cost.collectives import collective_cost, collective_seconds
+from shardwise.cluster.rates import CollectiveRate
+from shardwise.cost.collectives import Shares, collective_cost, collective_seconds, collective_shares
+from shardwise.simulate.costs import graph_seconds
 
 
 def test_the_fastest_implementation_depends_on_the_message(cluster: Cluster) -> None:
@@ -31,3 +36,50 @@ def test_what_was_not_measured_is_never_chosen(cluster: Cluster) -> None:
     assert collective_seconds("all_reduce", "other", 1e6, 2, cluster) == float("inf")
     with pytest.raises(AssertionError, match="no all_to_all among the rates of round"):
         collective_cost("all_to_all", 1e6, 2, cluster)
+
+
+def busy(cluster: Cluster, *, cores: int | None, busy_s: tuple[float, ...]) -> Cluster:
+    """Four ranks whose all-reduces keep cores busy for so long."""
+    rate = CollectiveRate(kind="all_reduce", impl="native", ranks=4, message_bytes=(0, 1e6), seconds=(3e-4, 6e-3), busy_s=busy_s)
+    return replace(cluster, cores=cores, rates=cluster.rates.model_copy(update={"collectives": (rate,)}))
+
+
+def test_on_shared_cores_a_collective_takes_a_core(cluster: Cluster) -> None:
+    """Four ranks, each 2 ms of a core, keep two cores busy for 4 of the 6 ms that it takes all of them together."""
+    found = collective_shares("all_reduce", "native", 1e6, 4, busy(cluster, cores=2, busy_s=(1e-4, 2e-3)))
+    assert (found.compute_s, found.communicate_s) == pytest.approx((2e-3, 6e-3 - 4e-3))
+    alone = collective_shares("all_reduce", "native", 1e6, 4, busy(cluster, cores=8, busy_s=(1e-4, 2e-3)))
+    assert (alone.compute_s, alone.communicate_s) == pytest.approx((2e-3, 4e-3))
+
+
+def test_it_waits_for_nothing_where_cores_are_what_limits_it(cluster: Cluster) -> None:
+    found = collective_shares("all_reduce", "native", 1e6, 4, busy(cluster, cores=2, busy_s=(1e-4, 5e-3)))
+    assert (found.compute_s, found.communicate_s) == pytest.approx((5e-3, 0.0))
+    capped = collective_shares("all_reduce", "native", 1e6, 4, busy(cluster, cores=2, busy_s=(1e-4, 9e-3)))
+    assert capped.compute_s == pytest.approx(6e-3), "several threads of a rank may each take a core; it is not longer than the whole"
+
+
+@pytest.mark.parametrize(("cores", "busy_s"), [(None, (1e-4, 2e-3)), (2, ())])
+def test_elsewhere_it_only_waits(cluster: Cluster, cores: int | None, busy_s: tuple[float, ...]) -> None:
+    found = collective_shares("all_reduce", "native", 1e6, 4, busy(cluster, cores=cores, busy_s=busy_s))
+    assert found == Shares(compute_s=0.0, communicate_s=6e-3)
+    assert collective_shares("all_reduce", "native", 1e6, 1, cluster) == Shares(compute_s=0.0, communicate_s=0.0)
+
+
+def test_other_groups_are_busy_in_proportion(cluster: Cluster) -> None:
+    shared = busy(cluster, cores=2, busy_s=(1e-4, 2e-3))
+    found = collective_shares("all_reduce", "native", 1e6, 8, shared)
+    assert found.compute_s == pytest.approx(1e-4 * 7 / 3 + (2e-3 - 1e-4) * (7 / 8) / (3 / 4))
+
+
+def test_a_graph_computes_while_it_communicates(cluster: Cluster) -> None:
+    graph = torch.fx.Graph()
+    source = graph.placeholder("x")
+    source.meta["val"] = torch.empty(250_000, device="meta")
+    summed = graph.call_function(torch.ops.shardwise.all_reduce.default, (source, "tp:0,1,2,3", "sum", "native"))
+    summed.meta["val"] = source.meta["val"]
+    graph.output([summed])
+    shared = graph_seconds(graph, busy(cluster, cores=2, busy_s=(1e-4, 2e-3)))
+    assert (shared.compute_s, shared.communicate_s) == pytest.approx((2e-3, 2e-3))
+    apart = graph_seconds(graph, busy(cluster, cores=None, busy_s=(1e-4, 2e-3)))
+    assert (apart.compute_s, apart.communicate_s) == pytest.approx((0.0, 6e-3))

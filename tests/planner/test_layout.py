@@ -28,7 +28,11 @@ def test_text_and_mappings_say_the_same() -> None:
     ("given_", "message"),
     [
         ("tp", "'tp' in layout 'tp' is no NAME=VALUE pair; write for example tp=2,pp=2"),
-        ("zp=2", "'zp' in the layout is unknown; there are dp, cp, tp, pp, chunks, microbatches, schedule, shares"),
+        ("zp=2", "'zp' in the layout is unknown; there are dp, cp, tp, pp, chunks, microbatches, schedule, zero, shard, recompute, shares"),
+        ("zero=4", "zero=4 in the layout is unknown; there are 0, 1, 2, 3"),
+        ("recompute=all", "recompute=all in the layout is unknown; there are none, selective, full"),
+        ("zero=1,shard=x", "shard=x in the layout is not a whole number of 1 or more"),
+        ("dp=4,shard=2", "shard=2 in the layout says how many ranks divide what zero divides: name zero=1, 2 or 3, too"),
         ("shares=3:x", "shares=x in the layout is not a whole number of 1 or more"),
         ("shares=2:0", "shares=0 in the layout is not a whole number of 1 or more"),
         ("dp=3,shares=2:1", "shares=2:1 are of 2 copies, dp=3 has 3; give a share for each copy"),

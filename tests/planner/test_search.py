@@ -12,7 +12,7 @@ from tests.models import Example, gpt2, llama, mlp, unet, vit
 import shardwise as sw
 from shardwise.capture.export import capture
 from shardwise.planner.layout import Layout
-from shardwise.planner.search import search
+from shardwise.planner.search import FULL_MEMORY, search
 
 SECONDS = 5.0  # for an 8-layer model on four ranks, after capture
 
@@ -71,10 +71,40 @@ def test_a_memory_limit_makes_splits_appear() -> None:
     states = 16 * sum(parameter.numel() for parameter in example[0].parameters())
     copies = planned(example, 4, "dp=4,microbatches=1")
     limit = max(copies.predicted.memory_bytes) - states // 4
-    tight = planned(example, 4, "microbatches=1,pp=1", memory_gb=limit / 1e9)
+    tight = planned(example, 4, "microbatches=1,pp=1,zero=0", memory_gb=limit / 1e9)
     assert tight.tp > 1 and max(tight.predicted.memory_bytes) < limit
-    found = sw.plan(*example, made_up(4, memory_gb=limit / 1e9), "dp=4,microbatches=1")
+    found = sw.plan(*example, made_up(4, memory_gb=limit / 1e9), "dp=4,microbatches=1,zero=0")
     assert isinstance(found, sw.Infeasible)
+
+
+def test_a_memory_limit_makes_data_ranks_divide() -> None:
+    """Roomy, nothing is divided; the less there is, the more; and the plan says so."""
+    example, layout = llama(layers=3, hidden=384, sequence=32), "dp=4,microbatches=1"
+    copies = planned(example, 4, layout)
+    assert (copies.zero, copies.recompute) == (0, "none")
+    for more_than, zero in ((0, 1), (1, 2), (2, 3)):  # just too little for a plan that divides less
+        fits = planned(example, 4, f"{layout},zero={more_than}")
+        limit = max(fits.predicted.memory_bytes) - 1
+        tight = planned(example, 4, layout, memory_gb=limit / FULL_MEMORY / 1e9)
+        assert tight.zero == zero and tight.recompute == "none", tight.layout
+        assert max(tight.predicted.memory_bytes) <= limit < max(copies.predicted.memory_bytes)
+        assert f"zero={zero}" in tight.layout and "divided over 4 data ranks" in str(tight)
+        assert tight.layout in {each.layout for each in tight.considered}
+
+
+def test_a_memory_limit_makes_blocks_computed_again() -> None:
+    example, layout = gpt2(layers=4, samples=16), "dp=1,microbatches=1"
+    whole = planned(example, 1, layout)
+    saved = whole.predicted.by_kind[0]["saved"]
+    for recompute, less in (("selective", 0.25), ("full", 0.6)):
+        limit = whole.predicted.memory_bytes[0] - less * saved
+        tight = planned(example, 1, layout, memory_gb=limit / FULL_MEMORY / 1e9)
+        assert tight.recompute == recompute, tight.layout
+        assert tight.predicted.memory_bytes[0] <= limit
+        assert "each of 4 blocks keeps what it is given" in str(tight)
+        assert tight.predicted.step_time_s > whole.predicted.step_time_s
+    found = sw.plan(*example, made_up(1, memory_gb=limit / FULL_MEMORY / 1e9), f"{layout},recompute=none")
+    assert isinstance(found, sw.Infeasible) and "a rank" in found.reasons[0]
 
 
 def test_nothing_fits() -> None:

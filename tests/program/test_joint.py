@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor, fx
 
 from shardwise.program.joint import Halves, JointGraph
+from shardwise.program.recompute import RECOMPUTE
 from shardwise.program.trace import Tracer
 
 SIZE = 4
@@ -52,10 +54,15 @@ CALLS: dict[str, tuple[int, Function]] = {
 
 @dataclass(frozen=True)
 class Computation:
-    """trained: which of the inputs need a gradient. calls: (name, indices of what it reads among inputs and all earlier results)."""
+    """trained: which of the inputs need a gradient. calls: (name, indices of what it reads among inputs and all earlier results).
+
+    segments: the block that each call belongs to, "" for none; recompute: what the blocks keep.
+    """
 
     trained: tuple[bool, ...]
     calls: tuple[tuple[str, tuple[int, ...]], ...]
+    segments: tuple[str, ...] = ()
+    recompute: str = "none"
 
 
 @st.composite
@@ -66,7 +73,8 @@ def computations(draw: st.DrawFn) -> Computation:
         name = draw(st.sampled_from(sorted(CALLS)))
         calls.append((name, tuple(draw(st.integers(0, known - 1)) for _ in range(CALLS[name][0]))))
         known += 2 if name == "halves" else 1
-    return Computation(trained, tuple(calls))
+    segments = tuple(draw(st.sampled_from(["", "a", "b", "c"])) for _ in calls)  # in any order, so that blocks read each other's
+    return Computation(trained, tuple(calls), segments, draw(st.sampled_from(RECOMPUTE)))
 
 
 def eager(computation: Computation, inputs: list[Tensor], cotangent: Tensor) -> tuple[Tensor, list[Tensor | None]]:
@@ -89,12 +97,14 @@ def built(computation: Computation, parameters: Sequence[bool] | None = None) ->
     meta = tracer.tensor((SIZE, SIZE), torch.float64)
     sources = [joint.placeholder(f"x{number}", meta, grad=grad) for number, grad in enumerate(computation.trained)]
     nodes = list(sources)
-    for name, indices in computation.calls:
+    for (name, indices), segment in zip_longest(computation.calls, computation.segments, fillvalue=""):
+        joint.segment = segment or None  # type: ignore[assignment]
         nodes += joint.apply(CALLS[name][1], name, [nodes[index] for index in indices], grad=True, module="")
+    joint.segment = None
     seed = joint.placeholder("seed", meta, forward=False)
     joint.backward([(nodes[-1], seed)])
     gradients = [joint.cotangents.get(node) if node in joint.tracked else None for node in sources]
-    return joint.split([nodes[-1]], gradients, for_parameters=parameters)
+    return joint.split([nodes[-1]], gradients, computation.recompute, for_parameters=parameters)
 
 
 def run(graph: fx.Graph, inputs: Sequence[Tensor]) -> list[Any]:
@@ -134,7 +144,7 @@ def in_two_parts(halves: Halves, parameters: Sequence[bool], found: list[Any]) -
     return [second.get(number, gradient) for number, gradient in enumerate(first)]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(computations())
 def test_gradients_are_those_of_autograd(computation: Computation) -> None:
     check(computation)

@@ -9,22 +9,31 @@ import pytest
 import torch
 from tests.clusters import made_up
 from tests.models import Example, gpt2, llama, mlp, unet
+from tests.program.support import build
 from torch import Tensor, fx
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from shardwise.capture.export import capture
+from shardwise.capture.state import state_of as whole_state_of
 from shardwise.cost.memory import liveness, tensor_bytes
 from shardwise.planner.apply import apply_plan
 from shardwise.planner.layout import Layout
 from shardwise.planner.search import search
 from shardwise.program.build import build_programs
 from shardwise.program.program import StageProgram
+from shardwise.runtime.executor import Executor
+from shardwise.runtime.gradients import Gradients
 from shardwise.runtime.graphs import callable_of
+from shardwise.runtime.job import batch_part, own_part
+from shardwise.runtime.optimizer import prefer_fused
+from shardwise.runtime.parameters import Parameters
 from shardwise.simulate.costs import Passed, _peak_after, kept_values, memory_use, saved_values
 
 WITHIN = 0.02
+STEP_WITHIN = 0.04
+CPU = torch.device("cpu")
 
 
 class Living(TorchDispatchMode):
@@ -161,6 +170,64 @@ def lived_through(graph: fx.Graph, given: list[Tensor], others: set[int], passed
         results = callable_of(graph)(inputs)
     assert living.peak_bytes - held == pytest.approx(_peak_after(graph, passed), rel=WITHIN, abs=WITHIN * held)
     return results
+
+
+class Alone:
+    """A transport to ranks that are not there: messages have the right shapes and take their memory, and all that arrives is zero."""
+
+    def all_reduce(self, x: Tensor, group: str, op: str, impl: str) -> Tensor:
+        return x.clone(memory_format=torch.contiguous_format)
+
+    def all_gather(self, x: Tensor, group: str, dim: int, sizes: Sequence[int], impl: str) -> Tensor:
+        return x.new_zeros([*x.shape[:dim], sum(sizes), *x.shape[dim + 1 :]])
+
+    def reduce_scatter(self, x: Tensor, group: str, dim: int, sizes: Sequence[int], impl: str) -> Tensor:
+        return x.new_zeros([*x.shape[:dim], sizes[0], *x.shape[dim + 1 :]])
+
+    def sum_in_place(self, x: Tensor, group: str, impl: str) -> None:
+        pass
+
+    def begin_sum(self, x: Tensor, group: str, impl: str, number: int) -> Callable[[], object]:
+        return lambda: None
+
+
+STEPS: dict[str, str] = {
+    "nothing divided": "dp=2,microbatches=1",
+    "zero 1": "dp=2,microbatches=2,zero=1",
+    "zero 2": "dp=2,microbatches=2,zero=2",
+    "zero 3": "dp=2,microbatches=1,zero=3",
+    "selective": "dp=2,microbatches=1,recompute=selective",
+    "full": "dp=2,microbatches=1,recompute=full",
+    "zero 3, full": "dp=2,microbatches=1,zero=3,recompute=full",
+}
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_a_whole_step_takes_what_is_predicted(name: str) -> None:
+    """The first rank's parameters, gradients, states and activations, in the second of two steps of AdamW."""
+    built = build(gpt2(layers=3, hidden=96, samples=8, sequence=64), f"tp=1,pp=1,{STEPS[name]}")
+    program, transport = built.programs[0], Alone()
+    model, batch = gpt2(layers=3, hidden=96, samples=8, sequence=64)
+    whole = whole_state_of(model, built.graph)
+    mine = batch_part(built.graph, built.plan, program, batch, CPU)
+    living = Living()
+    living.ignore([*whole.values(), *mine.values(), *batch.values()])
+    with living:
+        parts = [*program.parameters, *program.buffers]
+        state = {part.name: own_part(whole[part.name], part, program, CPU).clone() for part in parts}
+        gradients = Gradients(program, transport, built.choose, CPU)  # type: ignore[arg-type]
+        parameters = Parameters(program, state, gradients.parts, transport, built.choose)  # type: ignore[arg-type]
+        optimizer = prefer_fused(torch.optim.AdamW([parameter for _, parameter in parameters.trained], lr=0.0))
+        executor = Executor(program, state, gradients, transport, CPU)  # type: ignore[arg-type]
+
+        def update() -> None:
+            optimizer.step()
+            parameters.gather()
+
+        for step in range(2):
+            executor.step(mine, step, update)
+    use = memory_use(program, "adamw")
+    assert living.peak_bytes == pytest.approx(use.total - use.runtime, rel=STEP_WITHIN)
 
 
 def test_kinds_add_up() -> None:

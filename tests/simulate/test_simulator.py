@@ -16,7 +16,9 @@ from shardwise.simulate.simulator import Mesh, Simulation, simulate_profile
 F, B = 1.0, 2.0  # seconds
 
 
-def stage(forward: float = F, backward: float = B, reduce: float = 0.0, update: float = 0.0, memory: int = 7) -> StageProfile:
+def stage(
+    forward: float = F, backward: float = B, reduce: float = 0.0, update: float = 0.0, memory: int = 7, tied: list[int] | None = None
+) -> StageProfile:
     seconds = {
         "prelude": (0.0, 0.0),
         "forward": (forward, 0.0),
@@ -24,7 +26,7 @@ def stage(forward: float = F, backward: float = B, reduce: float = 0.0, update: 
         "reduce": (0.0, reduce),
         "update": (update, 0.0),
     }
-    return StageProfile(seconds=seconds, memory={"parameters": memory}, reduces=["dp"] if reduce else [])
+    return StageProfile(seconds=seconds, memory={"parameters": memory}, reduces=["dp"] if reduce else [], tied=tied or [])
 
 
 def chain(stages: list[StageProfile], transfer_s: float = 0.0, cores: int | None = None) -> Profile:
@@ -97,6 +99,22 @@ def test_stages_reduce_when_they_are_done() -> None:
     ends = {(span.rank, span.action.kind): span.end_s for span in step.timeline}
     assert ends[2, Kind.REDUCE] == pytest.approx(step.step_time_s - B)
     assert step.step_time_s == pytest.approx(3 * (F + B) + 0.5)
+
+
+def test_stages_that_share_a_weight_end_their_reduction_together() -> None:
+    """The last stage is done before the first, and waits for its gradient; the stage between them does not."""
+    profile = chain([stage(reduce=0.5, tied=[2]), stage(reduce=0.5), stage(reduce=0.5, tied=[0])])
+    ends = {span.rank: span.end_s for span in simulated(profile, 2).timeline if span.action.kind is Kind.REDUCE}
+    assert ends[0] == ends[2] == pytest.approx(4 * (F + B) + 0.5)
+    assert ends[1] == pytest.approx(4 * (F + B) - B + 0.5)
+
+
+@pytest.mark.parametrize(("dp", "tp"), [(1, 2), (2, 1), (2, 2)])
+def test_a_shared_weight_makes_whole_stages_wait(dp: int, tp: int) -> None:
+    """Each copy of the one stage waits for its peer in the other, and so for all copies there. Cores enough for all of them."""
+    profile = chain([stage(reduce=0.5, tied=[1]), stage(reduce=0.5, tied=[0])], cores=8)
+    ends = [span.end_s for span in simulated(profile, 2, dp=dp, tp=tp).timeline if span.action.kind is Kind.REDUCE]
+    assert ends == pytest.approx([3 * (F + B) + 0.5] * 2 * dp * tp)
 
 
 @settings(max_examples=60, deadline=None)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from shardwise.capture.graph import Op
 
-__all__ = ["block_pattern", "find_blocks"]
+__all__ = ["block_pattern", "find_blocks", "list_member"]
 
 _NUMBER = re.compile(r"\.(\d+)(?=[.:]|$)")
 
@@ -21,7 +21,7 @@ def find_blocks(ops: list[Op]) -> list[list[list[Op]]]:
     """For each list of repeated modules the operator sequences of its members, in order; only runs of equal sequences of two or more."""
     members: dict[str, dict[int, list[Op]]] = defaultdict(lambda: defaultdict(list))
     for op in ops:
-        if (place := _member(op.module)) is not None:
+        if (place := list_member(op.module)) is not None:
             members[place[0]][place[1]].append(op)
     runs: list[list[list[Op]]] = []
     for sequences in members.values():
@@ -40,7 +40,7 @@ def block_pattern(key: str) -> str:
     return _NUMBER.sub(".*", f".{key}", count=1)[1:]
 
 
-def _member(module: str) -> tuple[str, int] | None:
+def list_member(module: str) -> tuple[str, int] | None:
     """(`layers.*`, 3) for `layers.3.mlp`: the outermost numbered part of the path."""
     if match := _NUMBER.search(f".{module}"):
         return f".{module}"[1 : match.start()], int(match.group(1))

@@ -12,6 +12,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -25,7 +26,7 @@ from shardwise.capture.keyed import is_random
 from shardwise.capture.recurrent import KINDS, recurrent
 from shardwise.errors import CaptureError
 
-__all__ = ["NOISE", "RANDOM_STATE", "is_random", "normalize", "passes_through"]
+__all__ = ["NOISE", "RANDOM_STATE", "is_random", "normalize", "passes_through", "rewriting"]
 
 aten = torch.ops.aten
 
@@ -68,18 +69,27 @@ def normalize(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], metas:
     return builder.add(target, args, kwargs, metas)
 
 
+def rewriting(target: Any) -> str | None:
+    """In words, what capture makes of the operator's calls; None where it makes nothing else of them."""
+    rewrite = _REWRITES.get(target)
+    return None if rewrite is None else inspect.getdoc(rewrite)
+
+
 def _view(call: Request) -> tuple[Value, ...]:
+    """A reshape: `aten.reshape.default`."""
     return call.builder.add(aten.reshape.default, call.args, call.kwargs, call.metas)
 
 
 def _constant(call: Request) -> Value:
-    """A constant of another tensor's dtype takes none of its values: it is made of nothing, and may be for all microbatches."""
+    """`aten.zeros.default`, `aten.ones.default` or `aten.full.default`: it takes none of the tensor's values, and may be for all
+    microbatches."""
     size, value = call.get("size"), [call.get("fill_value")] if call.target is aten.new_full.default else []
     target = {aten.new_zeros.default: aten.zeros.default, aten.new_ones.default: aten.ones.default}.get(call.target, aten.full.default)
     return call.add(target, list(size), *value, dtype=call.meta.dtype, device=torch.device("cpu"), pin_memory=False)
 
 
 def _broadcast(call: Request) -> tuple[Value, ...]:
+    """Each tensor expanded by itself: `aten.expand.default`."""
     return tuple(_expanded(call, each, meta) for each, meta in zip(call.args[0], call.metas, strict=True))
 
 
@@ -88,7 +98,7 @@ def _expanded(call: Request, x: Value, meta: torch.Tensor) -> Value:
 
 
 def _copy(call: Request) -> Value:
-    """What an assignment to a slice becomes: the values that it overwrites do not matter, but their dtype and shape."""
+    """`aten.expand.default` of what is copied: what is overwritten does not matter, but its dtype and shape."""
     source, meta = call.args[1], call.meta
     if source.dtype != meta.dtype:
         source = call.add(aten.to.dtype, source, meta.dtype, meta=meta.new_empty(source.shape))
@@ -96,7 +106,10 @@ def _copy(call: Request) -> Value:
 
 
 def _cross_entropy(call: Request) -> Value:
-    """Sum or each element; a mean of labels divides by the count of valid ones, a mean of probabilities by that of the positions."""
+    """`shardwise.cross_entropy_sum` or `shardwise.cross_entropy_each`.
+
+    A mean of labels divides by the count of valid ones, a mean of probabilities by that of the positions.
+    """
     logits, target, weight = call.args[0], call.args[1], call.get("weight")
     arguments = (logits, target, weight, call.get("ignore_index"), call.get("label_smoothing"))
     if call.get("reduction") == 0:
@@ -108,6 +121,7 @@ def _cross_entropy(call: Request) -> Value:
 
 
 def _negative_log_likelihood(call: Request) -> Value:
+    """`shardwise.nll_sum`, which a mean divides by `shardwise.valid_count`, or `shardwise.nll_each`."""
     arguments = (*call.args[:2], call.get("weight"), call.get("ignore_index"))
     if call.get("reduction") == 0:
         return call.add(operators.nll_each, *arguments)
@@ -128,7 +142,7 @@ def _embedding(call: Request) -> Value | None:
 
 
 def _embedding_bag(call: Request) -> Value:
-    """Bags of one length, written as offsets that count in steps of it, are rows of a table."""
+    """`shardwise.bag_of_rows` where all bags have one length (offsets that count in steps of it), else `shardwise.bag_of_runs`."""
     weight, index, starts = call.args[:3]
     scale, mode = call.get("per_sample_weights"), ("sum", "mean", "max")[call.get("mode")]
     padding = None if call.target is aten.embedding_bag.default else call.get("padding_idx")
@@ -154,7 +168,7 @@ def _step(starts: Value, end: int) -> int | None:
 
 
 def _recurrent(call: Request) -> tuple[Value, ...]:
-    """A recurrent layer as one operator; with dropout between its layers, one for each of them and the dropout."""
+    """`shardwise.recurrent.default`; with dropout between its layers, one for each of them and the dropout."""
     x, states, weights, biases, layers, probability, training, both_ways, batch_first = call.args
     given = list(states) if isinstance(states, (tuple, list)) else [states]
 
@@ -182,15 +196,18 @@ def _layer_of(call: Request, state: Value, start: int, ways: int) -> Value:
 
 
 def _weight_norm(call: Request) -> Value:
+    """`shardwise.weight_norm`, whose gradient is made of plain operators."""
     return call.add(operators.weight_norm, *call.args[:2], call.get("dim"))
 
 
 def _own_statistics(call: Request) -> Value:
+    """`shardwise.batch_norm_alone`: the batch's own statistics, of which none are kept."""
     return call.add(operators.batch_norm_alone, *call.args[:3], call.get("eps"))
 
 
 def _batch_norm(call: Request) -> Value | tuple[Value, ...]:
-    """With statistics that are given, or the batch's own, which then become part of the running ones."""
+    """`shardwise.batch_norm_fixed` with statistics that are given; `shardwise.batch_norm` with the batch's own, of which it returns the new
+    running ones."""
     x, weight, bias, mean, var = call.args[:5]
     if call.target is aten._native_batch_norm_legit_no_training.default or not call.get("training"):
         return call.add(operators.batch_norm_fixed, x, weight, bias, mean, var, call.get("eps"))
@@ -205,7 +222,10 @@ def _with_running(call: Request, operator: Any) -> tuple[Value, ...]:
 
 
 def _instance_norm(call: Request) -> Value | None:
-    """Exporting does not see that running statistics change."""
+    """`shardwise.batch_norm_fixed` with statistics that are given; `shardwise.instance_norm` where running ones change.
+
+    Exporting does not see that they do.
+    """
     mean, var = call.args[3:5]
     if not call.get("use_input_stats"):
         return call.add(operators.batch_norm_fixed, *call.args[:5], call.get("eps"))

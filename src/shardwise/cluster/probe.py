@@ -34,7 +34,7 @@ from shardwise.environment import cache_directory
 
 __all__ = ["Budget", "cache_file", "local_rates", "measure"]
 
-_PROBE_VERSION = 5  # raise it when what is measured changes: figures kept by an older probe are then measured anew
+_PROBE_VERSION = 6  # raise it when what is measured changes: figures kept by an older probe are then measured anew
 _FRESH_FROM_BYTES = float(32 << 20)  # glibc's largest mmap threshold, DEFAULT_MMAP_THRESHOLD_MAX of mallopt(3)
 _WAIT_S = 60.0
 
@@ -117,9 +117,10 @@ def _compute(watch: Stopwatch) -> dict[str, Any]:
         "convolution_flops": _dumped(probe_compute.convolution_flops(watch)),
         "read_bytes_per_s": read.model_dump(),
         "write_bytes_per_s": write.model_dump(),
+        "cached_bytes_per_s": probe_compute.cached_bytes_per_s(watch),
         "fresh_bytes_per_s": probe_compute.fresh_bytes_per_s(watch),
         "fresh_from_bytes": _FRESH_FROM_BYTES,
-        "element_s": {_name(dtype): probe_compute.element_seconds(dtype, call_s, watch) for dtype in products},
+        "element_s": {_name(dtype): probe_compute.element_seconds(dtype, watch) for dtype in products},
         "call_s": call_s,
         "view_s": view_s,
         "optimizers": _dumped(probe_compute.optimizer_rates(watch)),

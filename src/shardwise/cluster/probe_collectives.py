@@ -17,6 +17,7 @@ __all__ = ["collective_rates"]
 
 _LEAST, _MOST = 4, 60
 _WIDTH = 4  # bytes of a float32
+_OTHER_WORK_BYTES = 1 << 20  # between two calls
 _Call = Callable[[Tensor, Sequence[int], dist.ProcessGroup, str], object]
 
 
@@ -29,12 +30,17 @@ def collective_rates(message_bytes: Sequence[int], budget_s: float) -> tuple[Col
     for size, group in _groups():
         for kind in IMPLEMENTATIONS if size == 2 else (kind for kind in IMPLEMENTATIONS if kind != "send_recv"):
             for impl in IMPLEMENTATIONS[kind]:
-                seconds = [_seconds(kind, impl, count, group, budget_s) for count in message_bytes]
-                rising = [
-                    min(seconds[place:]) for place in range(len(seconds))
-                ]  # noise adds time: no message takes longer than a larger one
-                found.append(CollectiveRate(kind=kind, impl=impl, ranks=size, message_bytes=tuple(message_bytes), seconds=tuple(rising)))
+                measured = [_seconds(kind, impl, count, group, budget_s) for count in message_bytes]
+                seconds, busy = (_rising(each) for each in zip(*measured, strict=True))
+                found.append(
+                    CollectiveRate(kind=kind, impl=impl, ranks=size, message_bytes=tuple(message_bytes), seconds=seconds, busy_s=busy)
+                )
     return tuple(found)
+
+
+def _rising(seconds: Sequence[float]) -> tuple[float, ...]:
+    """Noise adds time: no message takes longer than a larger one."""
+    return tuple(min(seconds[place:]) for place in range(len(seconds)))
 
 
 def _groups() -> list[tuple[int, dist.ProcessGroup]]:
@@ -48,25 +54,31 @@ def _groups() -> list[tuple[int, dist.ProcessGroup]]:
     return found
 
 
-def _seconds(kind: str, impl: str, message_bytes: int, group: dist.ProcessGroup, budget_s: float) -> float:
-    """Lower quartile over the repetitions of the slowest rank's time.
+def _seconds(kind: str, impl: str, message_bytes: int, group: dist.ProcessGroup, budget_s: float) -> tuple[float, float]:
+    """Of the slowest rank's time the lower quartile over the repetitions; of the core's time that a rank takes the median, then the mean.
 
-    Not the median: other processes delay a message by whole time slices, which a quartile leaves out where most are not delayed.
+    Of the first not the median: other processes delay a message by whole time slices, which a quartile leaves out where most are not
+    delayed.
     """
     taking_part = dist.get_rank(group) >= 0
     call = _prepared(kind, impl, message_bytes, group) if taking_part else _nothing
-    first = _timed(call)
-    times = [_timed(call) for _ in range(_repetitions(first, budget_s))]
-    slowest = torch.tensor(times)
-    dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
-    return max(float(slowest.quantile(0.25)), 1e-7)
+    other = torch.ones(_OTHER_WORK_BYTES // _WIDTH)
+    first, _ = _timed(call, other)
+    times = [_timed(call, other) for _ in range(_repetitions(first, budget_s))]
+    slowest, busy = torch.tensor(times).unbind(1)
+    dist.all_reduce(slowest := slowest.clone(), op=dist.ReduceOp.MAX)
+    dist.all_reduce(taken := torch.tensor([float(busy.median()), 1.0]) * taking_part)
+    return max(float(slowest.quantile(0.25)), 1e-7), float(taken[0] / taken[1])
 
 
-def _timed(call: Callable[[], object]) -> float:
+def _timed(call: Callable[[], object], other: Tensor) -> tuple[float, float]:
+    """Seconds by the clock, and of cores: of all threads of this process. The call comes after other work, as in a step: its code and
+    data are in no cache."""
     dist.barrier()
-    start = time.perf_counter()
+    other.mul_(1.0)
+    start, busy = time.perf_counter(), time.process_time()
     call()
-    return time.perf_counter() - start
+    return time.perf_counter() - start, time.process_time() - busy
 
 
 def _repetitions(first_s: float, budget_s: float) -> int:

@@ -17,6 +17,7 @@ from shardwise.cluster.timing import Stopwatch
 __all__ = [
     "attention_flops",
     "attention_ragged",
+    "cached_bytes_per_s",
     "call_seconds",
     "convolution_flops",
     "element_seconds",
@@ -25,6 +26,8 @@ __all__ = [
     "optimizer_rates",
     "streaming_bytes_per_s",
 ]
+
+aten = torch.ops.aten
 
 _CUBES = {torch.float32: (16, 32, 64, 128, 256, 512, 1024), torch.float64: (32, 128, 512), torch.bfloat16: (32, 128, 512, 1024)}
 _THIN = (1, 4, 16, 64, 256)
@@ -35,6 +38,7 @@ _KEYS = (32, 128, 256, 512, 1024)
 _HEAD, _HEADS, _TOKENS, _RAGGED_KEYS = 64, 4, 1024, 197
 _WORKING_SETS = tuple(3 << shift for shift in (15, 18, 20, 22, 24, 26))  # 96 KiB to 192 MiB: all caches and beyond
 _COLD_BYTES = 96 << 20  # between two uses of a tensor
+_OTHER_WORK_BYTES = 1 << 20  # between two calls of an operator
 _FRESH_BYTES = 64 << 20
 _KERNEL_COLUMNS, _KERNEL_BYTES = 512, KERNEL_WORKING_SET_BYTES // 3
 _OPTIMIZER_NUMELS, _OPTIMIZER_TOTAL = (1 << 14, 1 << 18, 1 << 20, 1 << 22), 1 << 22
@@ -139,20 +143,27 @@ def _transposed_flops(watch: Stopwatch) -> dict[str, Curve]:
 
 
 def streaming_bytes_per_s(watch: Stopwatch) -> tuple[Curve, Curve]:
-    """Rates of reading and of writing, by working set: those that explain an in-place scaling (only reads: the lines it
-    writes are there already), a copy and a sum of two best, in the least-squares sense of relative errors.
+    """Rates of reading and of writing, by working set.
 
-    Between two uses of a tensor a training step touches far more than any cache holds. So a working set that a core's own cache
-    does not hold is met cold: each call takes the next of several.
+    Between two uses of a tensor a training step touches far more than any cache holds, and what it makes lies where nothing was for
+    long. So working sets are met cold, however small: each call takes the next of many.
     """
-    pairs = {float(size): _read_write(size, watch) for size in _WORKING_SETS}
+    pairs = {float(size): _read_write(size, watch, cold=True) for size in _WORKING_SETS}
     return Curve.through({size: read for size, (read, _) in pairs.items()}), Curve.through(
         {size: write for size, (_, write) in pairs.items()}
     )
 
 
-def _read_write(working_set: int, watch: Stopwatch) -> tuple[float, float]:
-    calls = (_streaming(working_set, 1, _scale), _streaming(working_set, 2, _copy), _streaming(working_set, 3, _add))
+def cached_bytes_per_s(watch: Stopwatch) -> tuple[float, float]:
+    """Rates of reading and of writing what the call before this one used, of the working set of `KERNELS`."""
+    return _read_write(KERNEL_WORKING_SET_BYTES, watch, cold=False)
+
+
+def _read_write(working_set: int, watch: Stopwatch, *, cold: bool) -> tuple[float, float]:
+    """Those that explain an in-place scaling (only reads: the lines it writes are there already), a copy and a sum of two best, in the
+    least-squares sense of relative errors."""
+    makers: tuple[Callable[..., Tensor], ...] = (_scale, _copy, _add)
+    calls = [_streaming(working_set, tensors, call, cold=cold) for tensors, call in enumerate(makers, start=1)]
     times = [watch.seconds(call) for call in calls]
     read = (working_set, working_set / 2, working_set * 2 / 3)
     write = (0.0, working_set / 2, working_set / 3)
@@ -162,8 +173,8 @@ def _read_write(working_set: int, watch: Stopwatch) -> tuple[float, float]:
     return 1 / max(per_read, fastest), 1 / max(per_write, fastest)
 
 
-def _streaming(working_set: int, tensors: int, call: Callable[..., Tensor]) -> Callable[[], Tensor]:
-    count = 1 if working_set <= KERNEL_WORKING_SET_BYTES else max(2, _COLD_BYTES // working_set)
+def _streaming(working_set: int, tensors: int, call: Callable[..., Tensor], *, cold: bool) -> Callable[[], Tensor]:
+    count = max(2, _COLD_BYTES // working_set) if cold else 1
     sets = cycle([[torch.ones(working_set // 4 // tensors) for _ in range(tensors)] for _ in range(count)])
     return lambda: call(*next(sets))
 
@@ -188,18 +199,42 @@ def fresh_bytes_per_s(watch: Stopwatch) -> float:
 
 
 def call_seconds(watch: Stopwatch) -> tuple[float, float]:
-    """Fixed time of an operator that computes next to nothing, and of a view."""
-    tensor, calls = torch.ones(4), range(100)
-    add, view = torch.ops.aten.add.Tensor, torch.ops.aten.view.default
-    return (
-        watch.seconds(lambda: [add(tensor, tensor) for _ in calls]) / len(calls),
-        watch.seconds(lambda: [view(tensor, [2, 2]) for _ in calls]) / len(calls),
+    """Fixed time of an operator that computes next to nothing, and of a view, each after other work.
+
+    In a step an operator's code was last used some operators ago: it takes several times as long as called again and again.
+    """
+    tensor, other = torch.ones(4, 4), torch.ones(_OTHER_WORK_BYTES // 4)
+    calls = (
+        lambda: aten.add.Tensor(tensor, tensor),
+        lambda: aten.mul.Tensor(tensor, tensor),
+        lambda: aten.mm.default(tensor, tensor),
+        lambda: aten.tanh.default(tensor),
+        lambda: aten.sum.dim_IntList(tensor, [0]),
+        lambda: aten.cat.default([tensor, tensor]),
+        lambda: aten._softmax.default(tensor, -1, False),
+        lambda: aten.clone.default(tensor),
+    )
+    views = (
+        lambda: aten.view.default(tensor, [16]),
+        lambda: aten.t.default(tensor),
+        lambda: aten.unsqueeze.default(tensor, 0),
+        lambda: aten.slice.Tensor(tensor, 0, 0, 2),
     )
 
+    def after(call: Callable[[], Tensor]) -> float:
+        return watch.seconds(call, before=partial(other.mul_, 1.0))
 
-def element_seconds(dtype: torch.dtype, call_s: float, watch: Stopwatch) -> dict[str, float]:
+    return statistics.fmean(map(after, calls)), statistics.fmean(map(after, views))
+
+
+def _repeated_call_seconds(watch: Stopwatch) -> float:
+    tensor, calls = torch.ones(4), range(100)
+    return watch.seconds(lambda: [aten.add.Tensor(tensor, tensor) for _ in calls]) / len(calls)
+
+
+def element_seconds(dtype: torch.dtype, watch: Stopwatch) -> dict[str, float]:
     """Seconds per element of each kernel of `probe_kernels`, its data in cache, less the call's fixed time."""
-    rows, found = _KERNEL_BYTES // _KERNEL_COLUMNS // dtype.itemsize, {}
+    rows, found, call_s = _KERNEL_BYTES // _KERNEL_COLUMNS // dtype.itemsize, {}, _repeated_call_seconds(watch)
     for name, make in KERNELS.items():
         call, elements = make(torch.randn(rows, _KERNEL_COLUMNS).to(dtype))
         found[name] = max(watch.seconds(call) - call_s, 1e-9) / elements

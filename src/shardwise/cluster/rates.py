@@ -97,7 +97,8 @@ class CollectiveRate(_Figures):
     """Seconds of one implementation of one kind of communication within groups of ``ranks``, all groups of that size busy at once.
 
     message_bytes: the largest tensor that a rank holds before or after (`shardwise.cost.collectives` spells it out).
-    seconds: of each size; straight lines between, the last line continued beyond.
+    seconds: of each size; straight lines between, the last line continued beyond. busy_s: likewise, of a core's time that a rank takes
+    meanwhile, for its copies and its part of the transport; empty where that is not known, or done by other hardware.
     """
 
     kind: str
@@ -105,6 +106,7 @@ class CollectiveRate(_Figures):
     ranks: int
     message_bytes: tuple[float, ...]
     seconds: tuple[float, ...]
+    busy_s: tuple[float, ...] = ()
 
     @property
     def latency_s(self) -> float:
@@ -118,14 +120,19 @@ class CollectiveRate(_Figures):
 
     def seconds_for(self, message_bytes: float) -> float:
         """Time of a message, s."""
-        sizes, seconds = self.message_bytes, self.seconds
+        return self._read(self.seconds, message_bytes)
+
+    def busy_for(self, message_bytes: float) -> float:
+        """Time of a core that a rank takes for a message, s."""
+        return self._read(self.busy_s, message_bytes) if self.busy_s else 0.0
+
+    def _read(self, seconds: tuple[float, ...], message_bytes: float) -> float:
+        sizes = self.message_bytes
         if message_bytes <= sizes[0]:
             return seconds[0]
-        if message_bytes >= sizes[-1]:
-            return seconds[-1] + (message_bytes - sizes[-1]) / self.bytes_per_s
-        right = bisect_right(sizes, message_bytes)
+        right = min(bisect_right(sizes, message_bytes), len(sizes) - 1)
         part = (message_bytes - sizes[right - 1]) / (sizes[right] - sizes[right - 1])
-        return seconds[right - 1] + part * (seconds[right] - seconds[right - 1])
+        return seconds[right - 1] + part * max(seconds[right] - seconds[right - 1], 0.0)
 
     @model_validator(mode="after")
     def _valid(self) -> CollectiveRate:
@@ -134,6 +141,8 @@ class CollectiveRate(_Figures):
         increasing = all(a < b for a, b in zip(self.message_bytes, self.message_bytes[1:], strict=False))
         if len(self.message_bytes) < 2 or len(self.message_bytes) != len(self.seconds) or not increasing:
             raise ValueError(f"{self.kind} ({self.impl}): two or more increasing sizes and as many times, not {self.message_bytes}")
+        if self.busy_s and len(self.busy_s) != len(self.seconds):
+            raise ValueError(f"{self.kind} ({self.impl}): {len(self.seconds)} times, but {len(self.busy_s)} times of a core")
         return self
 
 
@@ -154,13 +163,14 @@ class Rates(_Figures):
     product_ragged: (number, what is left of a product's rate when one of its dims is no multiple of it), the largest number first.
     convolution_flops: flop/s by the smaller of output channels a group and (input channels a group × kernel size); keys ``forward``,
         ``backward_input``, ``backward_weight``, each also with ``_transposed``.
-    read_bytes_per_s, write_bytes_per_s: of streaming kernels, by working set in bytes; a read costs 1/read, a write to another
-        tensor than those read 1/write more.
+    read_bytes_per_s, write_bytes_per_s: of streaming kernels, by working set in bytes, none of it in a core's own cache; a read costs
+        1/read, a write to another tensor than those read 1/write more.
+    cached_bytes_per_s: the same two in cache, where `element_s` is measured; None: as the curves say.
     fresh_bytes_per_s, fresh_from_bytes: results of at least ``fresh_from_bytes`` are mapped anew by the allocator at every call, and
         their pages zeroed by the kernel at this rate.
     element_s: for each dtype, seconds per element of a kernel whose data, of
         KERNEL_WORKING_SET_BYTES, is in cache (`shardwise.cluster.probe_kernels` has the names).
-    call_s, view_s: one ATen call's fixed time, and that of a view.
+    call_s, view_s: one ATen call's fixed time, and that of a view, after other work.
     collectives: each (kind, implementation, group size) measured.
     optimizers: by ``adamw``, ``adam``, ``sgd``, ``sgd_momentum``.
     overlaps_memory: whether arithmetic and memory traffic of an operator overlap. fuses: whether chains of elementwise operators run as
@@ -176,6 +186,7 @@ class Rates(_Figures):
     convolution_flops: Mapping[str, Curve]
     read_bytes_per_s: Curve
     write_bytes_per_s: Curve
+    cached_bytes_per_s: tuple[float, float] | None = None
     fresh_bytes_per_s: float
     fresh_from_bytes: float
     element_s: Mapping[str, Mapping[str, float]]

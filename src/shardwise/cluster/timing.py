@@ -31,13 +31,15 @@ class Stopwatch:
         """Wall time ÷ CPU time of all calls so far."""
         return self.wall_s / self.cpu_s if self.cpu_s else 1.0
 
-    def seconds(self, function: Callable[[], object]) -> float:
-        """Time of a call, s; the first call is not counted."""
+    def seconds(self, function: Callable[[], object], before: Callable[[], object] | None = None) -> float:
+        """Time of a call, s; the first call is not counted. before: called before each, not timed."""
         function()
         clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
         times: list[float] = []
         begin = time.perf_counter()
         while len(times) < _LEAST or (time.perf_counter() - begin < self.budget_s and len(times) < _MOST):
+            if before is not None:
+                before()
             start = clock()
             function()
             times.append(clock() - start)

@@ -24,7 +24,7 @@ from shardwise.cluster.rates import IMPLEMENTATIONS, CollectiveRate
 from shardwise.cluster.topology import Crossing, Machines
 from shardwise.cost.links import link_seconds
 
-__all__ = ["CollectiveCost", "collective_cost", "collective_seconds"]
+__all__ = ["CollectiveCost", "Shares", "collective_cost", "collective_seconds", "collective_shares"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +33,25 @@ class CollectiveCost:
 
     seconds: float
     impl: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shares:
+    """A collective's time as that of a core, which other ranks may want, and that in which the rank waits."""
+
+    compute_s: float
+    communicate_s: float
+
+
+def collective_shares(kind: str, impl: str, message_bytes: float, ranks: int, cluster: Cluster, stride: int = 1) -> Shares:
+    """Of one implementation. Its time was measured with all of the cluster's ranks at it: where they share cores it is at least as long
+    as these are busy with all of them."""
+    seconds = collective_seconds(kind, impl, message_bytes, ranks, cluster, stride)
+    if cluster.cores is None or ranks <= 1:
+        return Shares(compute_s=0.0, communicate_s=seconds)
+    rate = _nearest(kind, impl, ranks, cluster)
+    busy = min(_scaled(rate, rate.busy_for(message_bytes), rate.busy_for(0.0), ranks), seconds) if rate else 0.0
+    return Shares(compute_s=busy, communicate_s=max(0.0, seconds - busy * max(1.0, cluster.ranks / cluster.cores)))
 
 
 def collective_cost(kind: str, message_bytes: float, ranks: int, cluster: Cluster, stride: int = 1) -> CollectiveCost:
@@ -54,11 +73,13 @@ def collective_seconds(kind: str, impl: str, message_bytes: float, ranks: int, c
         return 0.0
     if cluster.machines is not None:
         return link_seconds(kind, message_bytes, _crossing(cluster.machines, ranks, stride))
+    rate = _nearest(kind, impl, ranks, cluster)
+    return _scaled(rate, rate.seconds_for(message_bytes), rate.latency_s, ranks) if rate else float("inf")
+
+
+def _nearest(kind: str, impl: str, ranks: int, cluster: Cluster) -> CollectiveRate | None:
     measured = [rate for rate in cluster.rates.collectives if rate.kind == kind and rate.impl == impl]
-    if not measured:
-        return float("inf")
-    nearest = min(measured, key=lambda rate: (abs(rate.ranks - ranks), -rate.ranks))
-    return _scaled(nearest, message_bytes, ranks)
+    return min(measured, key=lambda rate: (abs(rate.ranks - ranks), -rate.ranks), default=None)
 
 
 def _crossing(machines: Machines, ranks: int, stride: int) -> Crossing:
@@ -68,9 +89,8 @@ def _crossing(machines: Machines, ranks: int, stride: int) -> Crossing:
     return machines.crossing(range(0, min(ranks * stride, machines.ranks), stride))
 
 
-def _scaled(rate: CollectiveRate, message_bytes: float, ranks: int) -> float:
-    seconds = rate.seconds_for(message_bytes)
+def _scaled(rate: CollectiveRate, seconds: float, latency_s: float, ranks: int) -> float:
     if rate.ranks == ranks or rate.kind == "send_recv":
         return seconds
     part = 1.0 if rate.kind == "broadcast" else ((ranks - 1) / ranks) / ((rate.ranks - 1) / rate.ranks)
-    return rate.latency_s * (ranks - 1) / (rate.ranks - 1) + (seconds - rate.latency_s) * part
+    return latency_s * (ranks - 1) / (rate.ranks - 1) + (seconds - latency_s) * part

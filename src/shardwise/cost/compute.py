@@ -184,8 +184,10 @@ def _excess_seconds(kernel: str, count: int, tensors: list[Tensor], traffic: tup
     """What a kernel takes in cache beyond streaming through it. In cache and beyond, only the streaming differs."""
     dtype = dtype_name(tensors)
     in_cache = count * (rates.kernel_s(kernel, dtype) or rates.kernel_s("add", dtype))
-    cached = KERNEL_WORKING_SET_BYTES
-    return max(0.0, in_cache - traffic[0] / rates.read_bytes_per_s.at(cached) - traffic[1] / rates.write_bytes_per_s.at(cached))
+    read, write = rates.cached_bytes_per_s or (
+        curve.at(KERNEL_WORKING_SET_BYTES) for curve in (rates.read_bytes_per_s, rates.write_bytes_per_s)
+    )
+    return max(0.0, in_cache - traffic[0] / read - traffic[1] / write)
 
 
 def _traffic(name: str, args: _Args, kwargs: _Kwargs, output: Any) -> tuple[int, int]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
@@ -35,18 +35,23 @@ class Liveness:
 
 
 def liveness(
-    graph: fx.Graph, frees: Callable[[fx.Node], int] = lambda node: 0, aliases: Mapping[fx.Node, fx.Node] | None = None
+    graph: fx.Graph,
+    frees: Callable[[fx.Node], int] = lambda node: 0,
+    aliases: Mapping[fx.Node, fx.Node] | None = None,
+    sunk: Collection[fx.Node] = (),
 ) -> Liveness:
     """The graph's memory when each value is freed at its last use.
 
     frees: bytes of a placeholder that are given back at its last use (values saved for the backward pass); 0 for what others keep.
     aliases: placeholder → the placeholder in whose memory it lies, where that is known.
+    sunk: outputs that are added to buffers as soon as they are made and not held to the end (gradients of parameters).
     """
     base = bases(graph, aliases or {})
     last: dict[fx.Node, fx.Node] = {}
     for node in graph.nodes:
         for parent in node.all_input_nodes:
-            last[base[parent]] = node
+            if node.op != "output" or parent not in sunk:
+                last[base[parent]] = node
     dying: dict[fx.Node, list[fx.Node]] = {}
     for owner, node in last.items():
         dying.setdefault(node, []).append(owner)

@@ -63,10 +63,13 @@ def analyse(graph: Graph, random: Random = "keyed", named: Mapping[str, int | No
     )
 
 
-def assign(analysis: Analysis, dp: int, microbatches: int, tp: int, cp: int = 1, shares: Sequence[int] = ()) -> Assignment:
+def assign(
+    analysis: Analysis, dp: int, microbatches: int, tp: int, cp: int = 1, shares: Sequence[int] = (), *, zero: int = 0, shard: int = 0
+) -> Assignment:
     """An assignment whose data and context axes are decided and whose tensor axis is not.
 
     shares: in which proportion the data ranks divide the samples; LayoutError where an operator takes equal parts of them only.
+    zero, shard: as of `Assignment`.
     """
     if equal := [op for op, choice in analysis.batch.items() if shares and not analysis.signatures[op].splits[choice.factor].uneven]:
         where = f"{equal[0].name} in {equal[0].module or 'the model'}"
@@ -74,7 +77,7 @@ def assign(analysis: Analysis, dp: int, microbatches: int, tp: int, cp: int = 1,
             f"shares={':'.join(map(str, shares))} divides the batch unevenly, but {where} takes equal parts only; leave them out"
         )
     mesh = {"dp": dp, "mb": microbatches, "cp": cp, "tp": tp}
-    assignment = Assignment(graph=analysis.graph, mesh=mesh, signatures=analysis.signatures, shares=tuple(shares))
+    assignment = Assignment(graph=analysis.graph, mesh=mesh, signatures=analysis.signatures, shares=tuple(shares), zero=zero, shard=shard)
     split_batch(assignment, analysis.batch, analysis.prelude)
     split_sequence(assignment, analysis.sequence if cp > 1 else {}, analysis.batch, analysis.prelude)
     return assignment
@@ -96,7 +99,7 @@ def apply_plan(plan: Plan, graph: Graph, *, same_fingerprint: bool = True) -> Ap
     analysis = analyse(graph, plan.random, _sequence_dims(plan, graph))
     if plan.microbatches > 1 and (obstacle := microbatch_obstacle(graph, analysis.signatures, analysis.batch, analysis.prelude)):
         raise PlanError(f"microbatches={plan.microbatches} would change the numbers: {obstacle}; use microbatches=1")
-    assignment = assign(analysis, plan.dp, plan.microbatches, plan.tp, plan.cp, plan.shares)
+    assignment = assign(analysis, plan.dp, plan.microbatches, plan.tp, plan.cp, plan.shares, zero=plan.zero, shard=plan.shard)
     for op in graph.ops:
         text = looked_up(plan.operators, op.key) or "R"
         choice = Choice("R") if op in analysis.prelude else read_choice(text, op.key)
@@ -170,4 +173,4 @@ def _cut(plan: Plan, graph: Graph, prelude: set[Op]) -> Cut:
     for index, op in enumerate(graph.ops):
         if op not in prelude:
             stage_of[op] = max((stage for stage, start in enumerate(starts) if start <= index), default=0)
-    return Cut(stage_of=stage_of, prelude=frozenset(prelude))
+    return Cut(stage_of=stage_of, prelude=frozenset(prelude), recompute=plan.recompute)

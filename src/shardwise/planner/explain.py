@@ -12,6 +12,7 @@ from shardwise.cluster.model import Cluster
 from shardwise.planner.apply import Applied
 from shardwise.planner.estimate import reshards
 from shardwise.planner.plan import Candidate, Plan
+from shardwise.program.recompute import blocks_of
 from shardwise.sharding.reshard import collective_of
 from shardwise.sharding.rules.random import FAST
 from shardwise.sharding.types import Shard
@@ -38,6 +39,8 @@ def explain(
         *_random(plan, applied),
         f"  {_mesh(plan)}",
         *_devices(plan, cluster),
+        *_divided(plan),
+        *_recomputed(plan, graph),
         *_stages(plan, applied, graph),
         *_context(plan, applied),
         *_tensor(plan, applied, graph),
@@ -106,6 +109,30 @@ def _devices(plan: Plan, cluster: Cluster) -> list[str]:
             lines.append(f"  {device.name}: {ranks}" + (f", {', '.join(what)}" if what else ""))
         first += count
     return ["Devices", *lines] if lines else []
+
+
+def _divided(plan: Plan) -> list[str]:
+    """What the data ranks divide, and what that costs in messages."""
+    if not plan.zero:
+        return []
+    data = plan.dp * plan.cp
+    kinds = ("optimizer states", "gradients", "parameters")[: plan.zero]
+    ranks = f"{plan.shard} of the {data} data ranks each, in {data // plan.shard} groups" if plan.shard else f"{data} data ranks"
+    how = {
+        1: "gradients are reduced to parts once a step, updated parameters gathered",
+        2: "gradients are reduced to parts in every microbatch, updated parameters gathered once a step",
+        3: "parameters are gathered before use, forward and backward, and gradients reduced to parts, in every microbatch",
+    }
+    return [f"  {' and '.join([', '.join(kinds[:-1]), kinds[-1]] if len(kinds) > 1 else kinds)} divided over {ranks}: {how[plan.zero]}"]
+
+
+def _recomputed(plan: Plan, graph: Graph) -> list[str]:
+    """What the backward pass computes again."""
+    if plan.recompute == "none":
+        return []
+    blocks = len(set(blocks_of(graph).values()))
+    kept = "what it is given" + (" and what its products with weights make" if plan.recompute == "selective" else "")
+    return [f"  each of {blocks} blocks keeps {kept}; the backward pass computes the rest again"]
 
 
 def _stages(plan: Plan, applied: Applied, graph: Graph) -> list[str]:

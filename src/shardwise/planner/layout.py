@@ -1,4 +1,5 @@
-"""Layouts: what a user pins of a plan, `"tp=2,pp=2,microbatches=4,schedule=1f1b"`; what is not named is searched."""
+"""Layouts: what a user pins of a plan, `"tp=2,pp=2,microbatches=4,schedule=1f1b"` or `"dp=4,zero=3,recompute=full"`; what is not named is
+searched."""
 
 from __future__ import annotations
 
@@ -9,12 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from shardwise.errors import BatchError, LayoutError
+from shardwise.program.recompute import RECOMPUTE
 from shardwise.program.tables import NAMES, OWN, Slot, least_chunks, placement, rank_tables, read_tables
 
 __all__ = ["Layout", "completions"]
 
 _NUMBERS = ("dp", "cp", "tp", "pp", "chunks", "microbatches")
-_NAMES = (*_NUMBERS, "schedule", "shares")
+_NAMES = (*_NUMBERS, "schedule", "zero", "shard", "recompute", "shares")
+_MOST_ZERO = 3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,6 +26,8 @@ class Layout:
     ranks of the pipeline; None: not pinned. cp is not searched: it is 1 where it is not pinned.
 
     chunks: stages of each pipeline rank, as few as the schedule takes where not pinned. table: the text of a schedule of the user's own.
+    zero: what data ranks divide (0 to 3), in groups of `shard` where that is not all of them; recompute: none, selective or full. Where
+    these are not pinned they are 0 and none, and more only where memory would not do.
     shares: in which proportion the copies divide the batch, () evenly; not pinned, evenly where all ranks are alike.
     """
 
@@ -34,6 +39,9 @@ class Layout:
     microbatches: int | None = None
     schedule: str | None = None
     table: str = ""
+    zero: int | None = None
+    shard: int | None = None
+    recompute: str | None = None
     shares: tuple[int, ...] | None = None
 
     @classmethod
@@ -42,13 +50,11 @@ class Layout:
         if given is None or isinstance(given, Layout):
             return _with_shares(given or cls())
         pairs: dict[str, Any] = dict(given) if isinstance(given, Mapping) else dict(_pairs(given))
-        for name, value in pairs.items():
-            if name in _NUMBERS:
-                pairs[name] = _positive(name, value)
-            elif name == "shares":
-                pairs[name] = _numbers(value)
-            elif name != "schedule":
-                raise LayoutError(f"{name!r} in the layout is unknown; there are {', '.join(_NAMES)}")
+        pairs = {name: _read(name, value) for name, value in pairs.items()}
+        if pairs.get("shard") and not pairs.get("zero"):
+            raise LayoutError(
+                f"shard={pairs['shard']} in the layout says how many ranks divide what zero divides: name zero=1, 2 or 3, too"
+            )
         schedule = pairs.get("schedule")
         if schedule is not None and schedule not in NAMES:
             return _with_table(_with_shares(cls(**{**pairs, "schedule": OWN})), str(schedule))
@@ -81,7 +87,7 @@ class Layout:
         return rank_tables(self.schedule, self.pp or 1, self.chunks or 1, self.microbatches)
 
     def __str__(self) -> str:
-        names = [name for name in (*_NUMBERS, "schedule") if name != "chunks" or (self.chunks or 1) > 1]
+        names = [name for name in _NAMES[:-1] if name != "chunks" or (self.chunks or 1) > 1]
         words = [f"{name}={getattr(self, name)}" for name in names if getattr(self, name) is not None]
         return ",".join([*words, *([f"shares={':'.join(map(str, self.shares))}"] if self.shares else [])])
 
@@ -143,6 +149,22 @@ def _with_shares(layout: Layout) -> Layout:
     return replace(layout, dp=len(shares), shares=least if len(set(least)) > 1 else ())
 
 
+def _read(name: str, value: Any) -> Any:
+    """What is given for a name; a schedule as it is."""
+    known = {"zero": range(_MOST_ZERO + 1), "recompute": RECOMPUTE}
+    if name in (*_NUMBERS, "shard"):
+        return _positive(name, value)
+    if name == "shares":
+        return _numbers(value)
+    if name in known:
+        if str(value) not in map(str, known[name]):
+            raise LayoutError(f"{name}={value} in the layout is unknown; there are {', '.join(map(str, known[name]))}")
+        return int(value) if name == "zero" else value
+    if name != "schedule":
+        raise LayoutError(f"{name!r} in the layout is unknown; there are {', '.join(_NAMES)}")
+    return value
+
+
 def _positive(name: str, value: Any) -> int:
     try:
         number = int(value)
@@ -159,8 +181,7 @@ def completions(layout: Layout, ranks: int, samples: int, obstacle: str) -> list
     obstacle: why the batch must not be cut into microbatches, "" when it may be.
     Raises LayoutError and BatchError when none is left, saying which two things contradict each other.
     """
-    if layout.cp == 1:
-        layout = replace(layout, cp=None)  # as where it is not named
+    layout = _without_defaults(layout)
     pinned = layout.ranks
     if pinned > ranks:
         raise LayoutError(f"layout {layout} takes {pinned} ranks, the cluster has {ranks}; lower one of the sizes or name a larger cluster")
@@ -168,10 +189,42 @@ def completions(layout: Layout, ranks: int, samples: int, obstacle: str) -> list
     if free and ranks % pinned:
         raise LayoutError(f"layout {layout} takes {pinned} ranks, which do not divide the cluster's {ranks}; pin sizes whose product does")
     meshes = [layout] if not free else list(_fill(layout, free, ranks // pinned))
+    meshes = [_in_groups(mesh) for mesh in meshes if _divides(mesh)] or _refuse_zero(layout, meshes)
     found = [complete for mesh in meshes for complete in _microbatched(mesh, layout, samples, obstacle)]
     if not found:
         _explain(layout, meshes, samples, obstacle)
     return found
+
+
+def _without_defaults(layout: Layout) -> Layout:
+    """What says no more than leaving it out would."""
+    return replace(
+        layout,
+        cp=None if layout.cp == 1 else layout.cp,
+        zero=layout.zero or None,
+        recompute=None if layout.recompute == "none" else layout.recompute,
+    )
+
+
+def _divides(mesh: Layout) -> bool:
+    """Whether there are ranks that can divide what the layout wants divided."""
+    data = (mesh.dp or 1) * (mesh.cp or 1)
+    return not mesh.zero or (data > 1 and data % (mesh.shard or 1) == 0 and mesh.shard != 1)
+
+
+def _in_groups(mesh: Layout) -> Layout:
+    """One group of all data ranks needs no naming."""
+    return replace(mesh, shard=None) if mesh.shard == (mesh.dp or 1) * (mesh.cp or 1) else mesh
+
+
+def _refuse_zero(layout: Layout, meshes: list[Layout]) -> list[Layout]:
+    counts = ", ".join(map(str, sorted({(mesh.dp or 1) * (mesh.cp or 1) for mesh in meshes})))
+    if layout.shard:
+        raise LayoutError(
+            f"shard={layout.shard} in layout {layout} divides no number of data ranks that there can be ({counts}) into groups of two or "
+            "more; pin a dp that it divides"
+        )
+    raise LayoutError(f"zero={layout.zero} divides over data ranks, of which layout {layout} has {counts}; pin dp=2 or more, or zero=0")
 
 
 def _fill(layout: Layout, free: list[str], left: int) -> Iterator[Layout]:

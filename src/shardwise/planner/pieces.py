@@ -26,6 +26,7 @@ from shardwise.errors import PlanError
 from shardwise.program.build import build_programs, rank_of
 from shardwise.program.lower import Cut
 from shardwise.program.program import Program, StageProgram
+from shardwise.program.recompute import WEIGHED
 from shardwise.program.trace import Tracer
 from shardwise.program.weights import edges_need
 from shardwise.sharding.assignment import Assignment
@@ -36,7 +37,6 @@ __all__ = ["Outline", "Piece", "PieceCost", "Work", "outline", "piece_costs", "p
 
 
 _GATHER = torch.ops.shardwise.all_gather.default
-_WEIGHED = frozenset({"mm", "addmm", "expert_mm"})  # products with weights, as linear layers are lowered
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -186,12 +186,12 @@ def _cost(program: Program, cluster: Cluster) -> PieceCost:
         backward_weight=_work({node: seconds for node, seconds in backward.items() if node in weights})
         + Work(compute_s=sink_seconds(stage.parameters, cluster)),
         prelude=_work(node_seconds(stage.prelude, cluster)),
-        light=_work({node: seconds for node, seconds in forward.items() if name_of(node.target) not in _WEIGHED}),
+        light=_work({node: seconds for node, seconds in forward.items() if name_of(node.target) not in WEIGHED}),
         saved=saved,
         entered=entered,
         routed=_routed(stage.forward),
         experts=sum(tensor_bytes(each) // each.element_size() for each in _expert_weights(stage.forward)),
-        made=sum(tensor_bytes(node.meta["val"]) for node in forward if name_of(node.target) in _WEIGHED),
+        made=sum(tensor_bytes(node.meta["val"]) for node in forward if name_of(node.target) in WEIGHED),
         sent=sum(edge.nbytes for edge in program.edges if edge.source == stage.stage and edge.target == stage.stage + 1),
         flops=sum(_flops(node) for node in (*forward, *backward)),
         transient=max(0, *peaks),

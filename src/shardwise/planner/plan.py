@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 from shardwise.capture.blocks import block_pattern
 from shardwise.capture.graph import Graph, Op
 from shardwise.errors import LayoutError, PlanError
+from shardwise.program.recompute import Recompute
 from shardwise.program.tables import OWN, Slot, placed, placement, rank_tables, read_tables
 from shardwise.sharding.signature import Choice
 from shardwise.sharding.types import I, P, Placement, R, Shard
@@ -89,6 +90,8 @@ class Plan(_Strict):
     random: "keyed", random numbers are the same in every layout; "fast", they come from torch's generator, seeded for each part.
     sequence_dims: where cp splits the sequence, batch input → its sequence dim.
     shares: in which proportion the data ranks divide the samples; [] evenly.
+    zero: what the data ranks divide (0 nothing, 1 optimizer states, 2 gradients too, 3 parameters too), shard: in groups of how many, 0: of
+    all. recompute: what the backward pass makes again (`shardwise.program.recompute`).
     operators, parameters: pattern → choice or type on the tensor axis; what is not named is whole.
     collectives: "kind/ranks" → (up to so many bytes, implementation), measured on the cluster.
     profile: what the stages take, for the simulator.
@@ -111,6 +114,9 @@ class Plan(_Strict):
     global_batch: int
     optimizer: str
     random: Random = "keyed"
+    zero: Literal[0, 1, 2, 3] = 0
+    shard: int = 0
+    recompute: Recompute = "none"
     sequence_dims: dict[str, int] = {}
     shares: list[int] = []
     stages: list[str]
@@ -139,6 +145,15 @@ class Plan(_Strict):
         if not self.shares and self.microbatches > 1 and self.global_batch % (self.dp * self.microbatches):
             raise ValueError(f"dp={self.dp} × microbatches={self.microbatches} do not divide global_batch={self.global_batch}")
         self._check_schedule()
+        data = self.dp * self.cp
+        if self.zero and data == 1:
+            raise ValueError(
+                f"zero={self.zero} divides over data ranks, of which there is one; use zero=0, or plan again with dp=2 or more"
+            )
+        if self.shard and (not self.zero or self.shard in (1, data) or data % self.shard):
+            raise ValueError(
+                f"shard={self.shard} must divide dp · cp={data} data ranks into several groups of two or more, for zero=1 to 3"
+            )
         return self
 
     def _check_schedule(self) -> None:
@@ -168,9 +183,10 @@ class Plan(_Strict):
         """The plan in a layout's words."""
         context = f"cp={self.cp}," if self.cp > 1 else ""
         chunks = f"chunks={self.chunks}," if self.chunks > 1 else ""
-        shares = f",shares={':'.join(map(str, self.shares))}" if self.shares else ""
-        mesh = f"dp={self.dp},{context}tp={self.tp},pp={self.pp},{chunks}"
-        return f"{mesh}microbatches={self.microbatches},schedule={self.schedule}{shares}"
+        more = [f",{name}={value}" for name in ("zero", "shard", "recompute") if (value := getattr(self, name)) not in (0, "none")]
+        more += [f",shares={':'.join(map(str, self.shares))}"] if self.shares else []
+        schedule = f"microbatches={self.microbatches},schedule={self.schedule}{''.join(more)}"
+        return f"dp={self.dp},{context}tp={self.tp},pp={self.pp},{chunks}{schedule}"
 
     @property
     def tables(self) -> list[list[Slot]]:

@@ -9,7 +9,7 @@ import gc
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 
 import torch
 
@@ -29,6 +29,7 @@ from shardwise.planner.stages import StageCosts, cut_stages
 from shardwise.program.buffers import far_buffer
 from shardwise.program.build import build_programs, rank_of
 from shardwise.program.lower import Cut
+from shardwise.program.recompute import RECOMPUTE
 from shardwise.program.tables import placed
 from shardwise.program.trace import Tracer
 from shardwise.sharding.assignment import Assignment
@@ -44,13 +45,16 @@ _MESHES, _NEIGHBOURS = 3, 1  # layouts that are lowered and simulated: of unlike
 _HOPELESS = 1.25  # times the best: an estimate is not further off than that
 _THIN = 4  # layouts that are tried to say how much memory would do
 PREFER_SPLIT = 100.0  # times what it takes: a matrix product or parameter that stays whole, where all is to be split that can be
+_THRIFTS = 5  # layouts that divide or compute again more, tried where one does not fit
+_MOST_ZERO = 3  # optimizer states, gradients and parameters divided
 FULL_MEMORY = 0.92  # of a rank's memory that a plan may take; the rest is for the libraries and what is not foreseen
 
 
 def _choices(cluster: Cluster, layout: Layout) -> dict[str, list[tuple[float, str]]]:
     """For the groups that a layout has."""
     dp, cp, tp, _ = layout.mesh
-    return measured_choices(cluster, {dp, cp, dp * cp, tp, 2} if layout.ranks > 1 else set())
+    groups = {layout.shard, dp * cp // layout.shard} if layout.shard else set()
+    return measured_choices(cluster, {dp, cp, dp * cp, tp, 2} | groups if layout.ranks > 1 else set())
 
 
 def measured_choices(cluster: Cluster, sizes: set[int]) -> dict[str, list[tuple[float, str]]]:
@@ -101,7 +105,8 @@ class OpCosts:
 
 @dataclass(kw_only=True)
 class _Trial:
-    """A complete layout on the way to a plan. lean: whether everything is split that can be, since memory binds."""
+    """A complete layout on the way to a plan. lean: whether everything is split that can be, since memory binds; memory_binds: whether even
+    so parameters, gradients and states do not fit."""
 
     layout: Layout
     applied: Applied | None = None
@@ -111,6 +116,7 @@ class _Trial:
     simulation: Simulation | None = None
     note: str = ""
     lean: bool = False
+    memory_binds: bool = False
 
     @property
     def mesh(self) -> Mesh:
@@ -121,6 +127,11 @@ class _Trial:
         return Mesh(
             dp=data, tp=layout.tp, pp=layout.pp, chunks=layout.chunks or 1, microbatches=layout.microbatches, schedule=layout.schedule
         )
+
+    def become(self, other: _Trial) -> None:
+        """Goes on as another trial."""
+        for each in fields(self):
+            setattr(self, each.name, getattr(other, each.name))
 
     @property
     def simulated_s(self) -> float:
@@ -175,16 +186,30 @@ class _Search:
                     yield from completions(shared, self.cluster.ranks, samples, obstacle)
 
     def estimate(self, trial: _Trial) -> None:
-        """Decides the tensor axis and the stages of a layout and estimates its step."""
+        """Decides the tensor axis and the stages of a layout and estimates its step; where its parameters and their state do not fit, with
+        as much of these divided over data ranks as they must be."""
+        given = trial.layout
+        most = _MOST_ZERO if self.pinned.zero is None and _data(given) > 1 else 0
+        for zero in dict.fromkeys((given.zero, *range((given.zero or 0) + 1, most + 1))):
+            trial.layout, trial.note = replace(given, zero=zero), ""
+            self._estimated(trial)
+            if trial.applied or not trial.memory_binds:
+                return
+        trial.layout = given
+
+    def _estimated(self, trial: _Trial) -> None:
         layout = trial.layout
         assert layout.dp and layout.tp and layout.pp and layout.microbatches
+        zero, shard = layout.zero or 0, layout.shard or 0
+        shares = layout.shares or ()
         try:
-            assignment = assign(self.analysis, layout.dp, layout.microbatches, layout.tp, layout.cp or 1, layout.shares or ())
+            assignment = assign(self.analysis, layout.dp, layout.microbatches, layout.tp, layout.cp or 1, shares, zero=zero, shard=shard)
         except LayoutError as error:
             if self.pinned.shares:
                 raise
             trial.note = str(error)
             return
+        trial.memory_binds = False
         tensor = split_tensors(assignment, self.analysis.batch, self.analysis.prelude, self._intra_costs(trial, assignment))
         try:
             stage_of = None if tensor is None else self._stages(assignment, layout)
@@ -194,7 +219,8 @@ class _Search:
             trial.note = str(error)
             return
         if tensor is None or stage_of is None:
-            state = sum(map(self._state_bytes, self.graph.parameters.values()))
+            trial.memory_binds = True
+            state = sum(self._state_bytes(value, layout) for value in self.graph.parameters.values())
             held = f"{_gb(state)} of parameters, gradients and optimizer state"
             trial.note = f"{held} cannot be spread so that {_gb(min(self._limits(layout)))} a rank hold them"
             return
@@ -208,7 +234,8 @@ class _Search:
             trial.note = f"{far}, which would not see the change"
             return
         trial.gap = tensor.gap
-        trial.applied = Applied(assignment=assignment, cut=Cut(stage_of=stage_of, prelude=frozenset(self.analysis.prelude)))
+        cut = Cut(stage_of=stage_of, prelude=frozenset(self.analysis.prelude), recompute=layout.recompute or "none")  # type: ignore[arg-type]
+        trial.applied = Applied(assignment=assignment, cut=cut)
         trial.estimate_s = self._estimate(assignment, layout, stage_of)
 
     def _limits(self, layout: Layout) -> list[float]:
@@ -254,8 +281,11 @@ class _Search:
     def _whole_s(self, op: Op) -> float:
         return self.costs.of(self.first[op])[0]
 
-    def _state_bytes(self, value: Value) -> float:
-        return value.nbytes * (2.0 + OPTIMIZER_STATES.get(self.optimizer, 2) if value.requires_grad else 1.0)
+    def _state_bytes(self, value: Value, layout: Layout) -> float:
+        """Of a parameter on each of the ranks that share its data axes."""
+        ranks, zero = layout.shard or _data(layout), layout.zero or 0
+        kinds = (OPTIMIZER_STATES.get(self.optimizer, 2), 1, 1) if value.requires_grad else (0, 0, 1)
+        return value.nbytes * sum(count / ranks if zero >= level else count for level, count in enumerate(kinds, start=1))
 
     def _update_s(self, nbytes: float) -> float:
         return optimizer_seconds(int(nbytes) // 4, torch.float32, self.optimizer, self.cluster)
@@ -267,7 +297,7 @@ class _Search:
             heavy=lambda op: self.costs.of(op)[1],
             collective=lambda kind, message, ranks: collective_cost(kind, message, ranks, self.cluster).seconds,
             update=self._update_s,
-            state_bytes=self._state_bytes,
+            state_bytes=lambda value: self._state_bytes(value, layout),
             limit_bytes=sum(self._limits(layout)),
             prefer_split=PREFER_SPLIT if self.pinned.tp or trial.lean else 0.0,
         )
@@ -287,7 +317,7 @@ class _Search:
         costs = StageCosts(
             seconds=seconds,
             transfer=lambda nbytes: collective_cost("send_recv", nbytes * sent, 2, self.cluster).seconds if nbytes else 0.0,
-            state_bytes=lambda value: self._state_bytes(value) * self._kept_share(assignment, value),
+            state_bytes=lambda value: self._state_bytes(value, layout) * self._kept_share(assignment, value),
             limit_bytes=limits,
         )
         stages = [0] * len(body) if layout.stages == 1 else cut_stages(self.graph, self.analysis.prelude, layout.stages, costs)
@@ -303,29 +333,71 @@ class _Search:
         assert layout.pp and layout.microbatches and layout.dp and layout.tp
         home = placed(layout.tables)
         rank_s = [0.0] * layout.pp
+        again = 4 / 3 if layout.recompute == "full" else 1.0  # of a forward and a backward pass of twice its length
         slowest = [self._slowest(layout, pipe) for pipe in range(layout.pp)]
         for op, stage in stage_of.items():
             share, costs = slowest[home[stage]]
-            rank_s[home[stage]] += costs.of(self.first[op])[0] * share * _own_share(assignment, op)
+            rank_s[home[stage]] += costs.of(self.first[op])[0] * share * _own_share(assignment, op) * again
         talk_s = self._talk_s(assignment, layout) / layout.pp
         crowd = max(1.0, layout.ranks / self.cluster.cores) if self.cluster.cores else 1.0
         slots = layout.microbatches + (layout.pp - 1) / (layout.chunks or 1)
         work = crowd * (sum(rank_s) / layout.pp * layout.microbatches) if crowd > 1 else max(rank_s) * slots
         kept = sum(value.nbytes * self._kept_share(assignment, value) for value in self.graph.parameters.values()) / layout.pp
-        reduce_s = collective_cost("all_reduce", kept, layout.dp * (layout.cp or 1), self.cluster).seconds
-        return work + talk_s * layout.microbatches + reduce_s + crowd * self._update_s(kept)
+        updated = kept / (layout.shard or _data(layout)) if layout.zero else kept
+        return work + talk_s * layout.microbatches + self._data_s(layout, kept) + crowd * self._update_s(updated)
+
+    def _data_s(self, layout: Layout, kept: float) -> float:
+        """Reducing gradients and gathering parameters of so many bytes over the data ranks, in a step."""
+        data, count, zero = _data(layout), layout.microbatches or 1, layout.zero or 0
+        if not zero:
+            return collective_cost("all_reduce", kept, data, self.cluster).seconds
+        ranks = layout.shard or data
+        scatter = collective_cost("reduce_scatter", kept, ranks, self.cluster).seconds * (1 if zero == 1 else count)
+        gather = collective_cost("all_gather", kept, ranks, self.cluster).seconds * (2 * count if zero == _MOST_ZERO else 1)
+        return scatter + gather + collective_cost("all_reduce", kept / ranks, data // ranks, self.cluster).seconds
 
     def _talk_s(self, assignment: Assignment, layout: Layout) -> float:
         """In one microbatch, over the context and the tensor axis."""
         return sum(reshard_seconds(assignment, axis, self._share(layout), self.cluster) for axis in ("cp", "tp"))
 
     def simulate(self, trial: _Trial) -> None:
-        """Lowers a layout and simulates it; where it does not fit, once more with everything split that can be."""
+        """Lowers a layout and simulates it; where it does not fit, once more with everything split that can be, then with more divided over
+        data ranks and more computed again."""
         self._simulate(trial)
         if trial.note and trial.layout.tp != 1 and not (trial.lean or self.pinned.tp):
             trial.lean, trial.note = True, ""
             self.estimate(trial)
             self._simulate(trial)
+        for thrifty in self._thriftier(trial) if trial.note else ():
+            other = _Trial(layout=thrifty, lean=trial.lean)
+            self._estimated(other)
+            if other.applied:
+                self._simulate(other)
+            if not other.note:
+                trial.become(other)
+                return
+
+    def thriftiest(self, layout: Layout) -> Layout:
+        """With all divided and computed again that is not pinned otherwise."""
+        zero = _MOST_ZERO if self.pinned.zero is None and _data(layout) > 1 else layout.zero
+        return replace(layout, zero=zero, recompute="full" if self.pinned.recompute is None else layout.recompute)
+
+    def _thriftier(self, trial: _Trial) -> list[Layout]:
+        """Layouts that differ in what is divided and computed again alone and may fit, those that cost least first."""
+        assert trial.simulation is not None
+        layout, ranks = trial.layout, trial.layout.shard or _data(trial.layout)
+        peak = max(trial.simulation.memory, key=lambda use: sum(use.values()))
+        zeros = range(layout.zero or 0, _MOST_ZERO + 1) if self.pinned.zero is None and ranks > 1 else [layout.zero or 0]
+        kinds = RECOMPUTE if self.pinned.recompute is None else [layout.recompute or "none"]
+        found = []
+        for recompute in kinds:
+            for zero in zeros:
+                thrifty = replace(layout, zero=zero or None, recompute=None if recompute == "none" else recompute)
+                divided = ("optimizer", "gradients", "parameters")[layout.zero or 0 : zero]
+                saved = sum(peak[kind] for kind in divided) * (1 - 1 / ranks) + (peak["saved"] if recompute != "none" else 0)
+                if thrifty != layout and sum(peak.values()) - saved <= min(self._limits(layout)):
+                    found.append(thrifty)
+        return found if len(found) <= _THRIFTS else [*found[: _THRIFTS - 1], found[-1]]
 
     def _simulate(self, trial: _Trial) -> None:
         assert trial.applied is not None
@@ -357,6 +429,11 @@ class _Search:
             seen = self.cluster.seen_by(self._block(layout, pipe, d))
             found.setdefault((id(seen.rates), seen.memory_bytes, layout.shares and layout.shares[d]), d)
         return list(found.values())
+
+
+def _data(layout: Layout) -> int:
+    """Ranks that compute the same parameters' gradients on other parts of the batch."""
+    return (layout.dp or 1) * (layout.cp or 1)
 
 
 def _check_sequence(analysis: Analysis, pinned: Layout) -> None:
@@ -478,7 +555,7 @@ def _least_bytes(run: _Search, trials: list[_Trial]) -> float:
     """What a rank needs in the layouts that spread the model most thinly, found with memory enough."""
     roomy = replace(run, cluster=run.cluster.with_memory(1 << 62))
     thin = sorted(trials, key=lambda trial: (trial.mesh.dp, -trial.mesh.microbatches))
-    again = [_Trial(layout=trial.layout, lean=True) for trial in _first_of_each(thin)[:_THIN]]
+    again = [_Trial(layout=run.thriftiest(trial.layout), lean=True) for trial in _first_of_each(thin)[:_THIN]]
     for trial in again:
         roomy.estimate(trial)
         if trial.applied:
@@ -526,6 +603,9 @@ def make_plan(run: _Search, best: _Trial, trials: list[_Trial], seconds: float, 
         global_batch=run.graph.global_batch,
         optimizer=run.optimizer,
         random=run.random,
+        zero=best.layout.zero or 0,  # type: ignore[arg-type]
+        shard=best.layout.shard or 0,
+        recompute=best.layout.recompute or "none",  # type: ignore[arg-type]
         sequence_dims=run.analysis.sequence_dims if (best.layout.cp or 1) > 1 else {},
         shares=list(best.layout.shares or ()),
         stages=starts,

@@ -17,7 +17,7 @@ def far_buffer(graph: Graph, stage_of: Mapping[Op, int], placement: Sequence[int
     """
     readers = graph.consumers()
     for name, value in graph.updates.items():
-        if value.producer not in stage_of:
+        if value.producer is None or value.producer not in stage_of:
             continue
         changed = stage_of[value.producer]
         for op, _ in readers.get(graph.buffers[name], ()):

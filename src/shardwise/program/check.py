@@ -3,7 +3,8 @@
     _operators     every operator is in exactly one stage, and reads only what its own or an earlier stage makes
     _rank          a rank is where its number says, performs every forward and backward once, after what it reads was received
     _buffers       what a forward pass changes is read on the rank that changes it alone
-    _parameters    the parts of the ranks of each stage tile every parameter that the stage reads; pending gradients are reduced
+    _parameters    the parts of the ranks of each stage tile every parameter that the stage reads, and the data ranks' parts of these, where
+                   they are divided; pending gradients are reduced
     _edges         both ends of an edge, and the graphs there, agree with the type in which the value is made
     check_order    no rank waits for ever, even where a send blocks until it is received (`shardwise.program.order`)
     check_memory   what is predicted for each rank is within what it has
@@ -32,6 +33,8 @@ from shardwise.program.lower import Cut
 from shardwise.program.order import check_order, drawn
 from shardwise.program.program import Binding, Edge, ParameterPart, Program
 from shardwise.sharding.assignment import Assignment
+from shardwise.sharding.collectives import group_ranks
+from shardwise.sharding.division import Division
 from shardwise.sharding.types import Placement, R, Shard, local_shape, part
 
 __all__ = ["check_memory", "check_own", "check_programs"]
@@ -278,6 +281,7 @@ class _Whole:
             for stage in self._stages_of(value):
                 members = [program for program in self.programs.values() if stage in program.stages]
                 _tiles(value, [_part_of(program, value) for program in members], members, self.mesh, stage)
+                _divided(value, [_part_of(program, value) for program in members], members)
 
     def own_parts(self, program: Program) -> None:
         """A rank's parts are those that its operators read, in the types that these have."""
@@ -423,6 +427,22 @@ def _tiles(value: Value, parts: Sequence[ParameterPart], members: Sequence[Progr
     if covered != value.numel:
         held_by = ", ".join(f"rank {rank} {_piece_text(piece)}" for piece, rank in pieces.items())
         raise CheckError(f"the ranks of stage {stage} hold {covered} of the {value.numel} elements of {value.name}: {held_by}")
+
+
+def _divided(value: Value, parts: Sequence[ParameterPart], members: Sequence[Program]) -> None:
+    """The ranks of each group that divides a part hold disjoint pieces of it, in their order and together all of it."""
+    groups: dict[str, dict[int, tuple[Division, ParameterPart]]] = {}
+    for held, program in zip(parts, members, strict=True):
+        if held.division is not None:
+            groups.setdefault(held.division.group, {})[program.rank] = held.division, held
+    for group, found in groups.items():
+        ranks = group_ranks(group)
+        places = [found[rank][0].rank if rank in found else None for rank in ranks]
+        if places != list(range(len(ranks))) or set(found) != set(ranks):
+            raise CheckError(f"the ranks of {group} divide {value.name}, as numbers {places}; they must be 0 to {len(ranks) - 1}")
+        if len({(division.dim, division.ranks, held.local, held.zero) for division, held in found.values()}) > 1:
+            ways = [f"rank {rank} dim {d.dim} of {list(h.local)} among {d.ranks}" for rank, (d, h) in found.items()]
+            raise CheckError(f"the ranks of {group} divide {value.name} in unlike ways: {', '.join(ways)}")
 
 
 def _piece(held: ParameterPart, program: Program, mesh: Mapping[str, int]) -> Piece:

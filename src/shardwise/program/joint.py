@@ -7,13 +7,14 @@ split()             ──▶ a forward graph, a backward graph (in two parts, i
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
+from shardwise.program.recompute import choose_saved
 from shardwise.program.reuse import reuse_memory
 from shardwise.program.trace import Function, Tracer, differentiable
 from shardwise.program.weights import split_backward
@@ -30,6 +31,7 @@ class _Entry:
     nodes: dict[str, fx.Node]  # name in the call's own trace → node here
     last: fx.Node  # the graph's last node after the call
     module: str
+    segment: str | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +53,7 @@ class Halves:
 
 @dataclass(kw_only=True)
 class JointGraph:
-    """A computation under construction; see the module."""
+    """A computation under construction; see the module. segment: the block of the model that calls belong to from now on."""
 
     tracer: Tracer
     graph: fx.Graph = field(default_factory=fx.Graph)
@@ -60,6 +62,7 @@ class JointGraph:
     cotangents: dict[fx.Node, fx.Node] = field(default_factory=dict)
     tape: list[_Entry] = field(default_factory=list)
     last_placeholder: fx.Node | None = None
+    segment: str | None = None
 
     def placeholder(self, name: str, meta: Tensor, *, grad: bool = False, forward: bool = True) -> fx.Node:
         """An input of the computation."""
@@ -76,13 +79,19 @@ class JointGraph:
             self.tracked.add(node)
         return node
 
-    def apply(self, function: Function, key: Hashable, inputs: Sequence[fx.Node], *, grad: bool, module: str) -> list[fx.Node]:
-        """Appends a call; returns its results. `grad`: whether it is differentiated in its floating inputs that need it."""
+    def apply(
+        self, function: Function, key: Hashable, inputs: Sequence[fx.Node], *, grad: bool, module: str, gathers: bool = False
+    ) -> list[fx.Node]:
+        """Appends a call; returns its results. `grad`: whether it is differentiated in its floating inputs that need it.
+
+        gathers: whether it gathers parameters, which are not kept for the backward pass.
+        """
         tensors = [node.meta["val"] for node in inputs]
         grads = [grad and node in self.tracked for node in inputs]
         traced = self.tracer.forward(function, key, tensors, grads)
         nodes = _bind(traced.graph, inputs)
-        self._copy(traced.graph, nodes, set(traced.forward), module, forward=True)
+        marks = {"module": module, "segment": self.segment} | ({"gathered": True} if gathers else {})
+        self._copy(traced.graph, nodes, set(traced.forward), marks, forward=True)
         outputs = [self._own(nodes[result.name], inputs, module) for result in traced.results]
         if any(grads):
             self.tracked.update(node for node in outputs if differentiable(node.meta["val"]))
@@ -95,6 +104,7 @@ class JointGraph:
                     nodes=nodes,
                     last=next(reversed(self.graph.nodes)),
                     module=module,
+                    segment=self.segment,
                 )
             )
         return outputs
@@ -104,7 +114,7 @@ class JointGraph:
         if node not in inputs:
             return node
         alias = self.graph.call_function(torch.ops.aten.alias.default, (node,))
-        alias.meta = {"val": node.meta["val"], "module": module}
+        alias.meta = {"val": node.meta["val"], "module": module, "segment": self.segment}
         self.forward_nodes.add(alias)
         return alias
 
@@ -124,12 +134,26 @@ class JointGraph:
         given = [None if node is None else node.meta["val"] for node in incoming]
         traced = self.tracer.joint(entry.function, entry.key, tensors, grads, given)
         nodes = dict(entry.nodes) | _bind(traced.graph, [*entry.inputs, *(node for node in incoming if node is not None)])
+        marks = {"module": entry.module, "segment": entry.segment}
         with self.graph.inserting_after(entry.last):
-            self._copy(traced.graph, nodes, set(traced.forward) - set(entry.nodes), entry.module, forward=True)
-        self._copy(traced.graph, nodes, {node.name for node in traced.graph.nodes} - set(traced.forward), entry.module, forward=False)
+            self._copy(traced.graph, nodes, set(traced.forward) - set(entry.nodes), marks, forward=True)
+        self._copy(traced.graph, nodes, {node.name for node in traced.graph.nodes} - set(traced.forward), marks, forward=False)
         for node, gradient in zip(entry.inputs, traced.gradients, strict=True):
             if gradient is not None:
                 self._accumulate(node, nodes[gradient.name])
+
+    def read_whole(self, triples: Sequence[tuple[fx.Node, fx.Node, fx.Node]]) -> None:
+        """For each (part, gathered, whole) reads `whole`, an input, instead of what was gathered of the input `part`; whose gradient it
+        gets."""
+        for part, gathered, whole in triples:
+            gathered.replace_all_uses_with(whole)
+            if part in self.cotangents:
+                self.cotangents[whole] = self.cotangents.pop(part)
+        parts = {part for part, _, _ in triples}
+        for node in reversed(list(self.graph.nodes)):
+            if (node in parts or node.meta.get("gathered")) and not node.users:
+                self.graph.erase_node(node)
+                self.forward_nodes.discard(node)
 
     def _accumulate(self, node: fx.Node, gradient: fx.Node) -> None:
         if (known := self.cotangents.get(node)) is None:
@@ -141,37 +165,44 @@ class JointGraph:
         total.meta["module"] = gradient.meta.get("module", "")
         self.cotangents[node] = total
 
-    def _copy(self, source: fx.Graph, nodes: dict[str, fx.Node], names: set[str], module: str, *, forward: bool) -> None:
-        """Copies the named nodes of a trace, whose inputs `nodes` knows."""
+    def _copy(self, source: fx.Graph, nodes: dict[str, fx.Node], names: set[str], marks: Mapping[str, Any], *, forward: bool) -> None:
+        """Copies the named nodes of a trace, whose inputs `nodes` knows. marks: for their meta."""
         for node in source.nodes:
             if node.op != "call_function" or node.name not in names or node.name in nodes:
                 continue
             copied = self.graph.node_copy(node, lambda n: nodes[n.name])
-            copied.meta = {"val": node.meta.get("val"), "module": module}
+            copied.meta = {"val": node.meta.get("val"), **marks}
             nodes[node.name] = copied
             if forward:
                 self.forward_nodes.add(copied)
 
     def split(
-        self, outputs: Sequence[fx.Node], gradients: Sequence[fx.Node | None], *, for_parameters: Sequence[bool] | None = None
+        self,
+        outputs: Sequence[fx.Node],
+        gradients: Sequence[fx.Node | None],
+        recompute: str = "none",
+        *,
+        for_parameters: Sequence[bool] | None = None,
     ) -> Halves:
         """The forward graph (returns `outputs`, then what it saves) and the backward graph (returns `gradients`).
 
+        recompute: as of `shardwise.program.recompute`.
         for_parameters: which of the gradients may come later, if the backward graph is wanted in two parts.
         """
         renamed = self._merge_equal()
         outputs = [renamed.get(node, node) for node in outputs]
         gradients = [None if node is None else renamed.get(node, node) for node in gradients]
         backward_nodes = _ancestors([node for node in gradients if node is not None], self.forward_nodes)
-        saved = [node for node in self.graph.nodes if node in self.forward_nodes and any(user in backward_nodes for user in node.users)]
-        saved += [node for node in gradients if node in self.forward_nodes and node not in saved]
         forward_order = [node for node in self.graph.nodes if node in self.forward_nodes]
-        needed = _ancestors([*outputs, *saved], set())
-        forward = _extract([node for node in forward_order if node in needed or node.op == "placeholder"], [], [*outputs, *saved])
         backward_order = [
             node for node in self.graph.nodes if node not in self.forward_nodes and (node in backward_nodes or node.op == "placeholder")
         ]
-        backward = _extract(backward_order, saved, list(gradients))
+        returned = [node for node in gradients if node in self.forward_nodes]
+        saving = choose_saved(forward_order, backward_order, returned, recompute)
+        saved = saving.saved
+        needed = _ancestors([*outputs, *saved], set())
+        forward = _extract([node for node in forward_order if node in needed or node.op == "placeholder"], [], [*outputs, *saved])
+        backward = _extract(saving.backward, saved, list(gradients))
         parts = None if for_parameters is None else split_backward(backward, for_parameters)
         backward = backward if parts is None else parts.backward
         for graph in (forward, backward, *([parts.weight] if parts else [])):

@@ -1,13 +1,15 @@
 """Assignment, stage, rank ──▶ the stage's graphs on that rank
 
 Every operator becomes its rule's local code on what the rank holds; every difference between the type in which a value is made and the type
-in which it is read becomes a reshard, shared by all readers that want the same type.
+in which it is read becomes a reshard, shared by all readers that want the same type. Parameters that data ranks divide are gathered where
+they are first read.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -16,10 +18,15 @@ from torch import fx
 from shardwise.capture.graph import Op, Value
 from shardwise.capture.normalize import RANDOM_STATE
 from shardwise.program.edges import edge_type
+from shardwise.program.gather import Gathering, gatherings
 from shardwise.program.joint import JointGraph
 from shardwise.program.program import Binding, Crossing, Edge, ParameterPart, StageProgram
+from shardwise.program.recompute import Recompute, blocks_of
+from shardwise.program.reductions import DATA_AXES, joined_ranks
 from shardwise.program.trace import Tracer
 from shardwise.sharding.assignment import Assignment, over_microbatches
+from shardwise.sharding.collectives import group_ranks
+from shardwise.sharding.division import Division, division_of
 from shardwise.sharding.reshard import Axis, Reshard, moves, reshard
 from shardwise.sharding.signature import AxisSplit, Call, Signature, factor_part
 from shardwise.sharding.types import I, P, Placement, R, Shard, local_shape
@@ -32,10 +39,14 @@ Choose = Callable[[str, int, int], str]
 
 @dataclass(frozen=True, kw_only=True)
 class Cut:
-    """Which stage computes each operator that depends on parameters; the prelude's are computed wherever they are read."""
+    """Which stage computes each operator that depends on parameters; the prelude's are computed wherever they are read.
+
+    recompute: what the backward pass computes again instead of keeping it (`shardwise.program.recompute`).
+    """
 
     stage_of: Mapping[Op, int]
     prelude: frozenset[Op]
+    recompute: Recompute = "none"
 
     @property
     def stages(self) -> int:
@@ -92,6 +103,7 @@ class _Stage:
     early_inputs: dict[fx.Node, Binding] = field(default_factory=dict)
     crossings: dict[str, tuple[Crossing, fx.Node]] = field(default_factory=dict)
     edges: list[Edge] = field(default_factory=list)
+    scattered: list[tuple[Value, fx.Node, fx.Node]] = field(default_factory=list)  # parameter, its part, what was gathered
 
     def __post_init__(self) -> None:
         self.graph = self.assignment.graph
@@ -100,13 +112,17 @@ class _Stage:
         self.prelude = JointGraph(tracer=self.tracer)
         self.ops = [op for op in self.graph.ops if self.cut.stage_of.get(op) == self.stage]
         self.readers = self.graph.consumers()
+        self.blocks = blocks_of(self.graph) if self.cut.recompute != "none" or self.assignment.zero > 1 else {}
 
     def lower(self) -> tuple[StageProgram, list[Edge], tuple[str, ...]]:
         self._run_prelude()
         for op in self.ops:
+            self.body.segment = self.blocks.get(op)
             self._call(op, self.body, self._body_input)
+        self.body.segment = None
         outputs, seeds, loss_axes = self._outputs()
         self.body.backward(seeds)
+        self._read_whole()
         return self._program(outputs), self.edges, loss_axes
 
     # -- operators ---------------------------------------------------------------------------------------------------------------------
@@ -187,8 +203,10 @@ class _Stage:
         if value.kind == "input" or (value.producer in self.cut.prelude):
             return self._crossing(value, wanted)
         made = self.assignment.produced(value)
-        if value.producer is None:
-            self._placeholder(value, made, Binding("parameter" if value.kind == "parameter" else "buffer", value.name))
+        if value.kind == "parameter":
+            self._parameter(value, made, op.module)
+        elif value.producer is None:
+            self._placeholder(value, made, Binding("buffer", value.name))
         elif self.cut.stage_of[value.producer] != self.stage:
             made = self._edge_type(value, self.stage)
             self._receive(value, made)
@@ -201,6 +219,44 @@ class _Stage:
             self.nodes[key] = node = self.body.placeholder(_identifier(f"{binding.kind}_{value.name}"), meta, grad=value.requires_grad)
             self.inputs[node] = binding
         return self.nodes[key]
+
+    def _parameter(self, value: Value, type_: Type, module: str) -> None:
+        """A parameter as operators read it: as it is stored, or gathered from the data ranks' parts."""
+        key = self._named(value, type_)
+        if key in self.nodes:
+            return
+        gathering = self.gathered.get(value.name)
+        if gathering is None:
+            self._placeholder(value, type_, Binding("parameter", value.name))
+            self.nodes[key].meta["parameter"] = True
+            return
+        values = [self.graph.parameters[part.name] for part in gathering.parts]
+        given = [self._part_of(each, part) for each, part in zip(values, gathering.parts, strict=True)]
+        results = self.body.apply(gathering, gathering.key, given, grad=value.requires_grad, module=module, gathers=True)
+        for each, node, result in zip(values, given, results, strict=True):
+            self.nodes[self._named(each, self.assignment.produced(each))] = result
+            self.scattered.append((each, node, result))
+
+    def _part_of(self, value: Value, part: ParameterPart) -> fx.Node:
+        """The rank's part of a parameter that is gathered before it is read."""
+        assert part.division is not None
+        meta = self.tracer.tensor(part.division.shape(part.local), value.dtype)
+        node = self.body.placeholder(_identifier(f"parameter_{value.name}"), meta, grad=value.requires_grad)
+        node.meta["parameter"] = True
+        self.inputs[node] = Binding("parameter", value.name)
+        return node
+
+    def _read_whole(self) -> None:
+        """ZeRO-2: parameters are there whole, gradients are reduced to parts: nothing is gathered, the rest is as if it had been."""
+        if self.assignment.zero != 2:
+            return
+        triples = []
+        for value, part, gathered in self.scattered:
+            whole = self.body.placeholder(f"{part.name}_whole", gathered.meta["val"], grad=value.requires_grad)
+            whole.meta["parameter"] = True
+            self.inputs[whole] = self.inputs.pop(part)
+            triples.append((part, gathered, whole))
+        self.body.read_whole(triples)
 
     def _receive(self, value: Value, type_: Type) -> None:
         if self._named(value, type_) not in self.nodes:
@@ -321,6 +377,7 @@ class _Stage:
         halves = self.body.split(
             [node for _, node in outputs],
             [self.body.cotangents.get(node) for node, _ in sources],
+            self.cut.recompute,
             for_parameters=[binding.kind == "parameter" for _, binding in sources] if self.splits_backward else None,
         )
         bindings = {node.name: binding for node, binding in self.inputs.items()}
@@ -331,7 +388,7 @@ class _Stage:
         values = {"parameter": self.graph.parameters, "buffer": self.graph.buffers}
         parts = {
             kind: [
-                parameter_part(self.assignment, group[name], self.coordinates, self._stages_of(group[name]))
+                self._held_part(group[name])
                 for name in self._held(kind, [*forward_inputs, *(binding for binding, _ in outputs)], early_bindings)
             ]
             for kind, group in values.items()
@@ -358,6 +415,33 @@ class _Stage:
     def _held(self, kind: str, bindings: Sequence[Binding], early: Mapping[str, Binding]) -> list[str]:
         names = [binding.name for binding in (*bindings, *early.values()) if binding.kind == kind]
         return list(dict.fromkeys(names))
+
+    def _held_part(self, value: Value) -> ParameterPart:
+        part = parameter_part(self.assignment, value, self.coordinates, self._stages_of(value))
+        zero = self.assignment.zero if value.kind == "parameter" and (value.requires_grad or self.assignment.zero == 3) else 0
+        division = self._division(part.local) if zero else None
+        return replace(part, division=division, zero=zero) if division else part
+
+    def _division(self, local: Sequence[int]) -> Division | None:
+        data = [axis for axis in DATA_AXES if self.axes[axis].ranks > 1]
+        if not data:
+            return None
+        groups = [tuple(group_ranks(self.axes[axis].group)) for axis in data]
+        rank = groups[0][self.axes[data[0]].rank]
+        return division_of(local, data, joined_ranks(rank, groups), rank, self.assignment.shard)
+
+    @cached_property
+    def gathered(self) -> dict[str, Gathering]:
+        """The parameters of this stage that are gathered before they are read, or would be if they were stored in parts (ZeRO-2)."""
+        here = set(self.ops)
+        held: dict[Value, set[str | None]] = {}
+        for op in self.ops if self.assignment.zero > 1 else ():
+            for value in op.inputs:
+                if value.kind == "parameter" and value not in held:
+                    held[value] = {self.blocks.get(reader) for reader, _ in self.readers[value] if reader in here}
+        parts = [part for value in held if (part := self._held_part(value)).division is not None]
+        home = {value.name: block for value, blocks in held.items() if len(blocks) == 1 and (block := next(iter(blocks))) is not None}
+        return gatherings(parts, home, self.choose)
 
     def _stages_of(self, value: Value) -> tuple[int, ...]:
         return tuple(sorted({self.cut.stage_of[op] for op, _ in self.readers[value] if op in self.cut.stage_of}))

@@ -22,7 +22,7 @@ from torch import fx
 from shardwise.errors import CheckError
 from shardwise.program.actions import Action, Kind
 from shardwise.program.program import Program
-from shardwise.program.reductions import reductions
+from shardwise.program.reductions import Reduction, Regathering, reductions, regatherings
 from shardwise.program.transfers import meet
 from shardwise.sharding.collectives import COLLECTIVES, group_ranks
 
@@ -106,6 +106,7 @@ def _steps(program: Program, choose: Choose) -> Iterator[tuple[int, Action | Mee
     once = {
         Kind.PRELUDE: [meeting for number in program.stages for meeting in inside[Kind.PRELUDE, number]],
         Kind.REDUCE: list(_reduction_meetings(program, choose)),
+        Kind.UPDATE: list(_update_meetings(program, choose)),
     }
     posted: set[tuple[str, int, bool]] = set()
     for number, action in enumerate(program.actions):
@@ -165,15 +166,26 @@ def _expect(program: Program, node: fx.Node, given: int, expected: int) -> None:
 
 def _reduction_meetings(program: Program, choose: Choose) -> Iterator[Meeting]:
     for reduction in reductions(program):
+        if reduction.scatter:
+            yield _meeting_of("reduce_scatter", reduction.scatter, sum(reduction.sizes), reduction, choose)
         for group in reduction.groups:
-            yield Meeting(
-                group=group,
-                kind="all_reduce",
-                message=(sum(reduction.sizes),),
-                dtype=str(reduction.dtype).removeprefix("torch."),
-                details=tuple(parameter.name for parameter in reduction.parameters),
-                impl=choose("all_reduce", reduction.nbytes, len(group_ranks(group))),
-            )
+            yield _meeting_of("all_reduce", group, reduction.summed, reduction, choose)
+
+
+def _update_meetings(program: Program, choose: Choose) -> Iterator[Meeting]:
+    for gathered in regatherings(program):
+        yield _meeting_of("all_gather", gathered.group, gathered.numel, gathered, choose)
+
+
+def _meeting_of(kind: str, group: str, numel: int, message: Reduction | Regathering, choose: Choose) -> Meeting:
+    return Meeting(
+        group=group,
+        kind=kind,
+        message=(numel,),
+        dtype=str(message.dtype).removeprefix("torch."),
+        details=tuple(parameter.name for parameter in message.parameters),
+        impl=choose(kind, numel * message.dtype.itemsize, len(group_ranks(group))),
+    )
 
 
 def _meets(rank: int, ranks: Mapping[int, _Rank]) -> list[int] | None:

@@ -10,6 +10,7 @@ import torch
 from torch import fx
 
 from shardwise.program.actions import Action, Kind
+from shardwise.sharding.division import Division
 from shardwise.sharding.types import Placement, Shard
 
 __all__ = ["Binding", "Crossing", "Edge", "ParameterPart", "Program", "StageProgram", "code"]
@@ -31,6 +32,7 @@ class ParameterPart:
 
     type: axis → placement; shape: of the whole, local: of the part. reduce: axes over which gradients are summed once a step.
     stages: all stages that hold it (tied weights); the gradient is summed over them, too.
+    division: how the data ranks divide the part, None where each has it whole; zero: what they divide (`shardwise.sharding.division`).
     """
 
     name: str
@@ -41,6 +43,26 @@ class ParameterPart:
     requires_grad: bool = False
     reduce: tuple[str, ...] = ()
     stages: tuple[int, ...] = ()
+    division: Division | None = None
+    zero: int = 0
+
+    def _from(self, zero: int) -> tuple[int, ...]:
+        return self.local if self.division is None or self.zero < zero else self.division.shape(self.local)
+
+    @property
+    def updated(self) -> tuple[int, ...]:
+        """Shape of what the optimizer of this rank updates."""
+        return self._from(1)
+
+    @property
+    def gradient(self) -> tuple[int, ...]:
+        """Shape of the gradient that the backward graph makes."""
+        return self._from(2)
+
+    @property
+    def stored(self) -> tuple[int, ...]:
+        """Shape of what is there all the time; operators read `local`."""
+        return self._from(3)
 
 
 @dataclass(frozen=True, kw_only=True)

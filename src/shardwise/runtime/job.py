@@ -20,6 +20,7 @@ from shardwise.runtime.executor import Event, Executor
 from shardwise.runtime.gradients import Gradients
 from shardwise.runtime.group import create_groups
 from shardwise.runtime.optimizer import prefer_fused, refuse_unless_elementwise
+from shardwise.runtime.parameters import Parameters
 from shardwise.runtime.transport import Distributed
 from shardwise.sharding.types import Shard, take
 from shardwise.sharding.types import part as part_of
@@ -61,25 +62,16 @@ class Job:
         parts = [*self.program.parameters, *self.program.buffers]
         self.state = {part.name: own_part(state[part.name], part, self.program, device) for part in parts}
         self.gradients = Gradients(self.program, transport, choose, device)
-        self.parameters: dict[str, nn.Parameter] = {}
-        for part in self.program.parameters:
-            self._adopt(part)
+        self.parameters = Parameters(self.program, self.state, self.gradients.parts, transport, choose)
         self.optimizer = self._optimizer(optimizer)
         self.executor = Executor(self.program, self.state, self.gradients, transport, device)
 
-    def _adopt(self, part: ParameterPart) -> None:
-        parameter = nn.Parameter(self.state[part.name], requires_grad=part.requires_grad)
-        self.state[part.name] = parameter.data
-        if part.requires_grad:
-            parameter.grad = self.gradients.of[part.name]
-        self.parameters[part.name] = parameter
-
     def _optimizer(self, factory: OptimizerFactory) -> torch.optim.Optimizer | None:
         """The user's optimizer over this rank's parts; None for a rank without parameters."""
-        if any(isinstance(each, Shard) for part in self.program.parameters for each in part.type.values()):
+        parts = self.program.parameters
+        if any(part.division or isinstance(each, Shard) for part in parts for each in part.type.values()):
             refuse_unless_elementwise(factory)
-        trained = [(name, parameter) for name, parameter in self.parameters.items() if parameter.requires_grad]
-        return prefer_fused(factory(trained)) if trained else None
+        return prefer_fused(factory(self.parameters.trained)) if self.parameters.trained else None
 
     @property
     def batch_slice(self) -> slice:
@@ -106,6 +98,7 @@ class Job:
     def _update(self) -> None:
         if self.optimizer is not None:
             self.optimizer.step()
+        self.parameters.gather()
 
     def evaluate(self, batch: Mapping[str, Tensor], *, local: bool = False) -> float:
         """The loss on a batch, nothing changed."""
@@ -116,7 +109,7 @@ class Job:
 
     def gradient(self) -> dict[str, Tensor]:
         """This rank's part of each gradient of the last step."""
-        return dict(self.gradients.of)
+        return dict(self.gradients.parts)
 
     def _part(self, batch: Mapping[str, Tensor], local: bool) -> dict[str, Tensor]:
         return batch_part(self.graph, self.plan, self.program, batch, self.device, local=local)
@@ -186,6 +179,11 @@ def _all_groups(program: Program, plan: Plan, graph: Graph, applied: Applied) ->
     groups = [(axis, along[seat][axis]) for axis in ("dp", "cp", "tp") for seat in seats]
     if plan.dp > 1 and plan.cp > 1:
         groups += [("+".join(DATA_AXES), joined_ranks(places.rank(*seat), [along[seat][axis] for axis in DATA_AXES])) for seat in seats]
+    if plan.shard:
+        for seat in seats:
+            data = joined_ranks(places.rank(*seat), [along[seat][axis] for axis in DATA_AXES])
+            groups += [("shard", data[first : first + plan.shard]) for first in range(0, len(data), plan.shard)]
+            groups += [("copies", data[first :: plan.shard]) for first in range(plan.shard)]
     readers = graph.consumers()
     ties: set[tuple[int, ...]] = set()
     for value in graph.parameters.values():
@@ -196,7 +194,7 @@ def _all_groups(program: Program, plan: Plan, graph: Graph, applied: Applied) ->
 
 
 def local_part(whole: Tensor, part: ParameterPart, program: Program) -> Tensor:
-    """What this rank keeps of a whole tensor (a view where it can be)."""
+    """What this rank's operators read of a whole tensor (a view where it can be)."""
     for axis, placement in part.type.items():
         if isinstance(placement, Shard) and axis != "mb":
             whole = take(whole, placement, program.mesh[axis], program.coordinates[axis])
@@ -205,7 +203,10 @@ def local_part(whole: Tensor, part: ParameterPart, program: Program) -> Tensor:
 
 def own_part(whole: Tensor, part: ParameterPart, program: Program, device: torch.device) -> Tensor:
     """What this rank keeps of a whole tensor, on the device, in memory that no larger tensor keeps alive."""
-    tensor = local_part(whole, part, program).detach().to(device)
+    tensor = local_part(whole, part, program).detach()
+    if part.division is not None and part.stored != part.local:
+        tensor = part.division.take(tensor)
+    tensor = tensor.to(device)
     small = tensor.untyped_storage().nbytes() > tensor.numel() * tensor.element_size()
     return tensor.clone(memory_format=torch.contiguous_format) if small else tensor.contiguous()
 

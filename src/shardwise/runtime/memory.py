@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 import torch
 
-__all__ = ["PeakMemory"]
+__all__ = ["PeakMemory", "give_back_freed_memory"]
 
 _STATUS = Path("/proc/self/status")
 _CLEAR_REFS = Path("/proc/self/clear_refs")
@@ -22,7 +22,7 @@ class PeakMemory:
     """Measures from its construction on: build it before the model exists."""
 
     def __init__(self) -> None:
-        _give_back_freed_memory()
+        give_back_freed_memory()
         self._resettable = _reset_peak()
         self._before = psutil.Process().memory_info().rss
         if torch.cuda.is_initialized():
@@ -36,8 +36,8 @@ class PeakMemory:
         return max(0, peak - self._before)
 
 
-def _give_back_freed_memory() -> None:
-    """Freed memory that the allocator keeps would be used again without the resident size growing."""
+def give_back_freed_memory() -> None:
+    """Gives the system what is freed but kept by the allocator (glibc's), which lies between what lives and need not fit what comes."""
     gc.collect()
     if sys.platform == "linux":
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc only

@@ -42,7 +42,7 @@ def refuse_unless_elementwise(factory: Factory) -> None:
     if not is_elementwise(factory):
         raise LayoutError(
             f"{name} does not treat each element alone: on the shards of a split parameter it gives other numbers than on the whole; "
-            "use an elementwise optimizer (Adam, AdamW, SGD, …) or a layout with tp=1"
+            "use an elementwise optimizer (Adam, AdamW, SGD, …) or a layout with tp=1 and zero=0"
         )
 
 

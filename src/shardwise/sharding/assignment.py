@@ -22,7 +22,8 @@ AXES = ("dp", "mb", "cp", "tp")
 @dataclass(kw_only=True)
 class Assignment:
     """mesh: axis → ranks (or microbatches), outermost first. variants: operator → axis → variant. sources: parameter, buffer or input →
-    axis → the type in which a rank keeps it. shares: in which proportion the ranks of dp divide the samples; () evenly.
+    axis → the type in which a rank keeps it. shares: in which proportion the ranks of dp divide the samples; () evenly. zero, shard: what
+    data ranks divide of the parameters, and in groups of how many (0: all of them), as of `shardwise.sharding.division`.
     """
 
     graph: Graph
@@ -31,6 +32,8 @@ class Assignment:
     variants: dict[Op, dict[str, Variant]] = field(default_factory=dict)
     sources: dict[Value, dict[str, Placement]] = field(default_factory=dict)
     shares: tuple[int, ...] = ()
+    zero: int = 0
+    shard: int = 0
 
     def produced(self, value: Value) -> dict[str, Placement]:
         """The type in which a tensor comes into being."""

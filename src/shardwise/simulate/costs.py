@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from math import prod
 
@@ -10,14 +10,14 @@ import torch
 from torch import fx
 
 from shardwise.cluster.model import Cluster
-from shardwise.cost.collectives import collective_cost, collective_seconds
+from shardwise.cost.collectives import Shares, collective_cost, collective_seconds, collective_shares
 from shardwise.cost.compute import op_seconds, streaming_seconds
 from shardwise.cost.fusion import fused_traffic
 from shardwise.cost.memory import bases, liveness, tensor_bytes
 from shardwise.cost.optimizer import optimizer_seconds
 from shardwise.program.actions import COMPUTES, Kind
 from shardwise.program.program import ParameterPart, Program, StageProgram
-from shardwise.program.reductions import reductions
+from shardwise.program.reductions import Reduction, Regathering, reductions, regatherings
 from shardwise.program.tables import Slot, in_flight
 from shardwise.sharding.collectives import COLLECTIVES, group_ranks
 
@@ -75,10 +75,11 @@ class MemoryUse:
 
 
 def graph_seconds(graph: fx.Graph, cluster: Cluster) -> Seconds:
-    """One run of a graph on a rank."""
+    """One run of a graph on a rank. Where ranks share cores, collectives take part of their time from them."""
     each = node_seconds(graph, cluster)
-    communicate = sum(seconds for node, seconds in each.items() if node.target in COLLECTIVES)
-    return Seconds(compute_s=sum(each.values()) - communicate, communicate_s=communicate)
+    talks = [_shares(node, cluster) for node in each if node.target in COLLECTIVES]
+    alone = sum(seconds for node, seconds in each.items() if node.target not in COLLECTIVES)
+    return Seconds(compute_s=alone + sum(talk.compute_s for talk in talks), communicate_s=sum(talk.communicate_s for talk in talks))
 
 
 def node_seconds(graph: fx.Graph, cluster: Cluster) -> dict[fx.Node, float]:
@@ -99,35 +100,50 @@ def node_seconds(graph: fx.Graph, cluster: Cluster) -> dict[fx.Node, float]:
 
 
 def _collective_seconds(node: fx.Node, cluster: Cluster) -> float:
-    kind = COLLECTIVES[node.target]  # type: ignore[index]
-    source = node.args[0]
+    kind, impl, message, ranks, stride = _collective(node)
+    return collective_seconds(kind, impl, message, ranks, cluster, stride) + _placed_seconds(node, cluster)
+
+
+def _shares(node: fx.Node, cluster: Cluster) -> Shares:
+    kind, impl, message, ranks, stride = _collective(node)
+    return collective_shares(kind, impl, message, ranks, cluster, stride)
+
+
+def _collective(node: fx.Node) -> tuple[str, str, int, int, int]:
+    """(kind, implementation, bytes of its message, ranks, from each of them to the next)."""
+    kind, source = COLLECTIVES[node.target], node.args[0]  # type: ignore[index]
     assert isinstance(source, fx.Node)
     message = tensor_bytes(node.meta["val"] if kind == "all_gather" else source.meta["val"])
     ranks = group_ranks(str(node.args[1]))
-    seconds = collective_seconds(kind, str(node.args[-1]), message, len(ranks), cluster, ranks[1] - ranks[0] if len(ranks) > 1 else 1)
-    if (
-        cluster.rates.copies_inner
-        and kind in ("all_gather", "reduce_scatter")
-        and prod(source.meta["val"].shape[: int(str(node.args[2]))]) > 1
-    ):
-        seconds += streaming_seconds(message, message, cluster)
-    return seconds
+    return kind, str(node.args[-1]), message, len(ranks), ranks[1] - ranks[0] if len(ranks) > 1 else 1
+
+
+def _placed_seconds(node: fx.Node, cluster: Cluster) -> float:
+    """Of copying into place what is gathered or scattered along another dim than the first."""
+    kind, _, message, _, _ = _collective(node)
+    if not cluster.rates.copies_inner or kind not in ("all_gather", "reduce_scatter"):
+        return 0.0
+    source, dim = node.args[0], int(str(node.args[2]))
+    assert isinstance(source, fx.Node)
+    return streaming_seconds(message, message, cluster) if prod(source.meta["val"].shape[:dim]) > 1 else 0.0
 
 
 def stage_times(program: Program, cluster: Cluster, optimizer: str) -> dict[int, dict[Kind, Seconds]]:
     """What the actions of a rank take, by stage; what it does once for all its stages counts with the first, the update with each."""
     found: dict[int, dict[Kind, Seconds]] = {}
     reduce_s = _reduction_seconds(program, cluster)
+    gather_s = _gather_seconds(program, cluster)
     for number, parameters in _own_parameters(program).items():
         stage = program.stages[number]
-        update_s = sum(optimizer_seconds(prod(p.local), p.dtype, optimizer, cluster) for p in parameters if p.requires_grad)
+        update_s = sum(optimizer_seconds(prod(p.updated), p.dtype, optimizer, cluster) for p in parameters if p.requires_grad)
         found[number] = {kind: graph_seconds(graph, cluster) for kind, graph in stage.graphs.items()}
         for kind in (Kind.BACKWARD, Kind.WEIGHT):
             if kind in found[number]:
                 sinks = sink_seconds([p for p in stage.parameters if p.name in stage.gradients(kind)], cluster)
                 found[number][kind] = replace(found[number][kind], compute_s=found[number][kind].compute_s + sinks)
-        found[number][Kind.REDUCE] = Seconds(compute_s=0.0, communicate_s=0.0 if len(found) > 1 else reduce_s)
-        found[number][Kind.UPDATE] = Seconds(compute_s=update_s, communicate_s=0.0)
+        first = len(found) == 1
+        found[number][Kind.REDUCE] = Seconds(compute_s=0.0, communicate_s=reduce_s if first else 0.0)
+        found[number][Kind.UPDATE] = Seconds(compute_s=update_s, communicate_s=gather_s if first else 0.0)
     return found
 
 
@@ -154,15 +170,26 @@ def sink_seconds(parameters: list[ParameterPart], cluster: Cluster) -> float:
     seconds = 0.0
     for parameter in parameters:
         if parameter.requires_grad:
-            meta = torch.empty(parameter.local, dtype=parameter.dtype, device="meta")
+            meta = torch.empty(parameter.gradient, dtype=parameter.dtype, device="meta")
             seconds += op_seconds(copy, (meta, meta), {}, meta, cluster)
     return seconds
 
 
 def _reduction_seconds(program: Program, cluster: Cluster) -> float:
     """Summing the pending gradients at the end of a step."""
-    groups = [(reduction.nbytes, len(group_ranks(group))) for reduction in reductions(program) for group in reduction.groups]
-    return sum(collective_cost("all_reduce", message, ranks, cluster).seconds for message, ranks in groups)
+    seconds = 0.0
+    for reduction in reductions(program):
+        if reduction.scatter:
+            seconds += collective_cost("reduce_scatter", reduction.nbytes, len(group_ranks(reduction.scatter)), cluster).seconds
+        summed = reduction.summed * reduction.dtype.itemsize
+        seconds += sum(collective_cost("all_reduce", summed, len(group_ranks(group)), cluster).seconds for group in reduction.groups)
+    return seconds
+
+
+def _gather_seconds(program: Program, cluster: Cluster) -> float:
+    """Gathering what other ranks have updated."""
+    messages = [(message.nbytes, len(group_ranks(message.group))) for message in regatherings(program)]
+    return sum(collective_cost("all_gather", nbytes, ranks, cluster).seconds for nbytes, ranks in messages)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -199,13 +226,13 @@ def stage_memory(program: Program, optimizer: str) -> dict[int, StageMemory]:
     found: dict[int, StageMemory] = {}
     for number, parameters in _own_parameters(program).items():
         stage = program.stages[number]
-        gradients = sum(_bytes(p) for p in parameters if p.requires_grad)
+        trained = [p for p in parameters if p.requires_grad]
         transient, saved, kept = _passes(stage)
         use = MemoryUse(
-            parameters=sum(_bytes(p) for p in parameters),
-            gradients=gradients,
-            optimizer=OPTIMIZER_STATES.get(optimizer, 2) * gradients,
-            buffers=sum(_bytes(p) for p in stage.buffers) + _crossing_bytes(stage),
+            parameters=sum(_bytes(p, p.stored) for p in parameters) + _copied_bytes(trained, zero=(1, 2)),
+            gradients=sum(_bytes(p, p.gradient) for p in trained) + _copied_bytes(trained, zero=(1,)),
+            optimizer=OPTIMIZER_STATES.get(optimizer, 2) * sum(_bytes(p, p.updated) for p in trained),
+            buffers=sum(_bytes(p, p.local) for p in stage.buffers) + _crossing_bytes(stage),
             saved=0,
             transient=transient,
             runtime=_RUNTIME_BYTES,
@@ -215,28 +242,33 @@ def stage_memory(program: Program, optimizer: str) -> dict[int, StageMemory]:
 
 
 def _with_update(program: Program, stages: dict[int, StageMemory]) -> dict[int, StageMemory]:
-    """The update needs twice the largest parameter, when no microbatch is in flight any more."""
-    flying = _flying_bytes(program, stages)
+    """The update needs twice the largest part, and what is sent around it a message, when no microbatch is in flight any more."""
+    flying, message = _flying_bytes(program, stages), _message_bytes(program)
     for number, parameters in _own_parameters(program).items():
-        largest = max((_bytes(p) for p in parameters if p.requires_grad), default=0)
+        largest = max((_bytes(p, p.updated) for p in parameters if p.requires_grad), default=0)
         use = stages[number].use
-        stages[number] = replace(stages[number], use=replace(use, transient=max(use.transient, 2 * largest - flying)))
+        stages[number] = replace(stages[number], use=replace(use, transient=max(use.transient, max(2 * largest, message) - flying)))
     return stages
 
 
 def _passes(stage: StageProgram) -> tuple[int, int, int]:
     """(the most that a graph holds beside what is saved, bytes that forward saves, bytes that backward keeps for the weights' part)."""
     saved = saved_values(stage)
-    peaks = [liveness(stage.forward).peak_bytes - saved.nbytes, _peak_after(stage.backward, saved), 0]
+    peaks = [liveness(stage.forward).peak_bytes - saved.nbytes, _peak_after(stage.backward, saved, _sunk(stage, Kind.BACKWARD)), 0]
     if stage.weight is None:
         return max(peaks), saved.nbytes, 0
     kept = kept_values(stage, saved)
-    return max(*peaks, _peak_after(stage.weight, kept)), saved.nbytes, kept.nbytes
+    return max(*peaks, _peak_after(stage.weight, kept, _sunk(stage, Kind.WEIGHT))), saved.nbytes, kept.nbytes
 
 
-def _peak_after(graph: fx.Graph, passed: Passed) -> int:
-    """The most that a graph holds beside what was passed to it, which it frees."""
-    return liveness(graph, lambda node: passed.sizes.get(node, 0), passed.aliases).peak_bytes
+def _sunk(stage: StageProgram, kind: Kind) -> set[fx.Node]:
+    """Parameters' gradients, which go into their buffers."""
+    return set(stage.gradients(kind).values())
+
+
+def _peak_after(graph: fx.Graph, passed: Passed, sunk: Collection[fx.Node] = ()) -> int:
+    """The most that a graph holds beside what was passed to it, which it frees; sunk: as of `liveness`."""
+    return liveness(graph, lambda node: passed.sizes.get(node, 0), passed.aliases, sunk).peak_bytes
 
 
 def saved_values(stage: StageProgram) -> Passed:
@@ -290,5 +322,23 @@ def _crossing_bytes(stage: StageProgram) -> int:
     return sum(tensor_bytes(node.meta.get("val")) for node in stage.prelude.output_node().all_input_nodes)
 
 
-def _bytes(part: ParameterPart) -> int:
-    return prod(part.local) * part.dtype.itemsize
+def _bytes(part: ParameterPart, shape: Sequence[int]) -> int:
+    return prod(shape) * part.dtype.itemsize
+
+
+def _copied_bytes(trained: Sequence[ParameterPart], zero: tuple[int, ...]) -> int:
+    """Of the rank's parts that are no run of memory in the whole and lie by themselves, where the whole is there too."""
+    copied = [p for p in trained if p.division is not None and p.zero in zero and prod(p.local[: p.division.dim]) > 1]
+    return sum(_bytes(p, p.updated) for p in copied)
+
+
+def _message_bytes(program: Program) -> int:
+    """The largest message at the end of a step that reduces to parts or gathers: what is received, and what is put together to be sent."""
+    scattered = [reduction.nbytes * (1 if _in_place(reduction) else 2) for reduction in reductions(program) if reduction.scatter]
+    gathered = [message.nbytes * (1 if _in_place(message) else 2) for message in regatherings(program)]
+    return max([*scattered, *gathered], default=0)
+
+
+def _in_place(message: Reduction | Regathering) -> bool:
+    """Whether it is sent from where it is: one parameter whose parts are runs of memory."""
+    return len(message.parameters) == 1 and prod(message.parameters[0].local[: message.divisions[0].dim]) == 1

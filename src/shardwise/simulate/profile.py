@@ -29,7 +29,8 @@ class StageProfile(_Strict):
     seconds: kind of action → (computing, communicating); "backward" is the inputs' part where there is "weight", too, the whole where not.
     memory: bytes by kind at the peak, "saved" only where saved_bytes is 0. saved_bytes: what one microbatch keeps from its forward to its
     backward pass; kept_bytes: from there to the weights' part of it, where that is apart.
-    reduces: axes over which gradients are summed. modules: what the stage holds; parameters: how many numbers, over all its ranks.
+    reduces: axes over which gradients are summed. tied: other stages with which a weight is shared, whose gradient is summed over all of
+    them. modules: what the stage holds; parameters: how many numbers, over all its ranks.
     """
 
     seconds: dict[str, tuple[float, float]]
@@ -37,6 +38,7 @@ class StageProfile(_Strict):
     saved_bytes: int = 0
     kept_bytes: int = 0
     reduces: list[str] = []
+    tied: list[int] = []
     modules: list[str] = []
     parameters: int = 0
 
@@ -115,12 +117,14 @@ def _stage(ranks: list[_OnRank]) -> StageProfile:
     fullest = max((rank.memory for rank in ranks), key=lambda memory: memory.use.total + memory.saved_bytes)
     reduces = sorted({axis for rank in ranks for part in rank.stage.parameters for axis in part.reduce})
     held = ranks[0].stage.parameters
+    tied = {other for part in held if part.requires_grad for other in part.stages} - {ranks[0].stage.stage}
     return StageProfile(
         seconds=seconds,
         memory=fullest.use.by_kind(),
         saved_bytes=fullest.saved_bytes,
         kept_bytes=fullest.kept_bytes,
         reduces=reduces,
+        tied=sorted(tied),
         modules=modules_held(part.name for part in held),
         parameters=sum(prod(part.shape) for part in held),
     )

@@ -208,13 +208,15 @@ def _on_rank(span: Span, offset: int) -> Span:
 class _Row:
     """What the ranks of one place in the pipeline do. stages, seconds (computing, communicating): of each action; peers are pipeline ranks.
 
-    reduces: whether they wait for each other to reduce gradients; memory: bytes by kind.
+    reduces: whether they wait for each other to reduce gradients; tied: the places in the pipeline for which they wait then, too; memory:
+    bytes by kind.
     """
 
     actions: list[Action]
     stages: list[int]
     seconds: list[tuple[float, float]]
     reduces: bool
+    tied: frozenset[int]
     memory: dict[str, int]
 
 
@@ -231,13 +233,13 @@ def _rows(profile: Profile, mesh: Mesh, given: Tables | None) -> dict[int, _Row]
     saved, kept = ({stage: getattr(each, name) for stage, each in enumerate(profile.stages)} for name in ("saved_bytes", "kept_bytes"))
     held = in_flight(tables, saved, kept)
     return {
-        rank: _row(actions, sorted(stage for stage in home if home[stage] == rank), profile, seconds, held[rank])
+        rank: _row(actions, sorted(stage for stage in home if home[stage] == rank), profile, seconds, held[rank], home)
         for rank, actions in lists.items()
     }
 
 
-def _row(inner: list[Action], own: list[int], profile: Profile, seconds: list[_Times], held_bytes: int) -> _Row:
-    """Of the rank that has the stages `own`."""
+def _row(inner: list[Action], own: list[int], profile: Profile, seconds: list[_Times], held_bytes: int, home: Mapping[int, int]) -> _Row:
+    """Of the rank that has the stages `own`. home: stage → rank."""
     actions = [Action(kind=Kind.PRELUDE), *inner, Action(kind=Kind.REDUCE), Action(kind=Kind.UPDATE)]
     stages = [action.stage if action.stage >= 0 else own[0] for action in actions]
     once = {kind: _added(seconds[stage].get(kind, _NO_TIME) for stage in own) for kind in (Kind.PRELUDE, Kind.REDUCE, Kind.UPDATE)}
@@ -249,6 +251,7 @@ def _row(inner: list[Action], own: list[int], profile: Profile, seconds: list[_T
             for action, stage in zip(actions, stages, strict=True)
         ],
         reduces=any(profile.stages[stage].reduces for stage in own),
+        tied=frozenset(home[other] for stage in own for other in profile.stages[stage].tied) - {home[own[0]]},
         memory=_memory([profile.stages[stage] for stage in own], held_bytes),
     )
 
@@ -296,10 +299,11 @@ def _memory(stages: Sequence[StageProfile], held_bytes: int) -> dict[str, int]:
 
 @dataclass(kw_only=True)
 class _Rank:
-    """pipe: its place in the pipeline; actions: with the ranks that it talks to; transfer_s: of what it sends, by edge; at: that it stands
-    at; phase: what it does there."""
+    """pipe: its place in the pipeline; place: on the mesh there; actions: with the ranks that it talks to; transfer_s: of what it sends, by
+    edge; at: that it stands at; phase: what it does there."""
 
     pipe: int
+    place: tuple[int, int]
     row: _Row
     actions: list[Action]
     transfer_s: Mapping[str, float]
@@ -320,7 +324,26 @@ def _placed(row: _Row, pipe: int, place: tuple[int, int], mesh: Mesh, profile: P
         actions = [
             replace(action, peer=rank_of(action.peer, *place, mesh.dp, mesh.tp)) if action.peer >= 0 else action for action in actions
         ]
-    return _Rank(pipe=pipe, row=row, actions=actions, transfer_s={edge.name: edge.transfer_s for edge in profile.edges})
+    return _Rank(pipe=pipe, place=place, row=row, actions=actions, transfer_s={edge.name: edge.transfer_s for edge in profile.edges})
+
+
+def _meets(ranks: Mapping[int, _Rank]) -> dict[int, frozenset[int]]:
+    """Rank → all, itself included, that end their reduction together: those of its stage, where they sum gradients, and those at its own
+    place in the stages with which weights are shared; and theirs."""
+    at = {(state.pipe, state.place): rank for rank, state in ranks.items()}
+    first: dict[int, int] = {}
+    group = {rank: frozenset({rank}) for rank in ranks}
+
+    def join(one: int, other: int) -> None:
+        together = group[one] | group[other]
+        group.update(dict.fromkeys(together, together))
+
+    for rank, state in ranks.items():
+        for pipe in state.row.tied:
+            join(rank, at[pipe, state.place])
+        if state.row.reduces:
+            join(rank, first.setdefault(state.pipe, rank))
+    return group
 
 
 _Message = tuple[str, int, bool]
@@ -337,14 +360,12 @@ class _Clock:
     events: list[tuple[float, int, int]] = field(default_factory=list)
     computing: dict[int, _Rank] = field(default_factory=dict)
     arrivals: dict[tuple[int, _Message], float] = field(default_factory=dict)  # (receiver, message) → when
-    reducing: dict[int, list[int]] = field(default_factory=dict)
+    reducing: set[int] = field(default_factory=set)  # ranks that stand at their reduction, or have passed it
     timeline: list[Span] = field(default_factory=list)
     made: int = 0
 
     def __post_init__(self) -> None:
-        self.at_pipe: dict[int, int] = {}
-        for state in self.ranks.values():
-            self.at_pipe[state.pipe] = self.at_pipe.get(state.pipe, 0) + 1
+        self.meets = _meets(self.ranks)
 
     def play(self) -> list[Span]:
         for rank in self.ranks:
@@ -397,16 +418,19 @@ class _Clock:
     def _ready(self, rank: int, state: _Rank, action: Action) -> bool:
         if action.receives:
             return (rank, action.message) in self.arrivals
-        if action.kind is Kind.REDUCE and state.row.reduces:
-            here = self.reducing.setdefault(state.pipe, [])
-            if rank not in here:
-                here.append(rank)
-                if len(here) == self.at_pipe[state.pipe]:
-                    for other in here:
-                        if other != rank:
-                            self._wake(other, self.now_s)
-            return len(here) == self.at_pipe[state.pipe]
+        if action.kind is Kind.REDUCE:
+            return self._all_reduce(rank)
         return True
+
+    def _all_reduce(self, rank: int) -> bool:
+        """Whether all whose gradients are summed with this rank's are there; the last to come wakes the others."""
+        group = self.meets[rank]
+        complete = group <= self.reducing | {rank}
+        if complete and rank not in self.reducing:
+            for other in group - {rank}:
+                self._wake(other, self.now_s)
+        self.reducing.add(rank)
+        return complete
 
     def _end(self, rank: int, state: _Rank, action: Action) -> None:
         span = Span(rank=rank, stage=state.row.stages[state.at], action=action, start_s=state.start_s, end_s=self.now_s)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +18,7 @@ from shardwise.runtime.in_process import run_ranks
 from shardwise.runtime.job import Job, batch_part, local_part, own_part, step_key
 from shardwise.runtime.launch import launch
 from shardwise.runtime.optimizer import prefer_fused
+from shardwise.runtime.parameters import Parameters
 from shardwise.runtime.transport import Transport
 from shardwise.verify.cast import cast_tensor
 from shardwise.verify.compare import relative_error
@@ -25,12 +26,13 @@ from shardwise.verify.compare import relative_error
 __all__ = ["Part", "on_processes", "on_threads"]
 
 _WAIT_S = 120.0
+_RATE = 1e-3
 _CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Part:
-    """One rank's share of a step."""
+    """One rank's share of a step. update_error: the largest of a parameter after the optimizer's step on one device's gradients."""
 
     loss: float
     coordinates: dict[str, int]
@@ -83,9 +85,9 @@ def on_processes(work: Work) -> list[Part]:
 
 def _process(work: Work) -> Part:
     applied = apply_plan(work.plan, work.graph, same_fingerprint=False)
-    job = Job(
-        work.graph, work.plan, applied, work.state, lambda p: torch.optim.SGD(p, lr=0.0), device=_CPU, seed=work.seed, timeout_s=_WAIT_S
-    )
+    state, optimizer = {name: tensor.clone() for name, tensor in work.state.items()}, _Optimizer(work=work)
+    job = Job(work.graph, work.plan, applied, state, optimizer, device=_CPU, seed=work.seed, timeout_s=_WAIT_S)
+    optimizer.program = job.program
     loss = job.step(work.batch)
     return _part(job.program, work, loss, job.state, job.gradient())
 
@@ -107,10 +109,18 @@ def _thread(program: Program, work: Work, transport: Transport) -> tuple[float |
     parts = [*program.parameters, *program.buffers]
     state = {part.name: own_part(work.state[part.name], part, program, _CPU).clone() for part in parts}
     gradients = Gradients(program, transport, work.plan.chooser(), _CPU)
+    parameters = Parameters(program, state, gradients.parts, transport, work.plan.chooser())
+    optimizer = _Optimizer(work=work, program=program)
+
+    def update() -> None:
+        if parameters.trained:
+            prefer_fused(optimizer(parameters.trained)).step()
+        parameters.gather()
+
     executor = Executor(program, state, gradients, transport, _CPU)
     batch = batch_part(work.graph, work.plan, program, work.batch, _CPU)
-    loss = executor.step(batch, step_key(work.seed, 1), lambda: None)
-    return (loss if program.counts_loss else None), lambda total: _part(program, work, total, state, gradients.of)
+    loss = executor.step(batch, step_key(work.seed, 1), update)
+    return (loss if program.counts_loss else None), lambda total: _part(program, work, total, state, gradients.parts)
 
 
 def _part(program: Program, work: Work, loss: float, state: Mapping[str, Tensor], gradients: Mapping[str, Tensor]) -> Part:
@@ -126,19 +136,41 @@ def _part(program: Program, work: Work, loss: float, state: Mapping[str, Tensor]
             for binding in stage.forward_outputs
             if binding.kind == "buffer"
         },
-        update_error=max((_update_error(part, program, work) for part in program.parameters if part.requires_grad), default=0.0),
+        update_error=max((_update_error(part, program, work, state) for part in program.parameters if part.requires_grad), default=0.0),
     )
 
 
-def _update_error(part: ParameterPart, program: Program, work: Work) -> float:
-    """AdamW on this rank's part of the reference's gradient against AdamW on the whole."""
-    whole = _adamw(work.state[part.name], work.reference[part.name], lambda optimizer: optimizer)
-    mine = _adamw(local_part(work.state[part.name], part, program), local_part(work.reference[part.name], part, program), prefer_fused)
-    return relative_error(mine, local_part(whole, part, program), 1e-30)
+@dataclass(kw_only=True)
+class _Optimizer:
+    """Makes an AdamW that steps on one device's gradients instead of the parameters' own. program: of this rank, known before the step."""
+
+    work: Work
+    program: Program | None = None
+
+    def __call__(self, named: Iterable[tuple[str, nn.Parameter]]) -> torch.optim.Optimizer:
+        trained = dict(named)
+        optimizer = torch.optim.AdamW(trained.values(), lr=_RATE)
+        optimizer.register_step_pre_hook(lambda *_: self._give(trained))
+        return optimizer
+
+    def _give(self, trained: Mapping[str, nn.Parameter]) -> None:
+        if self.program is None:
+            return  # asked whether it works on shards
+        for part in self.program.parameters:
+            if part.name in trained:
+                mine = local_part(self.work.reference[part.name], part, self.program)
+                mine = part.division.take(mine) if part.division else mine
+                trained[part.name].grad = mine.clone(memory_format=torch.contiguous_format)
 
 
-def _adamw(start: Tensor, gradient: Tensor, prepare: Callable[[torch.optim.Optimizer], torch.optim.Optimizer]) -> Tensor:
+def _update_error(part: ParameterPart, program: Program, work: Work, state: Mapping[str, Tensor]) -> float:
+    """What this rank holds of a parameter after the step, against AdamW on the whole."""
+    whole = _adamw(work.state[part.name], work.reference[part.name])
+    return relative_error(state[part.name], own_part(whole, part, program, _CPU), 1e-30)
+
+
+def _adamw(start: Tensor, gradient: Tensor) -> Tensor:
     parameter = nn.Parameter(start.clone(memory_format=torch.contiguous_format))
     parameter.grad = gradient.clone(memory_format=torch.contiguous_format)
-    prepare(torch.optim.AdamW([parameter], lr=1e-3)).step()
+    torch.optim.AdamW([parameter], lr=_RATE).step()
     return parameter.detach()

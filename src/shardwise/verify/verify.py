@@ -27,6 +27,7 @@ from shardwise.planner.preflight import preflight
 from shardwise.planner.search import search
 from shardwise.program.program import Program
 from shardwise.program.trace import Tracer
+from shardwise.sharding.division import Division
 from shardwise.sharding.types import Shard, join
 from shardwise.verify.compare import (
     FLOAT32_BOUND,
@@ -203,9 +204,18 @@ def _whole(name: str, split: list[Part]) -> tuple[Tensor, float]:
     holders = [part for part in split if name in part.parts]
     kept = holders[0].parts[name].type
     axis = next((axis for axis, placement in kept.items() if isinstance(placement, Shard) and axis != "mb"), None)
-    copies: dict[int, list[Tensor]] = {}
+    copies: dict[int, dict[int, list[Tensor]]] = {}  # place on the axis → place among those that divide its part → copies
     for part in holders:
-        copies.setdefault(part.coordinates[axis] if axis else 0, []).append(part.gradients[name])
-    spread = max(float((each - same[0]).abs().max()) if each.numel() else 0.0 for same in copies.values() for each in same)
-    parts = [copies[place][0] for place in sorted(copies)]
+        division, place = part.parts[name].division, part.coordinates[axis] if axis else 0
+        copies.setdefault(place, {}).setdefault(division.rank if division else 0, []).append(part.gradients[name])
+    every = [same for pieces in copies.values() for same in pieces.values()]
+    spread = max(float((each - same[0]).abs().max()) if each.numel() else 0.0 for same in every for each in same)
+    dims = {part.coordinates[axis] if axis else 0: part.parts[name].division for part in holders}
+    parts = [_joined(copies[place], dims[place]) for place in sorted(copies)]
     return (join(parts, kept[axis]) if axis else parts[0]), spread  # type: ignore[arg-type]
+
+
+def _joined(pieces: Mapping[int, list[Tensor]], division: Division | None) -> Tensor:
+    """What the data ranks hold of a gradient together."""
+    parts = [pieces[rank][0] for rank in sorted(pieces)]
+    return parts[0] if division is None else torch.cat(parts, division.dim)

@@ -1,0 +1,82 @@
+"""Divided states, gradients and parameters on real ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from tests.clusters import made_up
+from tests.models import Example, gpt2, mlp, unet
+
+import shardwise as sw
+from shardwise.errors import LayoutError, RankFailed
+from shardwise.planner.layout import Layout
+from shardwise.runtime.launch import launch
+from shardwise.verify.verify import Report
+
+pytestmark = pytest.mark.distributed
+
+CASES: dict[str, tuple[Callable[[], Example], str]] = {
+    "zero 1": (lambda: gpt2(layers=1), "dp=2,zero=1"),
+    "zero 2, microbatches, batch parts of 3 ranks": (lambda: mlp(samples=9), "dp=3,zero=2,microbatches=3"),
+    "zero 3 with tp, full, dropout": (lambda: gpt2(layers=1, dropout=0.1), "dp=2,tp=2,zero=3,recompute=full"),
+    "groups of 2 of 4, zero 3": (mlp, "dp=4,zero=3,shard=2"),
+    "batch norm, zero 3, full": (unet, "dp=2,zero=3,recompute=full"),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_same_numbers_as_one_device(case: str) -> None:
+    make, layout = CASES[case]
+    report = sw.verify(*make(), cluster=made_up(Layout.parse(layout).ranks), layout=layout)
+    assert isinstance(report, Report)
+    assert report.ok, f"{report.first_difference}\n{report}"
+
+
+def trained(plan: sw.Plan) -> tuple[list[float], dict[str, torch.Tensor], list[int]]:
+    """Losses of four steps, this rank's parts after them, and elements of the parameter, gradient and optimizer's state."""
+    model, batch = gpt2(layers=1, samples=4, dropout=0.1)
+    job = sw.parallelize(model, batch, plan=plan, optimizer=lambda named: torch.optim.AdamW([p for _, p in named], lr=1e-2))
+    losses = [job.step(batch) for _ in range(4)]
+    name = "transformer.h.0.mlp.c_fc.weight"
+    moments = job.optimizer.state[job.parameters.of[name]]["exp_avg"]
+    sizes = [job.state[name].numel(), job.gradients.of[name].numel(), moments.numel()]
+    return losses, {each: tensor.clone() for each, tensor in job.state.items()}, sizes
+
+
+def run(layout: str) -> list[tuple[list[float], dict[str, torch.Tensor], list[int]]]:
+    model, batch = gpt2(layers=1, samples=4, dropout=0.1)
+    plan = sw.plan(model, batch, made_up(2), layout=layout)
+    assert isinstance(plan, sw.Plan)
+    return launch(trained, (plan,), ranks=2, timeout_s=60.0)
+
+
+def test_training_goes_the_same_way_and_is_repeatable() -> None:
+    """Four steps of AdamW; a sum of two is the same in either order, so that dividing changes no bit."""
+    whole = run("dp=2,microbatches=1")
+    elements = 64 * 256
+    assert whole[0][2] == [elements, elements, elements]
+    sizes = {1: [elements, elements, elements // 2], 2: [elements, elements // 2, elements // 2], 3: [elements // 2] * 3}
+    for zero, recompute in ((1, "none"), (2, "none"), (3, "full")):
+        divided = run(f"dp=2,microbatches=1,zero={zero},recompute={recompute}")
+        assert divided[0][0] == divided[1][0] == pytest.approx(whole[0][0], rel=1e-6)
+        assert divided[0][2] == sizes[zero]
+        for name, tensor in whole[0][1].items():
+            parts = [rank[1][name] for rank in divided]
+            if zero < 3:
+                assert torch.equal(parts[0], parts[1]), f"{name}: ranks gather the same"
+                torch.testing.assert_close(parts[0], tensor, rtol=1e-4, atol=1e-6)
+    again = run("dp=2,microbatches=1,zero=3,recompute=full")
+    assert [rank[0] for rank in again] == [rank[0] for rank in divided]
+    assert all(torch.equal(again[rank][1][name], divided[rank][1][name]) for rank in (0, 1) for name in again[rank][1])
+
+
+def with_adafactor(plan: sw.Plan) -> None:
+    sw.parallelize(*mlp(), plan=plan, optimizer=lambda named: torch.optim.Adafactor([p for _, p in named], lr=1e-2))
+
+
+def test_an_optimizer_of_whole_matrices_is_refused() -> None:
+    plan = sw.plan(*mlp(), made_up(2), layout="dp=2,zero=1")
+    with pytest.raises((LayoutError, RankFailed), match=r"Adafactor does not treat each element alone.*zero=0"):
+        launch(with_adafactor, (plan,), ranks=2, timeout_s=60.0)
