@@ -6,8 +6,9 @@ Every row of the files in DIR (their form: docs/predictions.md) is predicted wit
 on the meta device, its operators are split as the row says, each piece is lowered and costed on the row's devices, and the step is
 simulated. Nothing is measured, and no formula is peculiar to these tables.
 
-For each file: the median absolute percentage error of step time and of memory, how many rows could be expressed, and, where rows differ in
-layout alone, rank correlation (Kendall's tau-b) and regret (how much slower the layout is that would have been chosen than the best).
+For each file: the median absolute percentage error of step time and of memory, how many rows could be expressed, how many of those that ran
+out of memory are said to fit, and, where rows differ in layout alone, rank correlation (Kendall's tau-b) and regret (how much slower the
+layout is that would have been chosen than the best).
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table as Shown
 
+from benchmarks.published_frameworks import Holding, holding_of, printed_bytes
 from benchmarks.published_machines import machines_of
 from benchmarks.published_models import TwinError, twin
 from benchmarks.published_rows import Row, read_directory, sweeps
@@ -40,6 +42,7 @@ from shardwise.cluster.model import Cluster, cluster_of
 from shardwise.errors import ShardwiseError
 from shardwise.planner.compose import Scheme, compose, recomputed
 from shardwise.planner.pieces import Outline, PieceCost
+from shardwise.planner.search import FULL_MEMORY
 from shardwise.planner.twins import TwinLayout, split_twin
 from shardwise.program.tables import splits_backward
 from shardwise.program.trace import Tracer
@@ -60,11 +63,13 @@ _SCHEDULES = {
     "zb-v": "zb-v",
 }
 _BOUND, _FILE_BOUND, _EXPRESSED = 0.08, 0.15, 0.90
+_MEMORY_BOUND = 0.08
 
 
 @dataclass(frozen=True, kw_only=True)
 class Prediction:
-    """step_s: the prediction; low_s, high_s: over what the row leaves open. reason: why there is none."""
+    """step_s: the prediction; low_s, high_s: over what the row leaves open. memory_bytes: what the row's figure counts; fits: whether a
+    plan may take the whole; runs: whether it may have run so, predictions not being exact. reason: why there is none."""
 
     row: Row
     step_s: float | None = None
@@ -72,12 +77,14 @@ class Prediction:
     high_s: float | None = None
     memory_bytes: float | None = None
     fits: bool = True
+    runs: bool = True
     reason: str = ""
 
     @property
     def error(self) -> float | None:
         """(predicted − measured) ÷ measured."""
-        return None if self.step_s is None or not self.row.step_s else self.step_s / self.row.step_s - 1
+        timed = self.step_s is not None and self.row.step_s and not self.row.out_of_memory
+        return self.step_s / self.row.step_s - 1 if timed and self.step_s and self.row.step_s else None
 
 
 class Predictor:
@@ -90,14 +97,14 @@ class Predictor:
 
     def predict(self, row: Row, year: int, words: str = "") -> Prediction:
         """The row's step. What cannot be expressed says why. year, words: of the source, which say what its software could do."""
-        if not row.usable:
+        if not row.usable and (row.reason or not (row.out_of_memory or row.memory_bytes)):
             return Prediction(row=row, reason=row.reason or "nothing to compare with")
         software = software_of(row, year, words)
         try:
             found = [self._step(row, year, software, recompute) for recompute in _recomputations(row, software)]
         except (TwinError, ShardwiseError) as error:
             return Prediction(row=row, reason=str(error).splitlines()[0])
-        chosen = next((each for each in found if each.fits), min(found, key=lambda each: each.memory_bytes or 0.0))
+        chosen = next((each for each in found if each.runs), min(found, key=lambda each: each.memory_bytes or 0.0))
         times = [each.step_s for each in found if each.step_s is not None]
         return replace(chosen, low_s=min(times), high_s=max(times))
 
@@ -106,11 +113,22 @@ class Predictor:
         shape, costs = self._pieces(row, year, software, cluster)
         if row.kind == "layer time":
             return Prediction(row=row, step_s=_block_seconds(shape, costs, recompute))
-        scheme = _scheme(row, software, recompute)
+        scheme = _scheme(row, software, recompute, holding_of(row, year))
         profile = compose(shape, costs, scheme, cluster, splits_backward=splits_backward(scheme.schedule))
         step = simulate_profile(profile, scheme.mesh)
-        memory = max(step.memory_bytes)
-        return Prediction(row=row, step_s=step.step_time_s, memory_bytes=memory, fits=memory <= _ROOM * cluster.memory_bytes)
+        fullest = max(step.memory, key=lambda memory: sum(memory.values()))
+        if row.layout.recompute is None:  # as little as software could have held
+            profile = compose(shape, costs, replace(scheme, remade="all"), cluster, splits_backward=splits_backward(scheme.schedule))
+            least = max(simulate_profile(profile, scheme.mesh).memory_bytes)
+        else:
+            least = sum(fullest.values())
+        return Prediction(
+            row=row,
+            step_s=step.step_time_s,
+            memory_bytes=printed_bytes(row, fullest),
+            fits=sum(fullest.values()) <= FULL_MEMORY * cluster.memory_bytes,
+            runs=least <= _ROOM * cluster.memory_bytes,
+        )
 
     def _pieces(self, row: Row, year: int, software: Software, cluster: Cluster) -> tuple[Outline, tuple[PieceCost, ...]]:
         layout, fused = row.layout, software.fused_attention
@@ -162,7 +180,7 @@ def _recomputations(row: Row, software: Software) -> Sequence[str]:
     return (software.selective if given == "selective" else given,)
 
 
-def _scheme(row: Row, software: Software, recompute: str) -> Scheme:
+def _scheme(row: Row, software: Software, recompute: str, own: Holding) -> Scheme:
     layout = row.layout
     chunks = layout.virtual_stages or 1
     return Scheme(
@@ -175,8 +193,14 @@ def _scheme(row: Row, software: Software, recompute: str) -> Scheme:
         microbatches=_microbatches(row),
         schedule=_SCHEDULES.get(layout.schedule or "", "interleaved" if chunks > 1 else "1f1b"),
         zero=3 if layout.zero == "hybrid" else software.zero if layout.zero is None else int(layout.zero),
-        shard=layout.shard_devices or 0,
+        shard=(layout.shard_devices or 0) * (layout.cp if own.over_context else 1),
         recompute=recompute,
+        remade=own.remade,
+        gradient_bytes=own.gradient_bytes,
+        copied=own.copied,
+        step_bytes=own.step_bytes,
+        bucket_bytes=own.bucket_bytes,
+        keeps_sent=own.keeps_sent,
         even=True,
         overlap=software.overlap,
         hidden=software.hidden,
@@ -219,7 +243,8 @@ def _with_products_in(cluster: Cluster, dtype: str) -> Cluster:
 
 @dataclass(frozen=True, kw_only=True)
 class FileResult:
-    """Of one file: error: median absolute percentage error of step time; memory: of memory; tau, regret: over its sweeps."""
+    """Of one file. error: median absolute percentage error of step time; memory: of memory; overfull: how many of the `out_of_memory` rows
+    that ran out of memory are said to fit; tau, regret: over its sweeps."""
 
     file: str
     rows: int
@@ -227,6 +252,8 @@ class FileResult:
     error: float | None
     bias: float | None
     memory: float | None
+    overfull: int
+    out_of_memory: int
     tau: float | None
     regret: float | None
     reasons: dict[str, int]
@@ -237,6 +264,7 @@ def summarise(file: str, predictions: Sequence[Prediction]) -> FileResult:
     timed = [each for each in predictions if each.error is not None]
     pairs = [(each.step_s, each.row.step_s) for each in timed if each.step_s and each.row.step_s]
     sized = [(each.memory_bytes, each.row.memory_bytes) for each in predictions if each.memory_bytes and each.row.memory_bytes]
+    burst = [each for each in predictions if each.row.out_of_memory and each.memory_bytes]
     by_row = {each.row.id: each for each in timed}
     ranked = [[by_row[row.id] for row in sweep.rows if row.id in by_row] for sweep in sweeps([each.row for each in timed])]
     ranked = [sweep for sweep in ranked if len(sweep) > 1]
@@ -250,6 +278,8 @@ def summarise(file: str, predictions: Sequence[Prediction]) -> FileResult:
         error=median_absolute_percentage_error(*zip(*pairs, strict=True)) if pairs else None,
         bias=errors[len(errors) // 2] if errors else None,
         memory=median_absolute_percentage_error(*zip(*sized, strict=True)) if sized else None,
+        overfull=sum(each.fits for each in burst),
+        out_of_memory=len(burst),
         tau=sum(taus) / len(taus) if taus else None,
         regret=sum(regrets) / len(regrets) if regrets else None,
         reasons=dict(Counter(each.reason for each in predictions if each.reason)),
@@ -265,10 +295,12 @@ def _predicted(job: tuple[Path, str]) -> tuple[FileResult, list[Prediction]]:
 
 
 def _show(results: Sequence[FileResult]) -> None:
-    shown = Shown("file", *(("rows", "expressed", "step time", "bias", "memory", "tau", "regret")))
+    shown = Shown("file", *(("rows", "expressed", "step time", "bias", "memory", "overfull", "tau", "regret")))
     for each in results:
         figures = (each.error, each.bias, each.memory)
-        shown.add_row(each.file, str(each.rows), str(each.expressed), *map(_percent, figures), _number(each.tau), _percent(each.regret))
+        overfull = f"{each.overfull} of {each.out_of_memory}" if each.out_of_memory else ""
+        counts = str(each.rows), str(each.expressed)
+        shown.add_row(each.file, *counts, *map(_percent, figures), overfull, _number(each.tau), _percent(each.regret))
     Console(width=120).print(shown)
     for each in results:
         for reason, count in each.reasons.items():
@@ -307,7 +339,11 @@ def main() -> int:
     )
     if given.out:
         given.out.write_text(json.dumps([_document(each) for _, predictions in found for each in predictions], indent=1))
+    sized = [each.memory for each in results if each.memory is not None]
+    overfull = sum(each.overfull for each in results)
+    print(f"worst file of the median error of memory: {_percent(max(sized, default=None))}; said to fit and did not: {overfull}")
     broken = not errors or mean > _BOUND or max(errors) > _FILE_BOUND or expressed < _EXPRESSED * rows
+    broken = broken or overfull > 0 or any(each > _MEMORY_BOUND for each in sized)
     return int(given.check and broken)
 
 

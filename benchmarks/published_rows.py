@@ -146,7 +146,8 @@ class Row:
 
     step_s: seconds of a step, None where none can be told. kind: what was printed: "step time", "tokens/s", "samples/s", "TFLOP/s", "MFU",
     "days", "layer time" (forward and backward of one layer: no embedding, head or optimizer), "derived" or "".
-    memory_bytes: the fullest device's peak; total_memory_bytes: the sum over devices, where only that is printed.
+    memory_bytes: the fullest device's peak; memory_counts: what of it, "device" (all, as nvidia-smi says), "reserved" or "allocated" (by
+    the framework's allocator); total_memory_bytes: the sum over devices, where only that is printed. year: of the measurement, where said.
     stage_s: measured times of one microbatch in a stage (TF forward, TB backward of inputs, TW of weights, Tcomm sending).
     tflops: as printed, of one device; mfu: model-flops utilisation, as a share. framework: megatron, maxtext, torchtitan ... where the
     row's or the source's words name one. reason: why the row cannot be predicted from its fields, None where it can (it may have a step
@@ -161,6 +162,8 @@ class Row:
     kind: str = ""
     step_s: float | None = None
     memory_bytes: float | None = None
+    memory_counts: str = "allocated"
+    year: int | None = None
     total_memory_bytes: float | None = None
     out_of_memory: bool = False
     stage_s: tuple[tuple[str, float], ...] = ()
@@ -227,7 +230,9 @@ def read_table(path: Path) -> Table:
     found = re.search(r"\d{4}", str(source.get("year", "")))
     year = int(found[0]) if found else None
     title = f"{source.get('title', '')} {source.get('address', '')}"
-    pairs = [(raw, _row(path.name, index, raw, hardware, title)) for index, raw in enumerate(content["rows"])]
+    counts = read_memory_counts(notes)
+    read = [_row(path.name, index, raw, hardware, title) for index, raw in enumerate(content["rows"])]
+    pairs = [(raw, replace(row, memory_counts=counts)) for raw, row in zip(content["rows"], read, strict=True)]
     convention = flop_convention(pairs, notes, year)
     rows = tuple(_with_flops(raw, row, convention) for raw, row in pairs)
     return Table(path=path, year=year, words=f"{title} {notes}", rows=rows, convention=convention)
@@ -256,6 +261,7 @@ def _row(file: str, index: int, raw: Json, hardware: Json, title: str) -> Row:
         kind=kind,
         step_s=step_s,
         memory_bytes=_memory(measured),
+        year=_year(raw),
         total_memory_bytes=_total_memory(measured),
         out_of_memory=_out_of_memory(measured),
         stage_s=tuple((name, value / 1e3) for name, each in stage_ms.items() if (value := _number(each)) is not None),
@@ -554,13 +560,14 @@ _FRAMEWORKS = r"maxtext|t5x|pax|torchtitan|deepspeed|zero-\d+b|llm-foundry|fms-f
 
 def read_framework(raw: Json, title: str) -> str | None:
     """The framework that a row's words name, else its source's title and address; NeMo trains with Megatron's layers, ZeRO-100B is
-    DeepSpeed's first form."""
+    DeepSpeed's first form, and a stage of ZeRO by its number is DeepSpeed's, too."""
     own = " ".join(str(raw.get(name) or "") for name in ("framework", "zero_fsdp", "kernel", "where"))
     for words in (own.lower(), title.lower()):
         found = re.search(_FRAMEWORKS, words)
         if found:
             return {"nemo": "megatron", "tpu-recipes": "maxtext"}.get(found[0], "deepspeed" if found[0].startswith("zero") else found[0])
-    return None
+    zero = str(raw.get("zero_fsdp") or "").lower()
+    return "deepspeed" if re.search(r"\bzero\W?[0-3]\b", zero) and not re.search("fsdp|distributed", zero) else None
 
 
 # -- the layout --------------------------------------------------------------------------------------------------------------------------
@@ -791,6 +798,21 @@ def _memory(measured: Json) -> float | None:
         if _number(measured.get(name)) is not None:
             return _scaled(measured[name], unit)
     return None
+
+
+def read_memory_counts(notes: str) -> str:
+    """What printed memory counts, in the words of a source's notes: see `Row`."""
+    words = notes.lower()
+    if re.search(r"nvidia-smi|nvml|cuda context", words):
+        return "device"
+    return "reserved" if re.search(r"\breserved\b", words) else "allocated"
+
+
+def _year(raw: Json) -> int | None:
+    """Of a row's date, or of the document in which it stands (2024-12, 202412)."""
+    dated = re.search(r"\b(20[12]\d)-\d", str(raw.get("date") or ""))
+    found = dated or re.search(r"(?<!\d)(20[12]\d)-?(?:0[1-9]|1[0-2])(?!\d)", str(raw.get("where") or ""))
+    return int(found[1]) if found else None
 
 
 def _total_memory(measured: Json) -> float | None:

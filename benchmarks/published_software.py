@@ -11,10 +11,11 @@ from dataclasses import dataclass
 
 from benchmarks.published_rows import Row
 
-__all__ = ["Software", "software_of"]
+__all__ = ["JAX", "TORCH", "Software", "is_compiled", "software_of"]
 
-_TORCH = ("torchtitan", "llm-foundry", "fms-fsdp", "composer", "torch", "fsdp")  # programs of PyTorch's own operators
+TORCH = ("torchtitan", "llm-foundry", "fms-fsdp", "composer", "torch", "fsdp")  # programs of PyTorch's own operators
 _JAX = ("pax", "t5x")  # XLA writes scores and softmax out unless told otherwise
+JAX = (*_JAX, "maxtext")
 _FUSED_SINCE = 2024  # frameworks came to fuse attention by default ...
 _FUSED_EARLIER = {"llm-foundry": 2023, "torchtitan": 2023, "maxtext": 2023}
 _BEFORE_FUSED = ("v100", "a100", "tpu-v4")  # ... on devices of that time; for later ones all fuse it
@@ -61,25 +62,30 @@ def software_of(row: Row, year: int, words: str = "") -> Software:
     framework, options = row.framework or "", dict(row.layout.options)
     year -= bool(re.search(r"\(SC\d\d\)", words))  # a conference's papers were measured in the year before
     said = " ".join((row.layout.precision_text, row.layout.recompute_text, *options.values())).lower()
-    torch = framework in _TORCH
-    compiled = next((value for name, value in options.items() if "compile" in name), "").lower() in ("true", "yes", "on", "full", "model")
+    torch = framework in TORCH
     device = re.sub(r"-.*", "", row.machine.device or "")
     young = torch and year - _LAUNCHED.get(device, 0) <= 1
     overlap = _OVERLAP_NOW if "mlperf" in words.lower() else next((share for last, share in _OVERLAP.items() if year <= last), _OVERLAP_NOW)
     return Software(
         fused_attention=_fused(row, year, framework, said),
         attention="flash1" if framework == "llm-foundry" and year <= 2023 else "flash2" if torch else "",
-        eager=(torch and not compiled) or year <= _EAGER_UNTIL,
+        eager=(torch and not is_compiled(row)) or year <= _EAGER_UNTIL,
         copies_inner=torch,  # Megatron-LM has the sequence first, XLA lays tensors out as collectives want them
         products=_YOUNG if young else 1.0,
         overlap=_OVERLAP_NOW if torch or framework in _ALWAYS_OVERLAPS else overlap,
         hidden=_HIDDEN if _overlaps_tensors(framework, year, options, words) else 0.0,
         gather_each="deepspeed" in framework or "deepspeed" in said,
-        selective="alternate" if framework == "torchtitan" else "selective",
+        selective="alternate" if framework == "torchtitan" else "selective" if torch or framework in JAX else "attention",
         recompute="alternate" if framework == "torchtitan" else "selective" if row.layout.recompute_text else "none",
         zero=1 if framework == "megatron" and year >= _DISTRIBUTED_SINCE else 0,
         call_s=_BLOCKING_S if "CUDA_LAUNCH_BLOCKING" in words else None,
     )
+
+
+def is_compiled(row: Row) -> bool:
+    """Whether a row says that a compiler has fused its operators."""
+    options = dict(row.layout.options)
+    return next((value for name, value in options.items() if "compile" in name), "").lower() in ("true", "yes", "on", "full", "model")
 
 
 def _fused(row: Row, year: int, framework: str, words: str) -> bool:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from benchmarks.published import Predictor, summarise
+from benchmarks.published_frameworks import Holding, holding_of
 from benchmarks.published_rows import Row, read_table
 
 from benchmarks import published
@@ -75,5 +77,50 @@ def test_a_summary_counts_and_gives_reasons(tmp_path: Path, predictor: Predictor
     assert result.error == pytest.approx(abs(seconds(predictor, good) / 0.1 - 1))
 
 
+def test_rows_that_ran_out_of_memory_are_counted_where_they_are_said_to_fit(tmp_path: Path, predictor: Predictor) -> None:
+    oom = {"measured": {"oom": True}}
+    small, large = rows(tmp_path, oom, oom | {"micro_batch": 256, "global_batch": 512})
+    found = [predictor.predict(row, 2024) for row in (small, large)]
+    assert [each.fits for each in found] == [True, False]
+    result = summarise("made", found)
+    assert (result.overfull, result.out_of_memory, result.error) == (1, 2, None)
+
+
+def test_what_is_printed_of_memory_is_compared(tmp_path: Path, predictor: Predictor) -> None:
+    (row,) = rows(tmp_path, {"measured": {"iter_time_s": 0.1, "peak_mem_gb": 10}})
+    assert row.memory_counts == "allocated"
+    device, reserved, allocated = (
+        predictor.predict(replace(row, memory_counts=counts), 2024).memory_bytes or 0 for counts in ("device", "reserved", "allocated")
+    )
+    assert device - reserved > 1.6e9, "the context and the communicators of tp, dp and pp"
+    assert reserved > allocated
+    assert summarise("made", [predictor.predict(row, 2024)]).memory == pytest.approx(abs(allocated / 10e9 - 1))
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({}, Holding()),
+        ({"precision": "fp16"}, Holding(gradient_bytes=2)),
+        ({"zero_fsdp": "ZeRO-1", "precision": "fp16"}, Holding(gradient_bytes=2, step_bytes=8, bucket_bytes=10**9, keeps_sent=True)),
+        ({"zero_fsdp": "distributed optimizer"}, Holding()),
+        ({"framework": "maxtext", "zero_fsdp": "FSDP"}, Holding(copied=False, remade="all")),
+        ({"framework": "llm-foundry", "zero_fsdp": "FSDP"}, Holding(copied=False, remade="none")),
+        (
+            {"framework": "torchtitan", "zero_fsdp": "FSDP2 (ZeRO-3)", "compile": True, "where": "llama3_h100_202412.md"},
+            Holding(copied=False, remade="blocks", over_context=True),
+        ),
+        (
+            {"framework": "torchtitan", "zero_fsdp": "FSDP2 (ZeRO-3)", "compile": True, "date": "2025-06-01"},
+            Holding(copied=False, remade="all", over_context=True),
+        ),
+    ],
+)
+def test_frameworks_hold_what_they_are_known_to(tmp_path: Path, change: dict[str, Any], expected: Holding) -> None:
+    (row,) = rows(tmp_path, change)
+    assert holding_of(row, 2024) == expected
+
+
 def test_bounds_are_those_of_the_command() -> None:
-    assert (published._BOUND, published._FILE_BOUND, published._EXPRESSED) == (0.08, 0.15, 0.9)
+    bounds = (published._BOUND, published._FILE_BOUND, published._EXPRESSED, published._MEMORY_BOUND)
+    assert bounds == (0.08, 0.15, 0.9, 0.08)

@@ -27,6 +27,7 @@ from benchmarks.published_rows import (
     inter_link,
     intra_link,
     read_directory,
+    read_memory_counts,
     read_model,
     read_precision,
     read_recompute,
@@ -728,3 +729,16 @@ def test_statistics_refuse_what_does_not_fit(statistic: Any) -> None:
         statistic([1.0], [1.0, 2.0])
     with pytest.raises(ValueError, match="must be positive"):
         statistic([1.0], [0.0])
+
+
+@pytest.mark.parametrize(
+    ("notes", "counts"),
+    [
+        ("memory (nvidia-smi style, max over ranks)", "device"),
+        ("peak GB incl. CUDA context", "device"),
+        ("Memory is max over ranks (GiB, PyTorch reserved/active as logged)", "reserved"),
+        ("Memory is max over stages.", "allocated"),
+    ],
+)
+def test_what_printed_memory_counts(notes: str, counts: str) -> None:
+    assert read_memory_counts(notes) == counts

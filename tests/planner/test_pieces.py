@@ -91,7 +91,7 @@ def test_stages_take_what_their_programs_take(name: str, tp: int, stages: int) -
             assert found[0] == pytest.approx(exact.compute_s, rel=0.03), (number, kind)
             assert found[1] == pytest.approx(exact.communicate_s, rel=0.1, abs=1e-6), (number, kind)  # sums may travel with either side
         saved = memory_use(programs[rank], "adamw").saved
-        assert profile.stages[number].saved_bytes / 1.04 == pytest.approx(saved, rel=0.05), number
+        assert profile.stages[number].saved_bytes == pytest.approx(saved, rel=0.05), number
 
 
 def test_recomputation_trades_memory_for_a_second_forward_pass() -> None:
@@ -101,7 +101,7 @@ def test_recomputation_trades_memory_for_a_second_forward_pass() -> None:
     assert again.seconds["forward"] == plain.seconds["forward"]
     assert again.seconds["backward"][0] - plain.seconds["backward"][0] == pytest.approx(DEEP * block.forward.compute_s)
     assert again.saved_bytes < plain.saved_bytes / 3
-    assert again.memory["transient"] >= plain.memory["transient"] + block.saved * 0.9
+    assert again.memory["transient"] >= block.held.working["none"] + block.held.saved["none"] * 0.9, "a block is there again"
 
 
 @pytest.mark.parametrize("zero", [0, 1, 2, 3])

@@ -127,6 +127,14 @@ def test_in_flight_counts_bytes() -> None:
     assert in_flight(tables, {0: 10, 1: 1, 2: 100, 3: 5}) == [230, 7], "F0 F1 F0.1 F1.1 F2 · F0 F1 F0.1"
 
 
+def test_the_inputs_part_frees_what_the_weights_part_does_not_read() -> None:
+    tables = rank_tables("zb-h1", 3, 1, 5)
+    saved, late = dict.fromkeys(range(3), 10), dict.fromkeys(range(3), 4)
+    assert in_flight(tables, saved) == [30, 30, 30]
+    assert in_flight(tables, saved, late) == [30, 24, 18], "F F F · F F B F · F B F B F, each B leaving 4 of 10"
+    assert in_flight(rank_tables("1f1b", 3, 1, 5), saved, late) == [30, 20, 10], "a backward pass that is not split frees all"
+
+
 @given(sizes())
 def test_text_is_read_as_it_was_written(size: Sizes) -> None:
     tables = rank_tables(*size)

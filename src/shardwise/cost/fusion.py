@@ -6,6 +6,8 @@ collective lies between them. Of a fused operator's traffic there remains what i
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from torch import fx
 
 from shardwise.cost.memory import bases, tensor_bytes
@@ -29,8 +31,9 @@ _APART = frozenset(
 )
 
 
-def fused_traffic(graph: fx.Graph) -> dict[fx.Node, tuple[int, int]]:
-    """Node → (bytes read, bytes written) of every operator that is fused with a neighbour or could be."""
+def fused_traffic(graph: fx.Graph, returned: Collection[fx.Node] | None = None) -> dict[fx.Node, tuple[int, int]]:
+    """Node → (bytes read, bytes written) of every operator that is fused with a neighbour or could be. returned: what the graph returns,
+    where it is not to be all of that."""
     base = bases(graph, {})
     level: dict[fx.Node, int] = {}
     for node in graph.nodes:
@@ -39,7 +42,8 @@ def fused_traffic(graph: fx.Graph) -> dict[fx.Node, tuple[int, int]]:
     readers: dict[fx.Node, list[fx.Node]] = {}
     for node in graph.nodes:
         if node.op == "output" or (node.op == "call_function" and base[node] is node):
-            for parent in dict.fromkeys(base[each] for each in node.all_input_nodes):
+            given = node.all_input_nodes if node.op != "output" or returned is None else returned
+            for parent in dict.fromkeys(base[each] for each in given):
                 readers.setdefault(parent, []).append(node)
     found: dict[fx.Node, tuple[int, int]] = {}
     for node in graph.nodes:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ from torch import fx
 
 from shardwise.cost.operators import is_inplace, is_view
 
-__all__ = ["Liveness", "bases", "liveness", "tensor_bytes"]
+__all__ = ["Liveness", "bases", "changes", "liveness", "tensor_bytes"]
 
 
 def tensor_bytes(meta: Any) -> int:
@@ -38,36 +38,45 @@ def liveness(
     graph: fx.Graph,
     frees: Callable[[fx.Node], int] = lambda node: 0,
     aliases: Mapping[fx.Node, fx.Node] | None = None,
-    sunk: Collection[fx.Node] = (),
+    *,
+    unwritten: Collection[fx.Node] = (),
+    keeps: Collection[fx.Node] | None = None,
 ) -> Liveness:
     """The graph's memory when each value is freed at its last use.
 
     frees: bytes of a placeholder that are given back at its last use (values saved for the backward pass); 0 for what others keep.
     aliases: placeholder → the placeholder in whose memory it lies, where that is known.
-    sunk: outputs that are added to buffers as soon as they are made and not held to the end (gradients of parameters).
+    unwritten: nodes whose results never reach memory, being inside a fused kernel. keeps: what is held to the end, where that is not what
+    the graph returns.
     """
     base = bases(graph, aliases or {})
+    sizes = {owner: 0 if owner in unwritten else tensor_bytes(owner.meta.get("val")) for owner in set(base.values())}
+    now = peak = 0
+    for owner, made in changes(graph, base, keeps):
+        if made:
+            now += sizes[owner]
+            peak = max(peak, now)
+        else:
+            now -= frees(owner) if owner.op == "placeholder" else sizes[owner]
+    returned = {base[node]: sizes[base[node]] for node in graph.output_node().all_input_nodes if base[node].op == "call_function"}
+    return Liveness(peak_bytes=peak, outputs=returned)
+
+
+def changes(graph: fx.Graph, base: Mapping[fx.Node, fx.Node], keeps: Collection[fx.Node] | None = None) -> Iterator[tuple[fx.Node, bool]]:
+    """Whose memory is made (True) or used for the last time (False), in order. keeps: as in `liveness`."""
     last: dict[fx.Node, fx.Node] = {}
     for node in graph.nodes:
-        for parent in node.all_input_nodes:
-            if node.op != "output" or parent not in sunk:
-                last[base[parent]] = node
+        for parent in node.all_input_nodes if node.op != "output" or keeps is None else keeps:
+            last[base[parent]] = node
     dying: dict[fx.Node, list[fx.Node]] = {}
     for owner, node in last.items():
         dying.setdefault(node, []).append(owner)
-    sizes = {owner: tensor_bytes(owner.meta.get("val")) for owner in set(base.values())}
-    now = peak = 0
     for node in graph.nodes:
         if node.op == "call_function" and base[node] is node:
-            now += sizes[node]
-            peak = max(peak, now)
+            yield node, True
             if node not in last:
-                now -= sizes[node]
-        for owner in dying.get(node, ()):
-            if node.op != "output":
-                now -= frees(owner) if owner.op == "placeholder" else sizes[owner]
-    returned = {base[node]: sizes[base[node]] for node in graph.output_node().all_input_nodes if base[node].op == "call_function"}
-    return Liveness(peak_bytes=peak, outputs=returned)
+                yield node, False
+        yield from ((owner, False) for owner in dying.get(node, ()) if node.op != "output")
 
 
 def bases(graph: fx.Graph, known: Mapping[fx.Node, fx.Node]) -> dict[fx.Node, fx.Node]:

@@ -23,10 +23,9 @@ from shardwise.simulate.simulator import Mesh
 
 __all__ = ["Scheme", "compose", "divide", "hop_seconds", "recomputed", "stage_profile"]
 
-_STATE_BYTES = 12  # Adam in mixed precision: float32 parameter and two moments
 _UPDATE_BYTES = 30  # read and written by the update of one number: gradient 4, states 24, new 16-bit parameter 2
-_CONTEXT_BYTES = 1.5e9  # CUDA context, communication buffers, workspaces
-_FRAGMENTS = 1.04  # of activations: what the allocator cannot use
+_CONTEXT_BYTES = 1.65e9  # CUDA context and kernels: 1,573 MiB on an A100 (BigScience, tr11-176B-ml/chronicles-prequel.md, 2022)
+_COMMUNICATOR_BYTES = 0.2e9  # NCCL: 4 MiB buffers (NCCL_BUFFSIZE) × 16 channels × ring, tree up and tree down
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,10 +35,14 @@ class Scheme:
     dp, cp, tp, pp: ranks; ep: over how many of the data ranks experts are divided (the pieces hold one's share of them); chunks: stages of
     each pipeline rank.
     zero: 0 to 3; shard: over how many data ranks ZeRO divides, all of them if 0.
-    recompute: "none", "full" (each block keeps what it is given), "selective" (and what its products with weights make) or "alternate"
-    (and what every second of these makes).
-    gradient_bytes: of a number's gradient in memory and on the link.
-    even: stages of equally many blocks, the first and last with what stands before and after them; else stages of equal time.
+    recompute: what a block computes again, a policy of `planner/keeping.py`; remade: what is made again anyhow, as said
+    there, and "blocks" for all within blocks alone; None for what the cluster's rates say of fused kernels.
+    gradient_bytes: of a number's gradient in memory and on the link. state_bytes: of its float32 value and the optimizer's states; copied:
+    whether a 16-bit value is held beside the float32 one; step_bytes: that the update takes beside, of the numbers that the rank updates.
+    bucket_bytes: at most, of gradients that are put together to be reduced. keeps_sent: whether a stage's result is held until its backward
+    pass, though nothing of that reads it (Korthikanti et al. 2022, appendix B).
+    even: stages of equally many blocks, the first and last with what stands before and after them, which count as a block each where only
+    so all stages have as many; else stages of equal time.
     overlap: of the last microbatch's backward pass, beside which gradients are reduced; of the first's forward pass, beside which
     updated parameters are gathered; of a piece, beside which ZeRO-3 gathers the next. hidden: of what the ranks of the tensor axis send
     each other, that products hide. gather_each: whether ZeRO-3 gathers each parameter by itself, not a block's together.
@@ -56,7 +59,13 @@ class Scheme:
     zero: int = 0
     shard: int = 0
     recompute: str = "none"
+    remade: str | None = None
     gradient_bytes: int = 4
+    state_bytes: int = 12  # Adam in mixed precision: a float32 parameter and two moments
+    copied: bool = True
+    step_bytes: int = 0
+    bucket_bytes: int = 0
+    keeps_sent: bool = False
     even: bool = False
     overlap: float = 0.85
     hidden: float = 0.0
@@ -98,7 +107,7 @@ def divide(shape: Outline, costs: Sequence[PieceCost], scheme: Scheme) -> list[l
         ends: list[int] = []
         done = 0
         for stage in range(scheme.stages - 1):
-            done += each + (stage < more)
+            done += each + (stage > 0 if more == scheme.stages - 2 else stage < more)
             ends.append(blocks[done - 1] + 1)
         ends.append(len(units))
     else:
@@ -203,10 +212,18 @@ class _Stage:
     def _each(self) -> Iterator[tuple[PieceCost, int, str]]:
         """(cost, how many, how it is recomputed)."""
         for index, count in self.parts:
-            yield self.costs[index], count, self.scheme.recompute if self.shape.pieces[index].count > 1 else "none"
+            yield self.costs[index], count, self.scheme.recompute if self._is_block(index) else "none"
+
+    def _is_block(self, index: int) -> bool:
+        return self.shape.pieces[index].count > 1
 
     def _sum(self, field: str) -> int:
         return sum(getattr(cost, field) * count for cost, count, _ in self._each())
+
+    def _parameters(self) -> int:
+        """What two pieces hold once."""
+        here = {index for index, _ in self.parts}
+        return self._sum("parameters") - sum(size for index in here for other, size in self.costs[index].tied.items() if other in here)
 
     def profile(self, *, splits_backward: bool) -> StageProfile:
         forward = backward = weight = Work()
@@ -222,7 +239,6 @@ class _Stage:
         prelude = Work()
         for cost, _, _ in self._each():
             prelude += cost.prelude
-        saved = int(self._saved() * _FRAGMENTS)
         seconds = {
             "prelude": prelude,
             "forward": forward,
@@ -233,9 +249,9 @@ class _Stage:
         return StageProfile(
             seconds={kind: (work.compute_s, work.communicate_s) for kind, work in seconds.items()},
             memory=self._memory(),
-            saved_bytes=saved,
-            kept_bytes=saved if splits_backward else 0,
-            parameters=self._sum("parameters") * self.scheme.tp,
+            saved_bytes=self._saved(),
+            kept_bytes=sum(cost.held.late * count for cost, count, _ in self._each()) if splits_backward else 0,
+            parameters=self._parameters() * self.scheme.tp,
         )
 
     def _shown(self, work: Work) -> Work:
@@ -277,7 +293,7 @@ class _Stage:
 
     def _reduce(self, backward_s: float) -> float:
         """What is left of the reductions when the last microbatch's backward pass has ended."""
-        scheme, trained = self.scheme, self._sum("parameters") - self._sum("frozen")
+        scheme, trained = self.scheme, self._parameters() - self._sum("frozen")
         gradients = (trained - self._sum("experts") * (1 - 1 / scheme.ep)) * scheme.gradient_bytes
         pending = collective_cost("all_reduce", self._sum("pending") * scheme.gradient_bytes, scheme.tp, self.cluster).seconds
         if scheme.zero == 3:
@@ -288,7 +304,7 @@ class _Stage:
             reduced, gathered = self._over_data("all_reduce", gradients), 0.0
         else:
             reduced = self._over_data("reduce_scatter", gradients) + self._across(gradients)
-            gathered = self._over_data("all_gather", self._sum("parameters") * self._item())
+            gathered = self._over_data("all_gather", self._parameters() * self._item())
         hidden = scheme.overlap * backward_s
         forward_s = sum(cost.forward.compute_s * count for cost, count, _ in self._each())
         return pending + max(reduced - hidden, reduced * 0.05) + max(gathered - scheme.overlap * forward_s, gathered * 0.05)
@@ -302,41 +318,61 @@ class _Stage:
 
     def _states(self) -> float:
         """Numbers whose states a rank has: those of experts are divided among fewer ranks, being fewer."""
-        trained, experts = self._sum("parameters") - self._sum("frozen"), self._sum("experts")
+        trained, experts = self._parameters() - self._sum("frozen"), self._sum("experts")
         return (trained - experts) / self.scheme.sharded + experts / max(1, self.scheme.sharded // self.scheme.ep)
 
     # -- memory ------------------------------------------------------------------------------------------------------------------------
 
+    def _remade(self, index: int) -> str:
+        found = self.scheme.remade or ("all" if self.cluster.rates.fuses else "none")
+        return found if found != "blocks" else "all" if self._is_block(index) else "none"
+
     def _saved(self) -> int:
-        return sum(_kept(cost, again) * count for cost, count, again in self._each())
+        sent = self.costs[self.parts[-1][0]].sent if self.scheme.keeps_sent else 0
+        return sent + sum(kept * count for (_, count, _), (kept, _, _) in zip(self._each(), self._held(), strict=True))
+
+    def _held(self) -> Iterator[tuple[int, int, int]]:
+        """Of each kind of piece what one keeps of a microbatch, the most beside, and what the allocator takes beside both."""
+        for (index, _), (cost, _, again) in zip(self.parts, self._each(), strict=True):
+            remade = self._remade(index)
+            yield cost.held.kept(again, remade), cost.held.beside(again, remade), cost.held.cached[remade]
 
     def _memory(self) -> dict[str, int]:
-        scheme, parameters, frozen = self.scheme, self._sum("parameters"), self._sum("frozen")
-        trained, item = parameters - frozen, self._item()
-        largest = max((cost.parameters for cost, _, _ in self._each()), default=0)
-        again = max((cost.saved - _kept(cost, once_more) for cost, _, once_more in self._each()), default=0)
-        share = scheme.sharded
-        gathered = 2 * largest * item if scheme.zero == 3 else 0
+        scheme, parameters, frozen = self.scheme, self._parameters(), self._sum("frozen")
+        trained, share = parameters - frozen, scheme.sharded
+        held = (parameters if scheme.copied else frozen) * self._item()
+        beside = max(beside for _, beside, _ in self._held())
         return {
-            "parameters": parameters * item // (share if scheme.zero == 3 else 1),
+            "parameters": held // (share if scheme.zero == 3 else 1),
             "gradients": trained * scheme.gradient_bytes // (share if scheme.zero >= 2 else 1),
-            "optimizer": int(self._states() * _STATE_BYTES),
+            "optimizer": int(self._states() * (scheme.state_bytes + scheme.step_bytes)),
             "saved": 0,
-            "transient": int((max((cost.transient for cost, _, _ in self._each()), default=0) + again) * _FRAGMENTS) + gathered,
-            "runtime": int(_CONTEXT_BYTES),
+            "transient": beside,
+            "cached": max(each + cached for _, each, cached in self._held()) - beside,
+            "gathered": self._gathered() + min(scheme.bucket_bytes if scheme.replicas > 1 else 0, trained * scheme.gradient_bytes),
+            "runtime": int(_CONTEXT_BYTES + self._communicators() * _COMMUNICATOR_BYTES),
         }
+
+    def _gathered(self) -> int:
+        """Of parameters that ZeRO-3 divides, those that are whole: what is no block all the time, else a block; and as much for what
+        comes first and the next block, gathered into memory of their own (torch, distributed/fsdp/_fully_shard/_fsdp_param_group.py)."""
+        if self.scheme.zero < 3:
+            return 0
+        ends = sum(self.costs[index].parameters for index, _ in self.parts if not self._is_block(index))
+        block = max((self.costs[index].parameters for index, _ in self.parts if self._is_block(index)), default=0)
+        return 2 * (ends + block) * self._item()
+
+    def _communicators(self) -> int:
+        scheme = self.scheme
+        return sum(ranks > 1 for ranks in (scheme.tp, scheme.cp, scheme.ep, scheme.replicas)) + 2 * (scheme.pp > 1)
 
 
 def recomputed(cost: PieceCost, recompute: str) -> Work:
     """What the backward pass computes once more."""
     products = Work(compute_s=cost.forward.compute_s - cost.light.compute_s)
-    return {"none": Work(), "selective": cost.light, "alternate": cost.light + _times(products, 0.5), "full": cost.forward}[recompute]
-
-
-def _kept(cost: PieceCost, recompute: str) -> int:
-    """Bytes that a microbatch keeps."""
-    made = {"selective": cost.made, "alternate": cost.made // 2, "full": 0}
-    return cost.saved if recompute == "none" else min(cost.saved, cost.entered + made[recompute])
+    alternate = cost.light + _times(products, 0.5)
+    again = {"none": Work(), "attention": cost.light, "selective": cost.light, "alternate": alternate, "full": cost.forward}
+    return again[recompute]
 
 
 def _times(work: Work, count: float) -> Work:

@@ -9,7 +9,7 @@ devices is so costed from the Program of a few blocks.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
 
@@ -19,10 +19,10 @@ from torch import fx
 from shardwise.capture.graph import Graph, Op
 from shardwise.cluster.model import Cluster
 from shardwise.cost.compute import op_flops
-from shardwise.cost.fusion import is_fused_kernel
-from shardwise.cost.memory import bases, liveness, tensor_bytes
+from shardwise.cost.memory import tensor_bytes
 from shardwise.cost.operators import name_of
 from shardwise.errors import PlanError
+from shardwise.planner.keeping import Kept, kept
 from shardwise.program.build import build_programs, rank_of
 from shardwise.program.lower import Cut
 from shardwise.program.program import Program, StageProgram
@@ -34,9 +34,6 @@ from shardwise.sharding.collectives import COLLECTIVES
 from shardwise.simulate.costs import node_seconds, sink_seconds
 
 __all__ = ["Outline", "Piece", "PieceCost", "Work", "outline", "piece_costs", "piece_costs_on"]
-
-
-_GATHER = torch.ops.shardwise.all_gather.default
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,13 +121,12 @@ class Work:
 class PieceCost:
     """One piece, one microbatch, one rank.
 
-    backward_input, backward_weight: the backward pass in two, what its predecessor waits for and the rest. saved: bytes kept for the
-    backward pass; entered: bytes of what it is given by other pieces and keeps; sent: bytes that go on to the next piece;
-    flops: of products and attention, both passes.
-    transient: most bytes beside. light: of the forward pass what is no product with weights; made: bytes that these products make.
+    backward_input, backward_weight: the backward pass in two, what its predecessor waits for and the rest. held: bytes kept for the
+    backward pass; sent: bytes that go on to the next piece; flops: of products and attention, both passes.
+    light: of the forward pass what is no product with weights.
     routed: bytes of what goes to experts and comes back from them; experts: numbers of their weights.
     parameters: numbers that the rank holds, in so many tensors; frozen: of them, without gradient; item: bytes of one.
-    pending: numbers whose gradients are summed over the tensor axis once a step.
+    pending: numbers whose gradients are summed over the tensor axis once a step. tied: earlier piece → how many of the numbers it has, too.
     """
 
     forward: Work
@@ -138,19 +134,17 @@ class PieceCost:
     backward_weight: Work
     prelude: Work
     light: Work
-    saved: int
-    entered: int
-    made: int
+    held: Kept
     routed: int
     experts: int
     sent: int
     flops: float
-    transient: int
     parameters: int
     tensors: int
     frozen: int
     item: int
     pending: int
+    tied: Mapping[int, int]
 
 
 def piece_costs(shape: Outline, assignment: Assignment, prelude: set[Op], cluster: Cluster, tracer: Tracer) -> tuple[PieceCost, ...]:
@@ -169,17 +163,23 @@ def piece_costs_on(
     middle = max(0, cp // 2 - 1)  # of a causal model's sequence: what comes before it is half of what the last rank attends to
     ranks = [rank_of(stage, 0, 0, 1, tp, c=middle, cp=cp) for stage in shape.shown]
     programs = build_programs(assignment, cut, "1f1b", lambda *_: "native", device=torch.device("cpu"), tracer=tracer, ranks=ranks)
-    return [tuple(_cost(programs[rank], cluster) for rank in ranks) for cluster in clusters]
+    ties = [_tied([programs[each] for each in ranks[: index + 1]]) for index in range(len(ranks))]
+    return [tuple(_cost(programs[rank], tied, cluster) for rank, tied in zip(ranks, ties, strict=True)) for cluster in clusters]
 
 
-def _cost(program: Program, cluster: Cluster) -> PieceCost:
+def _tied(programs: Sequence[Program]) -> dict[int, int]:
+    """Of the last, what the others hold."""
+    held = [{part.name: prod(part.local) for stage in program.stages.values() for part in stage.parameters} for program in programs]
+    found = {index: sum(size for name, size in held[-1].items() if name in other) for index, other in enumerate(held[:-1])}
+    return {index: size for index, size in found.items() if size}
+
+
+def _cost(program: Program, tied: Mapping[int, int], cluster: Cluster) -> PieceCost:
     (stage,) = program.stages.values()
     weights = _only_for_weights(stage)
     forward, backward = node_seconds(stage.forward, cluster), node_seconds(stage.backward, cluster)
-    saved, entered = _saved(stage, fuses=cluster.rates.fuses)
     trained = [part for part in stage.parameters if part.requires_grad]
     sizes = [prod(part.local) for part in stage.parameters]
-    peaks = liveness(stage.forward).peak_bytes - saved, liveness(stage.backward).peak_bytes
     return PieceCost(
         forward=_work(forward),
         backward_input=_work({node: seconds for node, seconds in backward.items() if node not in weights}),
@@ -187,19 +187,17 @@ def _cost(program: Program, cluster: Cluster) -> PieceCost:
         + Work(compute_s=sink_seconds(stage.parameters, cluster)),
         prelude=_work(node_seconds(stage.prelude, cluster)),
         light=_work({node: seconds for node, seconds in forward.items() if name_of(node.target) not in WEIGHED}),
-        saved=saved,
-        entered=entered,
+        held=kept(stage, weights),
         routed=_routed(stage.forward),
         experts=sum(tensor_bytes(each) // each.element_size() for each in _expert_weights(stage.forward)),
-        made=sum(tensor_bytes(node.meta["val"]) for node in forward if name_of(node.target) in WEIGHED),
         sent=sum(edge.nbytes for edge in program.edges if edge.source == stage.stage and edge.target == stage.stage + 1),
         flops=sum(_flops(node) for node in (*forward, *backward)),
-        transient=max(0, *peaks),
         parameters=sum(sizes),
         tensors=len(sizes),
         frozen=sum(sizes) - sum(prod(part.local) for part in trained),
         item=max((part.dtype.itemsize for part in stage.parameters), default=0),
         pending=sum(prod(part.local) for part in trained if part.reduce),
+        tied=tied,
     )
 
 
@@ -233,53 +231,3 @@ def _only_for_weights(stage: StageProgram) -> set[fx.Node]:
     """The nodes of the backward graph that only gradients of parameters need."""
     needed = edges_need(stage.backward, [binding.kind == "parameter" for binding in stage.backward_outputs])
     return {node for node in stage.backward.nodes if node.op == "call_function" and node not in needed}
-
-
-def _saved(stage: StageProgram, *, fuses: bool) -> tuple[int, int]:
-    """Bytes that the forward pass keeps for the backward pass, and of these what came in from other pieces.
-
-    Where elementwise chains are fused a value is not kept that such a chain makes again from fewer bytes that are kept, nor a gathered one
-    that is gathered again (Korthikanti et al. 2022, section 4.2.2).
-    """
-    base = bases(stage.forward, {})
-    returned = stage.forward.output_node().args[0]
-    assert isinstance(returned, (list, tuple))
-    kept = dict.fromkeys(base[node] for node in returned[len(stage.forward_outputs) :] if isinstance(node, fx.Node))
-    inputs = [node for node in stage.forward.nodes if node.op == "placeholder"]
-    bindings = dict(zip(inputs, stage.forward_inputs, strict=True))
-    if fuses:
-        kept = _remade(kept, base)
-    arrived = {node for node, binding in bindings.items() if binding.kind == "edge"}
-    lasting = {node for node in inputs if node not in arrived}
-    size = {node: tensor_bytes(node.meta.get("val")) for node in kept if node not in lasting}
-    return sum(size.values()), sum(nbytes for node, nbytes in size.items() if node in arrived)
-
-
-def _remade(kept: dict[fx.Node, None], base: dict[fx.Node, fx.Node]) -> dict[fx.Node, None]:
-    """Without the values that fused kernels make again from what is kept, or from no more bytes than they take themselves."""
-    found = dict(kept)
-    for node in list(kept):
-        sources = _sources(node, base)
-        if sources is None:
-            continue
-        new = [each for each in sources if each not in found and each.op != "placeholder"]
-        if sum(tensor_bytes(each.meta.get("val")) for each in new) <= tensor_bytes(node.meta.get("val")) and node not in sources:
-            del found[node]
-            found |= dict.fromkeys(sources)
-    return found
-
-
-def _sources(node: fx.Node, base: dict[fx.Node, fx.Node]) -> set[fx.Node] | None:
-    """What a chain of fused kernels that ends at `node` reads; None where the node is no such kernel."""
-    if not is_fused_kernel(node) and node.target is not _GATHER:
-        return None
-    found: set[fx.Node] = set()
-    pending, seen = [node], {node}
-    while pending:
-        for parent in {base[each] for each in pending.pop().all_input_nodes} - seen:
-            seen.add(parent)
-            if is_fused_kernel(parent) or parent.target is _GATHER:
-                pending.append(parent)
-            else:
-                found.add(parent)
-    return found

@@ -19,12 +19,12 @@ from shardwise.program.trace import Tracer
 
 __all__ = ["TwinLayout", "split_twin", "split_twin_on"]
 
-_SCATTERED = 3.0  # times its cost: an all-reduce, where the sequence is to be split between products
+_DEAR = 3.0  # times its cost: an all-reduce where the sequence is to be split between products, what replaces one where it is not
 
 
 @dataclass(frozen=True, kw_only=True)
 class TwinLayout:
-    """tp, cp: ranks; sequence_parallel: whether tp splits the sequence where it does not split products."""
+    """tp, cp: ranks; sequence_parallel: whether tp splits the sequence where it does not split products, instead of holding it whole."""
 
     tp: int = 1
     cp: int = 1
@@ -51,7 +51,7 @@ def split_twin_on(
     def seconds(op: Op) -> float:
         return each.of(first[op])[0] / microbatches
 
-    dear = {"all_reduce": _SCATTERED} if layout.sequence_parallel else {}
+    dear = dict.fromkeys(["all_reduce"] if layout.sequence_parallel else ["reduce_scatter", "all_gather"], _DEAR)
     costs = Costs(
         operator=seconds,
         heavy=lambda op: each.of(op)[1],

@@ -267,8 +267,10 @@ def _sunk(stage: StageProgram, kind: Kind) -> set[fx.Node]:
 
 
 def _peak_after(graph: fx.Graph, passed: Passed, sunk: Collection[fx.Node] = ()) -> int:
-    """The most that a graph holds beside what was passed to it, which it frees; sunk: as of `liveness`."""
-    return liveness(graph, lambda node: passed.sizes.get(node, 0), passed.aliases, sunk).peak_bytes
+    """The most that a graph holds beside what was passed to it, which it frees. sunk: outputs that are added to buffers as soon as they are
+    made (gradients of parameters) and not held to the end."""
+    held = [node for node in graph.output_node().all_input_nodes if node not in sunk]
+    return liveness(graph, lambda node: passed.sizes.get(node, 0), passed.aliases, keeps=held).peak_bytes
 
 
 def saved_values(stage: StageProgram) -> Passed:

@@ -28,7 +28,7 @@ from shardwise.simulate.profile import Profile, StageProfile
 __all__ = ["Column", "Mesh", "Simulation", "Span", "simulate_columns", "simulate_profile", "trace_of"]
 
 _TINY_S = 1e-12
-_ONCE = ("transient", "runtime")  # memory that a rank's stages use in turn, or share
+_ONCE = ("transient", "cached", "gathered", "runtime")  # memory that a rank's stages use in turn, or share
 _DRAWN = 64  # ranks that have a timeline each; of more, the first of each stage has one
 
 
