@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -31,6 +32,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table as Shown
 
+from benchmarks.published_experts import expert_ranks, expert_rates, local_experts, routing_of
 from benchmarks.published_frameworks import Holding, holding_of, printed_bytes
 from benchmarks.published_machines import machines_of
 from benchmarks.published_models import TwinError, twin
@@ -69,7 +71,8 @@ _MEMORY_BOUND = 0.08
 @dataclass(frozen=True, kw_only=True)
 class Prediction:
     """step_s: the prediction; low_s, high_s: over what the row leaves open. memory_bytes: what the row's figure counts; fits: whether a
-    plan may take the whole; runs: whether it may have run so, predictions not being exact. reason: why there is none."""
+    plan may take the whole. least_bytes: what it may have run with, predictions not being exact; room_bytes: of a device. reason: why
+    there is none."""
 
     row: Row
     step_s: float | None = None
@@ -77,8 +80,14 @@ class Prediction:
     high_s: float | None = None
     memory_bytes: float | None = None
     fits: bool = True
-    runs: bool = True
+    least_bytes: float = 0.0
+    room_bytes: float = math.inf
     reason: str = ""
+
+    @property
+    def runs(self) -> bool:
+        """Whether it may have run so."""
+        return self.least_bytes <= self.room_bytes
 
     @property
     def error(self) -> float | None:
@@ -104,16 +113,15 @@ class Predictor:
             found = [self._step(row, year, software, recompute) for recompute in _recomputations(row, software)]
         except (TwinError, ShardwiseError) as error:
             return Prediction(row=row, reason=str(error).splitlines()[0])
-        chosen = next((each for each in found if each.runs), min(found, key=lambda each: each.memory_bytes or 0.0))
         times = [each.step_s for each in found if each.step_s is not None]
-        return replace(chosen, low_s=min(times), high_s=max(times))
+        return replace(_chosen(found), low_s=min(times), high_s=max(times))
 
     def _step(self, row: Row, year: int, software: Software, recompute: str) -> Prediction:
-        cluster = _cluster(row, software)
+        cluster = _cluster(row, year, software)
         shape, costs = self._pieces(row, year, software, cluster)
         if row.kind == "layer time":
             return Prediction(row=row, step_s=_block_seconds(shape, costs, recompute))
-        scheme = _scheme(row, software, recompute, holding_of(row, year))
+        scheme = _scheme(row, year, software, recompute, holding_of(row, year))
         profile = compose(shape, costs, scheme, cluster, splits_backward=splits_backward(scheme.schedule))
         step = simulate_profile(profile, scheme.mesh)
         fullest = max(step.memory, key=lambda memory: sum(memory.values()))
@@ -127,21 +135,21 @@ class Predictor:
             step_s=step.step_time_s,
             memory_bytes=printed_bytes(row, fullest),
             fits=sum(fullest.values()) <= FULL_MEMORY * cluster.memory_bytes,
-            runs=least <= _ROOM * cluster.memory_bytes,
+            least_bytes=least,
+            room_bytes=_ROOM * cluster.memory_bytes,
         )
 
     def _pieces(self, row: Row, year: int, software: Software, cluster: Cluster) -> tuple[Outline, tuple[PieceCost, ...]]:
         layout, fused = row.layout, software.fused_attention
         model = replace(row.model, layers=_LAYERS) if row.kind == "layer time" else row.model
-        if layout.ep > 1 and model.experts:  # a rank's share of the experts
-            model = replace(model, experts=max(model.topk, model.experts // layout.ep))
-        key = (model, _micro_batch(row), fused)
+        ranks, local = expert_ranks(row), local_experts(row)
+        key = (model, _micro_batch(row), fused, local)
         if key not in self.twins:
-            made = twin(model, micro_batch=_micro_batch(row), fused_attention=fused)
+            made = twin(model, micro_batch=_micro_batch(row), fused_attention=fused, local_experts=local)
             self.twins[key] = (capture(made.module.train(), made.batch), made.counts)
         graph, counts = self.twins[key]
         sequence = layout.sequence_parallel if layout.sequence_parallel is not None else year >= _SEQUENCE_PARALLEL_SINCE
-        split = TwinLayout(tp=layout.tp, cp=layout.cp, sequence_parallel=bool(sequence))
+        split = TwinLayout(tp=layout.tp, cp=layout.cp, sequence_parallel=bool(sequence) or ranks > 1, whole_experts=ranks > 1)
         near = cluster.machines.span(1, layout.tp * layout.cp) if cluster.machines else None
         full = (key, split, near, cluster.rates.model_dump_json())
         if full not in self.costs:
@@ -149,7 +157,21 @@ class Predictor:
         return self.costs[full]
 
 
-def _cluster(row: Row, software: Software) -> Cluster:
+def _chosen(found: Sequence[Prediction]) -> Prediction:
+    """The first that may have run, or else what comes nearest to it. Where it is not the first, it recomputes no more blocks than must be:
+    the time lies between its own and that of the one before, which could not run, as the memory does."""
+    nearest = min(range(len(found)), key=lambda index: found[index].least_bytes)
+    place = next((index for index, each in enumerate(found) if each.runs), nearest)
+    less, more = found[max(0, place - 1)], found[place]
+    if place == 0 or not more.runs or less.least_bytes <= more.least_bytes or None in (less.step_s, more.step_s):
+        return more
+    assert less.step_s and more.step_s
+    share = (less.least_bytes - more.room_bytes) / (less.least_bytes - more.least_bytes)
+    memory = None if more.memory_bytes is None else more.memory_bytes + more.room_bytes - more.least_bytes
+    return replace(more, step_s=less.step_s + share * (more.step_s - less.step_s), memory_bytes=memory, least_bytes=more.room_bytes)
+
+
+def _cluster(row: Row, year: int, software: Software) -> Cluster:
     """The row's machines as its software uses them."""
     cluster = cluster_of(machines_of(row.machine), software.attention)
     changes = {
@@ -157,7 +179,7 @@ def _cluster(row: Row, software: Software) -> Cluster:
         "copies_inner": software.copies_inner,
         "call_s": software.call_s or cluster.rates.call_s,
     }
-    cluster = replace(cluster, rates=cluster.rates.model_copy(update=changes))
+    cluster = replace(cluster, rates=cluster.rates.model_copy(update=changes | expert_rates(row, year)))
     if products := _PRODUCTS.get(row.layout.precision or ""):
         cluster = _with_products_in(cluster, products)
     return cluster if software.products == 1 else _slower(cluster, software.products)
@@ -180,7 +202,7 @@ def _recomputations(row: Row, software: Software) -> Sequence[str]:
     return (software.selective if given == "selective" else given,)
 
 
-def _scheme(row: Row, software: Software, recompute: str, own: Holding) -> Scheme:
+def _scheme(row: Row, year: int, software: Software, recompute: str, own: Holding) -> Scheme:
     layout = row.layout
     chunks = layout.virtual_stages or 1
     return Scheme(
@@ -188,7 +210,8 @@ def _scheme(row: Row, software: Software, recompute: str, own: Holding) -> Schem
         tp=layout.tp,
         pp=layout.pp,
         cp=layout.cp,
-        ep=layout.ep,
+        ep=expert_ranks(row),
+        routing=routing_of(row, year),
         chunks=chunks,
         microbatches=_microbatches(row),
         schedule=_SCHEDULES.get(layout.schedule or "", "interleaved" if chunks > 1 else "1f1b"),

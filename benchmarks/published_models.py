@@ -89,11 +89,13 @@ def twin(
     dtype: torch.dtype = torch.bfloat16,
     fused_attention: bool = True,
     dropout: float | None = None,
+    local_experts: int | None = None,
 ) -> Twin:
     """A shallow twin of a row's model, its parameters in `dtype`, with a batch of `micro_batch` samples of the row's length.
 
-    dropout: of hidden states and, where attention is not fused, of its scores; None for what the family usually has. The head is tied to
-    the embedding or not, whichever makes the stated parameters. Raises TwinError for what cannot be built.
+    dropout: of hidden states and, where attention is not fused, of its scores; None for what the family usually has. local_experts: of
+    each layer's experts it holds so many, all if None; the router chooses among all. The head is tied to the embedding or not, whichever
+    makes the stated parameters. Raises TwinError for what cannot be built.
     """
     if micro_batch < 1:
         raise TwinError(f"micro_batch={micro_batch} is not 1 or more")
@@ -103,10 +105,12 @@ def twin(
     if "unpadded" in model.arch.lower() and model.seq_len:
         model = replace(model, seq_len=round(model.seq_len * _UNPADDED))
     recipe = make(_filled(model, _dropout(model) if dropout is None else dropout))
+    local = model.experts if local_experts is None else local_experts
     try:
         made = Twin(module=_built(recipe, fused_attention), batch=_batch(model, micro_batch, dtype), counts=recipe.counts)
-        if model.params and model.family != "vit" and _tied_fits(parameters(made), recipe, model) != recipe.tied:
-            made = replace(made, module=_built(replace(recipe, tied=not recipe.tied), fused_attention))
+        tied = _tied_fits(parameters(made), recipe, model) if model.params and model.family != "vit" else recipe.tied
+        if tied != recipe.tied or local != model.experts:
+            made = replace(made, module=_built(replace(recipe, tied=tied), fused_attention, local))
     except Exception as error:  # transformers raises many kinds: its own checks of configurations, sizes that do not divide
         raise TwinError(f"{_name(model)}: {recipe.architecture} does not take its numbers: {error}") from error
     for parameter in made.module.parameters():
@@ -381,7 +385,7 @@ _RECIPES: dict[str, Callable[[Shape], Recipe]] = {
 # -- building ----------------------------------------------------------------------------------------------------------------------------
 
 
-def _built(recipe: Recipe, fused_attention: bool) -> nn.Module:
+def _built(recipe: Recipe, fused_attention: bool, local_experts: int | None = None) -> nn.Module:
     found, name = _class(recipe.architecture), _attention_name(fused_attention)
     config = found.config_class(**recipe.values, tie_word_embeddings=recipe.tied, bos_token_id=None, eos_token_id=None)
     config.use_cache = False
@@ -389,7 +393,7 @@ def _built(recipe: Recipe, fused_attention: bool) -> nn.Module:
     with torch.device("meta"):
         module: nn.Module = found(config)
         for part in list(module.modules()):
-            _simplify(part, config)
+            _simplify(part, config, local_experts)
     return module.train()
 
 
@@ -399,13 +403,17 @@ def _class(name: str) -> Any:
     return getattr(transformers, name)
 
 
-def _simplify(part: Any, config: Any) -> None:
+def _simplify(part: Any, config: Any, local_experts: int | None) -> None:
     """Replaces what would make a graph larger than need be."""
     for name, norm in list(part.named_children()):
         if hasattr(norm, "variance_epsilon"):
             setattr(part, name, nn.RMSNorm(norm.weight.shape[0], eps=norm.variance_epsilon))
     if hasattr(part, "gate") and hasattr(part, "experts"):
-        part.gate = _Router(config.num_local_experts, config.hidden_size, config.num_experts_per_tok)
+        held = local_experts or config.num_local_experts
+        part.gate = _Router(config.num_local_experts, config.hidden_size, config.num_experts_per_tok, held)
+        for weight in list(part.experts._parameters):
+            whole = part.experts._parameters[weight]
+            setattr(part.experts, weight, nn.Parameter(whole.new_empty(held, *whole.shape[1:])))
     if hasattr(part, "expand_kv"):
         part.expand_kv = _Expand(part)
     if hasattr(part, "relative_attention_bias"):
@@ -413,17 +421,18 @@ def _simplify(part: Any, config: Any) -> None:
 
 
 class _Router(nn.Module):
-    """Each token's experts and their weights, which add up to one."""
+    """Each token's experts and their weights, which add up to one. `held` of them are there: a rank gets as many rows as it sends."""
 
-    def __init__(self, experts: int, hidden: int, chosen: int) -> None:
+    def __init__(self, experts: int, hidden: int, chosen: int, held: int) -> None:
         super().__init__()
-        self.weight, self.chosen = nn.Parameter(torch.empty(experts, hidden)), chosen
+        self.weight, self.chosen, self.held = nn.Parameter(torch.empty(experts, hidden)), chosen, held
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """[…, hidden] → logits [n, experts], weights and experts [n, chosen]."""
         logits = F.linear(x.reshape(-1, x.shape[-1]), self.weight)
         scores, experts = torch.topk(torch.softmax(logits, -1, dtype=torch.float32), self.chosen)
-        return logits, (scores / scores.sum(-1, keepdim=True)).to(x.dtype), experts
+        local = experts if self.held == logits.shape[-1] else experts % self.held
+        return logits, (scores / scores.sum(-1, keepdim=True)).to(x.dtype), local
 
 
 def _bucket(distance: Tensor, *, num_buckets: int, **_: Any) -> Tensor:

@@ -191,7 +191,7 @@ class FlopConvention:
 
 @dataclass(frozen=True, kw_only=True)
 class Table:
-    """One file. words: its source's title and its notes."""
+    """One file. year: the last that its source names; words: its title and its notes."""
 
     path: Path
     year: int | None
@@ -227,8 +227,8 @@ def read_table(path: Path) -> Table:
         if not isinstance(raw, dict):
             raise TableError(f"{path}:{line}: row {index} is no object")
     source, hardware, notes = _object(content, "source"), _object(content, "hardware"), str(content.get("notes", ""))
-    found = re.search(r"\d{4}", str(source.get("year", "")))
-    year = int(found[0]) if found else None
+    years = re.findall(r"\d{4}", str(source.get("year", "")))
+    year = max(map(int, years), default=None)
     title = f"{source.get('title', '')} {source.get('address', '')}"
     counts = read_memory_counts(notes)
     read = [_row(path.name, index, raw, hardware, title) for index, raw in enumerate(content["rows"])]
@@ -325,10 +325,10 @@ _FAMILIES = (  # the first that is found in the words; "unpadded" is no U-Net
     ("hybrid", r"mamba|hybrid|nemotron-?h|\bssm\b|rwkv"),
 )
 _GATED = (
-    r"llama|mistral|mixtral|qwen|deepseek|kimi|gemma|swiglu|geglu|gated|t5-v1\.1|\byi\b|phi-?3|grok|baichuan|glm|internlm|olmo|gpt-?oss"
+    r"llama|mistral|mixtral|qwen|deepseek|kimi|gemma|swiglu|geglu|gated|t5-v1\.1|\byi\b|phi-?3|grok|baichuan|glm|internlm|olmo|gpt[-_ ]?oss"
 )
 # Not hidden / heads: the models' published configurations.
-_HEAD_DIM = (("qwen3", 128), ("gemma", 256), ("gpt-?oss", 64), ("glm-?4", 128), ("t5", 64))
+_HEAD_DIM = (("qwen3", 128), ("gemma", 256), ("gpt[-_ ]?oss", 64), ("glm[-_ ]?4", 128), ("t5", 64))
 _SHAPES = (  # published configurations of models that a source names without numbers (huggingface.co/Qwen/Qwen3-8B config.json)
     (r"qwen3.?8b", {"layers": 36, "hidden": 4096, "heads": 32, "kv_heads": 8, "ffn": 12288, "vocab": 151936}),
 )

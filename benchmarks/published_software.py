@@ -30,6 +30,7 @@ _DISTRIBUTED_SINCE = 2023  # Megatron's distributed optimizer in all of NVIDIA's
 _OVERLAPS_TENSORS_SINCE = 2024  # Megatron-LM's README and NeMo's recipes
 _EAGER_UNTIL = 2019  # then Megatron-LM fused softmax, biases and dropout
 _BLOCKING_S = 50e-6  # between two kernels where the host waits for the first before it launches the second
+_POINTWISE = r"^(?!.*(core|attn|attention)).*\b(norm|layernorm|act|moe_act|mla_up_proj|swiglu)\b"
 _HIDDEN = 0.5  # of what tensor ranks send, by Transformer Engine's user buffers
 
 
@@ -75,7 +76,7 @@ def software_of(row: Row, year: int, words: str = "") -> Software:
         overlap=_OVERLAP_NOW if torch or framework in _ALWAYS_OVERLAPS else overlap,
         hidden=_HIDDEN if _overlaps_tensors(framework, year, options, words) else 0.0,
         gather_each="deepspeed" in framework or "deepspeed" in said,
-        selective="alternate" if framework == "torchtitan" else "selective" if torch or framework in JAX else "attention",
+        selective=_selective(row, framework, torch),
         recompute="alternate" if framework == "torchtitan" else "selective" if row.layout.recompute_text else "none",
         zero=1 if framework == "megatron" and year >= _DISTRIBUTED_SINCE else 0,
         call_s=_BLOCKING_S if "CUDA_LAUNCH_BLOCKING" in words else None,
@@ -86,6 +87,15 @@ def is_compiled(row: Row) -> bool:
     """Whether a row says that a compiler has fused its operators."""
     options = dict(row.layout.options)
     return next((value for name, value in options.items() if "compile" in name), "").lower() in ("true", "yes", "on", "full", "model")
+
+
+def _selective(row: Row, framework: str, torch: bool) -> str:
+    """Where modules are named and attention is not among them, its core is kept (Megatron-Core's --recompute-modules)."""
+    if framework == "torchtitan":
+        return "alternate"
+    if re.search(_POINTWISE, row.layout.recompute_text.lower()):
+        return "pointwise"
+    return "selective" if torch or framework in JAX else "attention"
 
 
 def _fused(row: Row, year: int, framework: str, words: str) -> bool:

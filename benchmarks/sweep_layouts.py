@@ -15,11 +15,12 @@ from shardwise.errors import ShardwiseError
 from shardwise.planner.layout import Layout, completions
 from shardwise.planner.plan import Plan, simulate
 from shardwise.planner.search import search
-from shardwise.program.schedules import SCHEDULES, schedule
+from shardwise.program.tables import NAMES
 from shardwise.program.trace import Tracer
 from shardwise.simulate.simulator import Simulation
 
 OPTIMIZER = "adamw"
+USUAL = "1f1b"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,24 +52,20 @@ class Space:
 
 
 def every_layout(ranks: int, samples: int) -> list[Layout]:
-    """Every complete layout that can be pinned, each way of running it once: schedules that order the computations alike are one."""
+    """Every complete layout that can be pinned, but for those that only save memory (ZeRO, recomputation), and each way of running it once:
+    schedules that order the computations alike are one, and without a pipeline there is one schedule."""
     found: dict[object, Layout] = {}
     for pinned in _pins(ranks):
         for layout in completions(pinned, ranks, samples, ""):
-            found.setdefault(_what_is_done(layout), layout)
+            if layout.schedule == USUAL or layout.mesh[-1] > 1:
+                found.setdefault((layout.mesh, layout.microbatches, str(layout.tables)), layout)
     return list(found.values())
 
 
 def _pins(ranks: int) -> Iterator[Layout]:
     """What the planner does not search by itself."""
-    for name in sorted(SCHEDULES, key=lambda name: name != "1f1b"):
+    for name in sorted(NAMES, key=lambda name: name != USUAL):
         yield from (Layout(cp=cp, schedule=name) for cp in range(1, ranks + 1) if ranks % cp == 0)
-
-
-def _what_is_done(layout: Layout) -> object:
-    stages, microbatches = layout.pp or 1, layout.microbatches or 1
-    tables = [tuple(schedule(layout.schedule or "", stage, stages, microbatches)) for stage in range(stages)]
-    return layout.mesh, microbatches, tuple(tables)
 
 
 def plan_all(workload: Workload, ranks: int, folder: Path, only: str = "") -> Space:

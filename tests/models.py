@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-__all__ = ["MODELS", "Batch", "Example", "bert", "gpt2", "llama", "mlp", "t5", "unet", "vit"]
+__all__ = ["MODELS", "Batch", "Example", "bert", "gpt2", "llama", "mixtral", "mlp", "t5", "unet", "vit"]
 
 Batch = dict[str, Tensor]
 Example = tuple[nn.Module, Batch]
@@ -35,6 +35,27 @@ def llama(*, layers: int = 2, hidden: int = 64, samples: int = 4, sequence: int 
         use_cache=False,
     )
     return LlamaForCausalLM(config).train(), _tokens(samples, sequence)
+
+
+def mixtral(*, layers: int = 2, hidden: int = 64, samples: int = 4, sequence: int = 32, experts: int = 4) -> Example:
+    """2 of the experts for each token, their products written as one batched product."""
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    torch.manual_seed(0)
+    config = MixtralConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=hidden,
+        intermediate_size=2 * hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=sequence,
+        num_local_experts=experts,
+        num_experts_per_tok=2,
+        use_cache=False,
+    )
+    config._experts_implementation = "batched_mm"
+    return MixtralForCausalLM(config).train(), _tokens(samples, sequence)
 
 
 def gpt2(*, layers: int = 2, hidden: int = 64, samples: int = 4, sequence: int = 32, dropout: float = 0.0) -> Example:

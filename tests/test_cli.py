@@ -13,8 +13,9 @@ from typer.testing import CliRunner
 import shardwise
 from shardwise.cli import app
 from shardwise.errors import LayoutError
+from shardwise.simulate.simulator import Simulation
 
-COMMANDS = ("plan", "train", "verify", "coverage", "simulate", "doctor", "rules")
+COMMANDS = ("plan", "train", "verify", "coverage", "simulate", "layouts", "compare", "cluster", "doctor", "rules")
 MODEL = """
 import torch
 
@@ -66,6 +67,8 @@ def interface(monkeypatch: pytest.MonkeyPatch) -> Interface:
     for name in ("plan", "verify", "simulate"):
         monkeypatch.setattr(shardwise, name, stand_in.function(name), raising=False)
     monkeypatch.setattr(shardwise, "Plan", StandInPlan, raising=False)
+    monkeypatch.setattr("shardwise.whatif.load_plan", StandInPlan.load)
+    monkeypatch.setattr("shardwise.asked.Asked.check", lambda *_: None)  # a stand-in contradicts nothing
     monkeypatch.setattr(shardwise, "Infeasible", StandInInfeasible, raising=False)
     stand_in.results["plan"] = StandInPlan()
     return stand_in
@@ -172,14 +175,53 @@ def test_verify_refuses_other_precisions(interface: Interface, model: str) -> No
     assert "float16" in result.stderr
 
 
+def simulated(seconds: float = 0.5) -> Simulation:
+    memory = [{"parameters": 1}, {"parameters": 2}]
+    return Simulation(step_time_s=seconds, timeline=[], memory=memory, bubble=0.25, communication_s=0.125)
+
+
 def test_simulate_takes_a_plan(interface: Interface, tmp_path: Path) -> None:
-    traces: list[Path] = []
-    interface.results["simulate"] = SimpleNamespace(step_time_s=0.5, bubble=0.25, memory_bytes=(1, 2), save_trace=traces.append)
-    result = run("simulate", "--plan", "plan.json", "--out", str(tmp_path / "trace.json"), "--json")
+    interface.results["simulate"] = simulated()
+    trace = tmp_path / "new" / "trace.json"
+    result = run("simulate", "--plan", "plan.json", "--out", str(trace), "--json")
     assert result.exit_code == 0, result.output
-    assert json.loads(result.stdout) == {"step_time_s": 0.5, "bubble": 0.25, "memory_bytes": [1, 2], "trace": str(tmp_path / "trace.json")}
-    assert traces == [tmp_path / "trace.json"]
+    assert json.loads(result.stdout) == {
+        "step_time_s": 0.5,
+        "healthy_step_time_s": 0.5,
+        "bubble": 0.25,
+        "communication_s": 0.125,
+        "memory_bytes": [1, 2],
+        "trace": str(trace),
+    }
+    assert "traceEvents" in json.loads(trace.read_text())
     assert [name for name, _ in interface.calls] == ["simulate"]
+
+
+def test_simulate_with_something_slow_compares(interface: Interface, tmp_path: Path) -> None:
+    interface.results["simulate"] = simulated()
+    slow = ("--slow-rank", "1=1.3", "--slow-rank", "0=2", "--slow-stage", "0=1.5", "--slow-link", "network=0.5")
+    failing = ("--mtbf", "50000h", "--checkpoint", "30s", "--restart", "10min")
+    result = run("simulate", "--plan", "plan.json", "--out", str(tmp_path / "t.json"), *slow, *failing, "--json")
+    assert result.exit_code == 0, result.output
+    assert [name for name, _ in interface.calls] == ["simulate"] * 2, "with what is slow and without"
+    assert json.loads(result.stdout)["failures"]["job_mtbf_s"] == 25000 * 3600, "two devices"
+    text = run("simulate", "--plan", "plan.json", "--out", str(tmp_path / "t.json"), *failing)
+    assert "a failure" in text.stdout and "every 1,042 d" in text.stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--slow-rank", "1"), "slow rank '1' is no NAME=NUMBER; write 3=1.3"),
+        (("--slow-link", "network=2"), "a slow link keeps a share of its rate"),
+        (("--mtbf", "soon", "--checkpoint", "30s"), "--mtbf 'soon' is no duration"),
+        (("--checkpoint", "30s"), "has no effect without --mtbf"),
+    ],
+)
+def test_simulate_says_what_is_wrong(interface: Interface, words: tuple[str, ...], said: str) -> None:
+    result = run("simulate", "--plan", "plan.json", *words)
+    assert result.exit_code == 2
+    assert said in result.stderr
 
 
 def test_train_refuses_a_model_that_does_not_read_text(interface: Interface, model: str) -> None:

@@ -17,6 +17,10 @@ from shardwise.errors import PlanError, ShardwiseError
 if TYPE_CHECKING:
     from shardwise import Plan
     from shardwise.asked import Asked
+    from shardwise.outlook import Outlook
+    from shardwise.planner.proposal import Proposal
+    from shardwise.simulate.simulator import Simulation
+    from shardwise.simulate.slow import Slow
 
 __all__ = ["app", "main"]
 
@@ -60,7 +64,34 @@ PlannedClusterOption = Annotated[
     str | None,
     typer.Option("--cluster", help="local:N, N ranks on this machine, or a cluster file (.toml). Default: local:2, or the plan's."),
 ]
+RunnableOption = Annotated[bool, typer.Option("--runnable", help="Only layouts that can be run today.")]
+BudgetOption = Annotated[
+    float | None,
+    typer.Option("--budget", help="Seconds to search; the best found so far and how much may be left. Default: a fixed effort."),
+]
+ObjectiveOption = Annotated[
+    str,
+    typer.Option(
+        "--objective", help="throughput on all devices; latency, cost of a step, on all or fewer; devices, the fewest nodes that do."
+    ),
+]
+WithinOption = Annotated[float | None, typer.Option("--within", help="Seconds that a step may take, for --objective devices.")]
+PriceOption = Annotated[float | None, typer.Option("--price", help="Dollars for a device and hour, instead of the catalog's list price.")]
 PlanOption = Annotated[Path | None, typer.Option("--plan", help="Use this plan.json instead of searching for one.")]
+SlowRankOption = Annotated[
+    list[str] | None,
+    typer.Option("--slow-rank", help="RANK=FACTOR or FIRST-LAST=FACTOR: computes so many times as long; may be repeated."),
+]
+SlowStageOption = Annotated[
+    list[str] | None, typer.Option("--slow-stage", help="STAGE=FACTOR: all its ranks compute so many times as long; may be repeated.")
+]
+SlowLinkOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--slow-link",
+        help="NAME=SHARE: keeps this share of its rate; a level of links (network, node), or 0-1 between two stages. May be repeated.",
+    ),
+]
 
 
 class Precision(StrEnum):
@@ -101,17 +132,51 @@ def plan(
     random: RandomOption = None,
     recompute: RecomputeOption = None,
     out: Annotated[Path, typer.Option("--out", help="Where the plan goes.")] = Path("plan.json"),
+    runnable: RunnableOption = False,
+    budget: BudgetOption = None,
+    objective: ObjectiveOption = "throughput",
+    within: WithinOption = None,
+    price: PriceOption = None,
+    what_if: Annotated[
+        list[str] | None,
+        typer.Option("--what-if", help="nodes=129, nodes=+1, network=2x, device=h200, global-batch=3072, or usual; may be repeated."),
+    ] = None,
+    whole: Annotated[
+        bool, typer.Option("--whole", help="Lower every layer and say how each operator is split, as training needs it.")
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Choose how to split a model over a cluster, explain the choice and write it to plan.json.
+
+    A known model on devices of the catalog is planned from a few of its layers: the file proposes a layout among all kinds of parallelism,
+    and marks what cannot run yet. Any other plan, or one with --whole, says how every operator is split; train and verify take it.
 
     [bold]Examples[/bold]
 
     shardwise plan --model hf:config.json --cluster local:4
 
     shardwise plan --model train.py:model_and_batch --cluster local:4 --layout tp=2,pp=2 --out tp2pp2.json
+
+    shardwise plan --model gpt3-175b --cluster a100-80g:128x8 --out plan.json
+
+    shardwise plan --model llama3-70b --cluster h100:32x8 --layout tp=8,zero=1 --budget 30
+
+    shardwise plan --model llama3-70b --cluster h100:32x8 --what-if nodes=33 --what-if network=2x,device=h200
+
+    shardwise plan --model llama3-70b --cluster h100:32x8 --objective devices --within 20
     """
-    chosen = _plan(model, cluster, _pinned(layout, schedule=schedule, recompute=recompute), global_batch, sequence, random)
+    pinned = _pinned(layout, schedule=schedule, recompute=recompute)
+    wished: Any = {"runnable": runnable, "budget": budget, "objective": objective, "within": within, "price": price}
+    chosen: Plan | Proposal
+    if _proposes(model, cluster, whole=whole, random=random):
+        found = _outlook(_required(model), cluster, pinned, global_batch, sequence, **wished)
+        from shardwise.whatif import usual_changes, with_what_ifs
+
+        changes = [each for text in what_if or [] for each in (usual_changes(found.cluster) if text == "usual" else [text])]
+        chosen = with_what_ifs(found, changes)
+    else:
+        _without_effect(what_if=what_if or None, **wished)
+        chosen = _plan(model, cluster, pinned, global_batch, sequence, random)
     _save(chosen, out)
     if as_json:
         typer.echo(out.read_text())
@@ -268,32 +333,46 @@ def simulate(
     schedule: ScheduleOption = None,
     global_batch: GlobalBatchOption = None,
     sequence: SequenceOption = None,
+    slow_rank: SlowRankOption = None,
+    slow_stage: SlowStageOption = None,
+    slow_link: SlowLinkOption = None,
+    mtbf: Annotated[str | None, typer.Option("--mtbf", help="Mean time between failures of one device: 50000h.")] = None,
+    job_mtbf: Annotated[str | None, typer.Option("--job-mtbf", help="The same of the whole job: 3h.")] = None,
+    checkpoint: Annotated[str | None, typer.Option("--checkpoint", help="How long training stands still for a checkpoint: 30s.")] = None,
+    checkpoint_every: Annotated[
+        str | None, typer.Option("--checkpoint-every", help="Training between checkpoints: 15min. Default: what wastes least.")
+    ] = None,
+    restart: Annotated[str | None, typer.Option("--restart", help="From a failure to training on: 10min. Default: 0.")] = None,
     out: Annotated[Path, typer.Option("--out", help="Where the timeline goes; open it in Perfetto or chrome://tracing.")] = Path(
         "trace.json"
     ),
     as_json: JsonOption = False,
 ) -> None:
-    """Predict a step's time and each rank's memory, without running it.
+    """Predict a step's time and each rank's memory, without running it; also with something slow, and what failures leave of the time.
 
     [bold]Examples[/bold]
 
     shardwise simulate --plan plan.json --out trace.json
 
     shardwise simulate --model hf:config.json --cluster cluster.toml --layout tp=8
-    """
-    import shardwise as sw
-    from shardwise.asked import Asked
 
-    pinned = _pinned(layout, schedule=schedule)
-    if plan_file is None:
-        chosen = _plan(model, cluster or DEFAULT_CLUSTER, pinned, global_batch, sequence)
-    else:
-        chosen = _planned(plan_file, model, Asked(cluster=cluster, layout=pinned, global_batch=global_batch), sequence)
-    simulation = sw.simulate(chosen)
+    shardwise simulate --plan plan.json --slow-rank 3=1.3 --slow-link 0-1=0.5
+
+    shardwise simulate --plan plan.json --mtbf 50000h --checkpoint 30s --restart 10min --json
+
+    shardwise simulate --model llama3-70b --cluster h100:32x8 --slow-rank 3=1.3 --slow-link network=0.5
+    """
+    from shardwise.scenario import Scenario
+    from shardwise.simulate.slow import Slow
+
+    times = {"mtbf": mtbf, "job-mtbf": job_mtbf, "checkpoint": checkpoint, "checkpoint-every": checkpoint_every, "restart": restart}
+    scenario = Scenario.parse(ranks=slow_rank or (), stages=slow_stage or (), links=slow_link or (), times=times)
+    simulated = _simulated(plan_file, model, cluster, _pinned(layout, schedule=schedule), global_batch, sequence)
+    step = simulated(scenario.slow)
+    outcome = scenario.outcome(step, simulated(Slow()) if scenario.slow else step)
     out.parent.mkdir(parents=True, exist_ok=True)
-    simulation.save_trace(out)
-    found = {"step_time_s": simulation.step_time_s, "bubble": simulation.bubble, "memory_bytes": _plain(simulation.memory_bytes)}
-    _show(found | {"trace": str(out)}, as_json)
+    step.save_trace(out)
+    _show((outcome.as_json() if as_json else outcome.lines()) | {"trace": str(out)}, as_json)
 
 
 @app.command()
@@ -303,7 +382,13 @@ def layouts(
     cluster: Annotated[str, typer.Option("--cluster", help='Devices of the catalog, such as h100:128x8; "shardwise cluster" lists them.')],
     global_batch: GlobalBatchOption = None,
     sequence: SequenceOption = None,
-    runnable: Annotated[bool, typer.Option("--runnable", help="Only layouts that can be run today.")] = False,
+    layout: LayoutOption = None,
+    runnable: RunnableOption = False,
+    budget: BudgetOption = None,
+    objective: ObjectiveOption = "throughput",
+    within: WithinOption = None,
+    price: PriceOption = None,
+    report: Annotated[Path | None, typer.Option("--report", help="Also write a page about them (HTML).")] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Rank the layouts of a known model on devices that you need not have: time of a step, memory, use of the devices.
@@ -313,22 +398,71 @@ def layouts(
     shardwise layouts --model gpt3-175b --cluster a100-80g:128x8
 
     shardwise layouts --model llama3-70b --cluster h100:32x8 --global-batch 512 --runnable
-    """
-    from shardwise.cluster.model import Cluster
-    from shardwise.outlook import outlook
 
-    console = Console(stderr=True)
-    with console.status(f"costing layouts of {model} on {cluster} …"):
-        found = outlook(model, Cluster.parse(cluster), global_batch, sequence, runnable=runnable)
+    shardwise layouts --model gpt3-175b --cluster a100-80g:128x8 --report layouts.html
+    """
+    wished: Any = {"runnable": runnable, "budget": budget, "objective": objective, "within": within, "price": price}
+    found = _outlook(model, cluster, layout, global_batch, sequence, unlike=True, **wished)
+    if report is not None:
+        from shardwise.report.outlook import prospect_of
+        from shardwise.report.prospect import write_prospect
+
+        report.parent.mkdir(parents=True, exist_ok=True)
+        write_prospect(report, prospect_of(found))
     if as_json:
         typer.echo(json.dumps(found.as_json(), indent=2))
-    elif not found.found:
-        _give_up(f"{model} fits no layout of {cluster} with a batch of {found.global_batch}; take more or larger devices")
     else:
-        typer.echo(f"{found.model} on {found.cluster.name}: {found.global_batch} samples a step, bfloat16; {len(found.found)} layouts fit")
+        typer.echo(f"{found.study.preset.name} on {found.cluster.name}: {found.search.global_batch} samples a step, bfloat16")
         Console().print(found.table())
         if found.places():
             typer.echo(f"\nThe first, by device:\n{found.places()}")
+        else:
+            typer.echo(f"nothing left out takes less than {found.searched.lower_s:.3g} s: {found.searched.gap:.1%} may be gained")
+
+
+@app.command()
+@_reported
+def report(
+    plan_file: Annotated[Path, typer.Argument(help="A plan file.", metavar="PLAN")],
+    out: Annotated[Path, typer.Option("--out", help="Where the page goes.")] = Path("report.html"),
+) -> None:
+    """Write a page about a plan, one HTML file: the plan or the cluster drawn, timeline, memory, the layouts considered, the reasons.
+
+    [bold]Examples[/bold]
+
+    shardwise report plan.json --out report.html
+    """
+    from shardwise.report.files import report_file
+
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with Console(stderr=True).status(f"drawing {plan_file} …"):
+        report_file(plan_file, out)
+    typer.echo(f"report: {out}")
+
+
+@app.command()
+@_reported
+def compare(
+    first: Annotated[Path, typer.Argument(help="A plan file.")],
+    second: Annotated[Path, typer.Argument(help="Another one.")],
+    as_json: JsonOption = False,
+) -> None:
+    """Show two plans side by side: what differs, which is faster and where it gains its time.
+
+    [bold]Examples[/bold]
+
+    shardwise compare plan1.json plan2.json
+
+    shardwise compare plan1.json plan2.json --json
+    """
+    from shardwise.whatif import compare as compared
+
+    found = compared(first, second)
+    if as_json:
+        typer.echo(json.dumps(found.as_json(), indent=2))
+    else:
+        Console().print(found.table())
+        typer.echo(f"\n{found.verdict}")
 
 
 @app.command()
@@ -447,6 +581,86 @@ def _plan(
     return _feasible(sw.plan(module, batch, cluster=cluster, layout=layout, global_batch=global_batch, random=random or "keyed"))
 
 
+def _simulated(
+    plan_file: Path | None, model: str | None, cluster: str | None, layout: str | None, global_batch: int | None, sequence: int | None
+) -> Callable[[Slow], Simulation]:
+    """What is slow → a step of the plan file, or of the plan for the model."""
+    import shardwise as sw
+    from shardwise.asked import Asked
+    from shardwise.outlook import Study
+    from shardwise.planner.proposal import Proposal
+    from shardwise.scenario import layout_of, simulate_layout
+    from shardwise.whatif import load_plan
+
+    if plan_file is None:
+        machines = cluster or DEFAULT_CLUSTER
+        if not _proposes(model, machines, whole=False, random=None):
+            return functools.partial(sw.simulate, _plan(model, machines, layout, global_batch, sequence))
+        found = _outlook(_required(model), machines, layout, global_batch, sequence)
+    else:
+        asked = Asked(cluster=cluster, layout=layout, global_batch=global_batch)
+        read = load_plan(plan_file)
+        if not isinstance(read, Proposal):
+            return functools.partial(sw.simulate, _planned(plan_file, model, asked, sequence))
+        if any(value is not None for value in (model, cluster, layout, global_batch, sequence)):
+            raise PlanError(f"these options have no effect beside --plan {plan_file}, which holds what is simulated: leave them out")
+        found = layout_of(Study.of(read.model, read.sequence), read)
+    return functools.partial(simulate_layout, found.search, found.found[0])
+
+
+def _proposes(model: str | None, cluster: str, *, whole: bool, random: str | None) -> bool:
+    """Whether the plan is one for a known model on devices of the catalog, made from a few of its layers."""
+    if whole or random or model is None or cluster.startswith("local:"):
+        return False
+    from shardwise.outlook import covers
+
+    return covers(model, cluster)
+
+
+def _outlook(
+    model: str,
+    cluster: str,
+    layout: str | None,
+    global_batch: int | None,
+    sequence: int | None,
+    *,
+    runnable: bool = False,
+    budget: float | None = None,
+    objective: str = "throughput",
+    within: float | None = None,
+    price: float | None = None,
+    unlike: bool = False,
+) -> Outlook:
+    from shardwise.cluster.model import Cluster
+    from shardwise.outlook import Study, Wish
+    from shardwise.planner.space import Pins
+
+    wish = Wish(
+        global_batch=global_batch,
+        pins=Pins.parse(layout),
+        runnable=runnable,
+        budget_s=budget,
+        objective=objective,  # type: ignore[arg-type]
+        within_s=within,
+        price_per_hour=price,
+    )
+    machine = Cluster.parse(cluster)
+    with Console(stderr=True).status(f"costing layouts of {model} on {cluster} …"):
+        study = Study.of(model, sequence, wish.pins.microbatch)
+        return _feasible(study.outlook(machine, wish, unlike=unlike))
+
+
+def _without_effect(**given: Any) -> None:
+    """Refuses options of searches among known models, where another plan is made."""
+    usual = {"runnable": False, "objective": "throughput"}
+    for name, value in given.items():
+        if value is not None and value != usual.get(name):
+            option = "--" + name.replace("_", "-")
+            raise ShardwiseError(
+                f"{option} has no effect here: it is for a known model (gpt3-175b) on devices of the catalog, without --whole"
+            )
+
+
 def _planned(path: Path, model: str | None, asked: Asked, sequence: int | None) -> Plan:
     """The plan of a file, which no option contradicts."""
     import shardwise as sw
@@ -472,7 +686,7 @@ def _give_up(reasons: str) -> None:
     raise typer.Exit(INFEASIBLE)
 
 
-def _save(chosen: Plan, path: Path) -> None:
+def _save(chosen: Plan | Proposal, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     chosen.save(path)
 

@@ -15,6 +15,7 @@ from benchmarks.verdict import Outcome, Sample
 from benchmarks.workloads import SMALL
 
 from shardwise.program.actions import Kind
+from shardwise.program.tables import NAMES
 
 
 def planned(name: str, predicted: float = 1.0, *, chosen: bool = False, nbytes: int = 0) -> Planned:
@@ -65,19 +66,20 @@ class TestIntervals:
 
 class TestLayouts:
     def test_are_all_there_are(self):
-        """Every mesh of 4 ranks, a microbatch count that its planner knows, gpipe where it orders the work otherwise."""
+        """Every mesh of 4 ranks, and every schedule where there is a pipeline."""
         found = every_layout(4, 16)
         names = [str(layout) for layout in found]
         assert len(set(names)) == len(names)
         meshes = {sizes for sizes in product((1, 2, 4), repeat=4) if sizes[0] * sizes[1] * sizes[2] * sizes[3] == 4}
         assert {layout.mesh for layout in found} == meshes
-        assert {layout.schedule for layout in found if layout.pp > 1} == {"1f1b", "gpipe"}
-        assert all(layout.schedule == "1f1b" for layout in found if layout.microbatches == 1)
+        assert {layout.schedule for layout in found if layout.pp > 1} == set(NAMES)
+        assert {layout.schedule for layout in found if layout.pp == 1} == {"1f1b"}
         assert all(16 % (layout.dp * layout.microbatches) == 0 for layout in found)
 
     def test_that_do_the_same_are_one(self):
-        """Two stages with one microbatch: forward, backward, whatever the schedule is called."""
-        assert [str(layout) for layout in every_layout(2, 1) if layout.pp == 2] == ["dp=1,tp=1,pp=2,microbatches=1,schedule=1f1b"]
+        """Two stages with one microbatch: forward, backward, whether the schedule is called 1f1b or gpipe."""
+        found = [layout.schedule for layout in every_layout(2, 1) if layout.pp == 2]
+        assert "1f1b" in found and "gpipe" not in found and len(set(found)) == len(found)
 
 
 class TestHeats:
@@ -177,15 +179,12 @@ def test_options_that_cannot_work_are_refused(arguments, message, capsys):
 
 @pytest.mark.slow
 def test_a_sweep_runs_for_real(tmp_path, capsys):
-    """Two ranks, the tiny model, all layouts of two stages; on a noisy machine steps do not count, but all are run."""
-    path = tmp_path / "sweep.json"
-    arguments = ["--models", "gpt2", "--ranks", "2", "--size", "small", "--only", "pp=2,microbatches=2", "--steps", "2", "--breakdown"]
-    assert main([*arguments, "--time-limit", "60", "--json", str(path)]) == 0, capsys.readouterr().out
+    """Two ranks, the tiny model, one schedule beside the chosen layout; on a noisy machine steps do not count, but all are run."""
+    path, layout = tmp_path / "sweep.json", "dp=1,tp=1,pp=2,microbatches=2,schedule=gpipe"
+    arguments = ["--models", "gpt2", "--ranks", "2", "--size", "small", "--only", layout, "--steps", "1", "--breakdown"]
+    assert main([*arguments, "--time-limit", "90", "--json", str(path)]) == 0, capsys.readouterr().out
     told = json.loads(path.read_text())["gpt2"]
-    assert {row["layout"].split(", as")[0] for row in told["rows"]} >= {
-        "dp=1,tp=1,pp=2,microbatches=2,schedule=1f1b",
-        "dp=1,tp=1,pp=2,microbatches=2,schedule=gpipe",
-    }
+    assert layout in {row["layout"] for row in told["rows"]}
     assert sum(row["chosen"] for row in told["rows"]) == 1
     for row in told["rows"]:
         assert len(row["peak_bytes"]) == 2 and row["predicted_s"] > 0

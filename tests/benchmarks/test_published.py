@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from benchmarks.published import Predictor, summarise
+from benchmarks.published import Prediction, Predictor, summarise
+from benchmarks.published_experts import expert_ranks, routing_of
 from benchmarks.published_frameworks import Holding, holding_of
 from benchmarks.published_rows import Row, read_table
 
-from benchmarks import published
+from benchmarks import published, published_experts
+from shardwise.cost.routing import Routing
 
 MODEL = {"layers": 8, "hidden": 1024, "heads": 16, "kv_heads": 16, "ffn": 4096, "vocab": 51200, "seq_len": 1024, "arch": "gpt"}
 LAYOUT = {"n_gpus": 8, "tp": 2, "pp": 2, "dp": 2, "cp": 1, "ep": 1, "virtual_stages": 1, "micro_batch": 2, "global_batch": 32}
@@ -124,3 +126,91 @@ def test_frameworks_hold_what_they_are_known_to(tmp_path: Path, change: dict[str
 def test_bounds_are_those_of_the_command() -> None:
     bounds = (published._BOUND, published._FILE_BOUND, published._EXPRESSED, published._MEMORY_BOUND)
     assert bounds == (0.08, 0.15, 0.9, 0.08)
+
+
+MIXTURE = MODEL | {"arch": "qwen3 moe", "hidden": 4096, "seq_len": 4096, "kv_heads": 4, "experts": 16, "topk": 4, "moe_ffn": 1024}
+DIVIDED = {"model": MIXTURE, "tp": 1, "pp": 1, "dp": 16, "ep": 16, "n_gpus": 16}
+
+
+def routing(row: Row, year: int) -> Routing:
+    found = routing_of(row, year)
+    assert found is not None
+    return found
+
+
+def test_what_a_row_says_of_routing_counts(tmp_path: Path, predictor: Predictor) -> None:
+    """A token sent once to each node is faster than a row for each expert, and hidden it is faster still."""
+    every, once, hidden = rows(
+        tmp_path,
+        DIVIDED | {"dispatcher": "A2A"},
+        DIVIDED | {"dispatcher": "DeepEP"},
+        DIVIDED | {"dispatcher": "DeepEP", "note": "+1f1b a2a overlap"},
+    )
+    assert seconds(predictor, hidden) < seconds(predictor, once) < seconds(predictor, every)
+
+
+@pytest.mark.parametrize(
+    ("words", "dispatch", "overlapped"),
+    [
+        ({"dispatcher": "DeepEP"}, "tokens", False),
+        ({"dispatcher": "A2A"}, "rows", False),
+        ({"kernel": "TE + HybridEP", "note": "overlap moe comm"}, "tokens", True),
+        ({"dispatcher": "DeepEP", "note": "+1f1b a2a overlap"}, "tokens", True),
+        ({"note": "DualPipe"}, "rows", True),
+        ({"schedule": "DualPipe"}, "rows", True),
+    ],
+)
+def test_routing_is_read_from_a_row_s_words(tmp_path: Path, words: dict[str, str], dispatch: str, overlapped: bool) -> None:
+    (row,) = rows(tmp_path, DIVIDED | words)
+    found = routing(row, 2024)
+    assert (found.dispatch, found.overlapped, found.experts, found.chosen) == (dispatch, overlapped, 16, 4)
+
+
+def test_routing_sends_tokens_once_since_software_does(tmp_path: Path) -> None:
+    (row,) = rows(tmp_path, DIVIDED)
+    assert [routing(row, year).dispatch for year in (2024, 2025)] == ["rows", "tokens"]
+
+
+def test_a_host_that_counts_rows_bounds_small_layers_alone(tmp_path: Path, predictor: Predictor) -> None:
+    """Both passes of a layer take three times what the host takes to launch one, if the device is faster; more of the work takes longer."""
+    small = {"hidden": 512, "ffn": 1024, "moe_ffn": 512, "seq_len": 256}
+    tiny, large = rows(tmp_path, DIVIDED | {"model": MIXTURE | small}, DIVIDED)
+    layers, microbatches = 8, LAYOUT["global_batch"] // (16 * LAYOUT["micro_batch"])
+    least = 3 * published_experts._LAUNCH_S * layers * microbatches
+    assert least < seconds(predictor, tiny) < 1.2 * least < seconds(predictor, large)
+
+
+def test_recomputation_that_is_not_said_is_what_memory_wants(tmp_path: Path) -> None:
+    (row,) = rows(tmp_path, {"recompute": None})
+    less, more = (Prediction(row=row, step_s=t, memory_bytes=m, least_bytes=m, room_bytes=80.0) for t, m in ((3.0, 100.0), (4.0, 50.0)))
+    between = published._chosen([less, more])
+    assert between.step_s == pytest.approx(3.4) and between.memory_bytes == 80.0
+    assert published._chosen([replace(less, room_bytes=120.0), more]).step_s == 3.0
+    assert published._chosen([replace(less, room_bytes=40.0), replace(more, room_bytes=40.0)]).step_s == 4.0
+
+
+def test_more_expert_ranks_than_there_are_are_as_many_as_can_be(tmp_path: Path) -> None:
+    (row,) = rows(tmp_path, DIVIDED | {"ep": 64})
+    assert expert_ranks(row) == 16
+
+
+def test_the_last_year_of_a_source_and_a_release_say_what_its_software_could_do(tmp_path: Path) -> None:
+    rack = {"gpu": "GB200 (NVL72)", "precision": "mxfp8"}
+    old, new, hopper, sixteen = rows(
+        tmp_path,
+        DIVIDED | rack | {"release": "26.04.01"},
+        DIVIDED | rack | {"release": "26.06"},
+        DIVIDED | {"gpu": "NVIDIA H100-SXM5-80GB", "precision": "fp8", "release": "26.06"},
+        DIVIDED | rack | {"release": "26.06", "precision": "bf16"},
+    )
+    assert [published_experts._is_free_of_counts(row, 2025) for row in (old, new, hopper, sixteen)] == [False, True, False, False]
+
+
+def test_rows_on_their_way_in_eight_bits_are_read_from_a_row_s_words(tmp_path: Path) -> None:
+    sixteen, eight = rows(tmp_path, DIVIDED, DIVIDED | {"note": "DeepEP, FP8 dispatch"})
+    assert (routing(sixteen, 2025).there_bits, routing(eight, 2025).there_bits) == (None, 8)
+
+
+def test_dropped_tokens_are_not_counted(tmp_path: Path) -> None:
+    counted, dropped = rows(tmp_path, DIVIDED, DIVIDED | {"model": MIXTURE | {"name": "mixture (tokendrop)"}})
+    assert routing(dropped, 2025).launch_s == routing(counted, 2025).launch_s / 2

@@ -257,6 +257,15 @@ def test_experts_are_one_graph() -> None:
     assert (found["expert_mm"], found["topk"]) == (2, 1)
 
 
+def test_a_rank_s_experts_leave_the_router_and_the_rows_whole() -> None:
+    whole, local = (captured(twin(DEEPSEEK, micro_batch=1, local_experts=held)) for held in (None, 4))
+    for graph, held in ((whole, 256), (local, 4)):
+        first, _ = (op for op in graph.blocks[1][1] if "expert_mm" in op.name)
+        assert first.inputs[0].shape == (4096 * 8, 7168) and first.inputs[1].shape == (held, 7168, 4096)
+        (topk,) = (op for op in graph.blocks[1][1] if "topk" in op.name)
+        assert topk.inputs[0].shape == (4096, 256)
+
+
 @pytest.mark.parametrize(("vocab", "padded"), [(None, 50304), (50257, 50304), (51200, 51200)])
 def test_a_vocabulary_is_padded(vocab: int | None, padded: int) -> None:
     made = twin(replace(GPT, vocab=vocab, params=None), micro_batch=1)

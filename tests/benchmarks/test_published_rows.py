@@ -388,6 +388,14 @@ def test_heads_and_gating_are_those_that_give_the_parameters(raw: dict[str, Any]
         assert (layers + head) / 2 / 4096 == pytest.approx(active, rel=0.03)
 
 
+@pytest.mark.parametrize(("arch", "head_dim"), [("gpt_oss moe", 64), ("GPT-OSS 120B", 64), ("glm_4 moe", 128), ("gptoss", 64)])
+def test_names_are_known_however_their_words_are_joined(arch: str, head_dim: int) -> None:
+    """GPT-OSS and GLM-4.5 have heads that do not divide the width."""
+    shape = {"layers": 36, "hidden": 2880, "heads": 64, "kv_heads": 8, "ffn": 2880, "seq_len": 4096, "experts": 128, "topk": 4}
+    model = read_model(shape | {"arch": arch}, [])
+    assert (model.head_dim, model.gated) == (head_dim, True)
+
+
 def test_parameters_with_learned_positions_change_nothing() -> None:
     assumed: list[str] = []
     raw = _published(layers=12, hidden=768, heads=12, kv_heads=12, ffn=3072, vocab=50368, seq_len=32768, params=148_717_824)

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from shardwise.cluster.model import Cluster, cluster_of
+from shardwise.cluster.rates import Curve
 from shardwise.cluster.specs import machines
 from shardwise.cost.compute import op_bytes, op_flops, op_seconds
 from shardwise.cost.optimizer import optimizer_seconds
@@ -237,3 +238,15 @@ def test_a_kernel_s_own_time_does_not_depend_on_where_its_data_is(cluster: Clust
     assert seconds(cached, aten.gelu.default, meta(1000, 1000)) == pytest.approx(1e6 * own + traffic_s(4e6, 4e6) + CALL_S)
     plain = 5e-9 - 4 / 1e10 - 4 / 2e10
     assert seconds(cluster, aten.gelu.default, meta(1000, 1000)) == pytest.approx(1e6 * plain + traffic_s(4e6, 4e6) + CALL_S)
+
+
+@pytest.mark.parametrize(("groups", "cast"), [(True, 0.0), (False, 0.0), (False, 6.0)])
+def test_products_with_experts(cluster: Cluster, groups: bool, cast: float) -> None:
+    """128 rows for each of 8 experts. A rate that grows with a product's size counts them together only where they are one kernel."""
+    one = 2.0 * 128 * 256 * 512
+    grows = cluster.rates.matmul["float32"].model_copy(update={"cubes_flops": Curve(sizes=(one, 8 * one), values=(1e10, 1e11))})
+    rates = cluster.rates.model_copy(update={"matmul": {"float32": grows}, "groups": groups, "cast_bytes": cast})
+    x, weight, expert = meta(1024, 512), meta(8, 512, 256), meta(1024, dtype=torch.int64)
+    found = seconds(replace(cluster, rates=rates), torch.ops.shardwise.expert_mm.default, x, weight, expert)
+    memory = traffic_s(4.0 * (1024 * 512 + 8 * 512 * 256) + 8 * 1024, 4.0 * 1024 * 256)
+    assert found == pytest.approx(8 * one / (1e11 if groups else 1e10) + cast * 1024 * 512 / 1e10 + memory + CALL_S)

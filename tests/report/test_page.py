@@ -11,8 +11,9 @@ import pytest
 
 from shardwise.planner.plan import Plan
 from shardwise.report import Measured, write_report
-from shardwise.report.layouts import tradeoff_figure
+from shardwise.report.layouts import points_of, tradeoff_figure
 from shardwise.report.memory import memory_figure
+from shardwise.report.ranks import shown_ranks
 from shardwise.report.timeline import timeline_figure
 from shardwise.simulate.profile import EdgeProfile
 from shardwise.simulate.simulator import Simulation, simulate_profile
@@ -125,7 +126,12 @@ def test_without_a_run(tmp_path: Path, plan: Plan, simulation: Simulation) -> No
 
 def test_figures_are_plotlys(plan: Plan, simulation: Simulation, measured: Measured) -> None:
     """plotly's own check of names and values."""
-    for figure in (timeline_figure(plan, simulation, measured), memory_figure(plan, simulation, measured), tradeoff_figure(plan)):
+    ranks = shown_ranks(plan.mesh)
+    for figure in (
+        timeline_figure(ranks, simulation, measured),
+        memory_figure(ranks, simulation, measured, 25e6),
+        tradeoff_figure(points_of(plan), 25e6),
+    ):
         go.Figure(figure)
 
 
@@ -141,16 +147,15 @@ def test_ranks_that_share_sequences(tmp_path: Path, plan: Plan) -> None:
 
 
 def test_timelines_share_an_axis(plan: Plan, simulation: Simulation, measured: Measured) -> None:
-    figure = timeline_figure(plan, simulation, measured)
+    figure = timeline_figure(shown_ranks(plan.mesh), simulation, measured)
     assert len(figure["layout"]["yaxis"]["tickvals"]) == 2 * plan.ranks
     bars = sum(len(each["x"]) for each in figure["data"])
     assert bars == len(simulation.timeline) + len(measured.timeline)
 
 
-def test_the_limit_is_drawn_where_it_is_near(plan: Plan, simulation: Simulation) -> None:
-    assert memory_figure(plan, simulation, None)["layout"]["shapes"][0]["x0"] == 25_000_000
-    far = plan.model_copy(update={"predicted": plan.predicted.model_copy(update={"limit_bytes": 10**12})})
-    assert "shapes" not in memory_figure(far, simulation, None)["layout"]
+def test_the_limit_is_drawn_where_it_is_near(simulation: Simulation) -> None:
+    assert memory_figure(range(4), simulation, None, 25_000_000)["layout"]["shapes"][0]["x0"] == 25_000_000
+    assert "shapes" not in memory_figure(range(4), simulation, None, 10**12)["layout"]
 
 
 def test_a_large_plan_shows_one_rank_of_each_stage(tmp_path: Path, plan: Plan) -> None:

@@ -33,7 +33,8 @@ def verified(example: Example, layout: str) -> Report:
 @pytest.mark.parametrize(
     "layout",
     ["shares=3:1,tp=1,pp=1", "shares=1:3,tp=1,pp=1,microbatches=2", "shares=5:1:2,tp=1,pp=1", "shares=3:1,tp=2,pp=1,microbatches=2"]
-    + ["shares=1:3,tp=1,pp=2,chunks=2,microbatches=2", "shares=3:1,cp=2,tp=1,pp=1"],
+    + ["shares=1:3,tp=1,pp=2,chunks=2,microbatches=2", "shares=3:1,cp=2,tp=1,pp=1"]
+    + ["shares=3:1,tp=1,pp=1,zero=2,microbatches=2", "shares=1:3,tp=1,pp=1,zero=3,recompute=full"],
 )
 @pytest.mark.parametrize("model", [llama, gpt2])
 def test_every_axis_beside_shares(model: Callable[..., Example], layout: str) -> None:

@@ -176,6 +176,8 @@ class Rates(_Figures):
     overlaps_memory: whether arithmetic and memory traffic of an operator overlap. fuses: whether chains of elementwise operators run as
         one kernel (`shardwise.cost.fusion`). copies_inner: whether what is gathered or scattered along another dim than the first is
         copied into place (measured figures have that in them).
+    groups: whether all products of a layer's experts run as one kernel.
+    cast_bytes: what kernels of their own read and write to cast and pad one number that goes into products with experts.
     contention: wall time ÷ CPU time while measuring; well above 1 when other processes disturbed it.
     """
 
@@ -198,6 +200,8 @@ class Rates(_Figures):
     overlaps_memory: bool = False
     fuses: bool = False
     copies_inner: bool = False
+    groups: bool = True
+    cast_bytes: float = 0.0
 
     def matmul_of(self, dtype: str) -> MatmulRate:
         """The rate of a dtype; float32's for one that was not measured."""

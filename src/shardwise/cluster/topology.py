@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate, pairwise
@@ -223,6 +223,25 @@ class Machines:
         single = sum(group.nodes for group in chosen) == 1
         groups = tuple(replace(group, outside=() if single else outside(group)) for group in chosen)
         return Machines(name=" + ".join(f"{group.nodes}x{group.per_node} {group.device.name}" for group in groups), groups=groups)
+
+    def slowed(self, shares: Mapping[str, float]) -> Machines:
+        """With levels that keep a share of their rate. Names: of a level, of a link, or "network" for all between nodes; ClusterError for
+        one that is none of these."""
+        known = dict.fromkeys(name for group in self.groups for level in group.levels for name in self._names(level, group))
+        for name in shares:
+            if name not in known:
+                raise ClusterError(f"cluster {self.name!r} has no links {name!r}; there are {', '.join(known) or 'none'}")
+        return replace(self, groups=tuple(self._slowed(group, shares) for group in self.groups))
+
+    def _slowed(self, group: Group, shares: Mapping[str, float]) -> Group:
+        def left(level: Level) -> Level:
+            return replace(level, ports=level.ports * min(shares.get(name, 1.0) for name in self._names(level, group)))
+
+        return replace(group, inside=tuple(map(left, group.inside)), outside=tuple(map(left, group.outside)))
+
+    @staticmethod
+    def _names(level: Level, group: Group) -> tuple[str, ...]:
+        return (level.name, level.link.name, *(("network",) if level in group.outside else ()))
 
     def group_of(self, rank: int) -> Group:
         """The group that holds a rank."""

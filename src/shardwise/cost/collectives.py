@@ -24,7 +24,7 @@ from shardwise.cluster.rates import IMPLEMENTATIONS, CollectiveRate
 from shardwise.cluster.topology import Crossing, Machines
 from shardwise.cost.links import link_seconds
 
-__all__ = ["CollectiveCost", "Shares", "collective_cost", "collective_seconds", "collective_shares"]
+__all__ = ["CollectiveCost", "Shares", "collective_cost", "collective_seconds", "collective_shares", "crossing_of"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +72,7 @@ def collective_seconds(kind: str, impl: str, message_bytes: float, ranks: int, c
     if ranks <= 1:
         return 0.0
     if cluster.machines is not None:
-        return link_seconds(kind, message_bytes, _crossing(cluster.machines, ranks, stride))
+        return link_seconds(kind, message_bytes, crossing_of(cluster.machines, ranks, stride))
     rate = _nearest(kind, impl, ranks, cluster)
     return _scaled(rate, rate.seconds_for(message_bytes), rate.latency_s, ranks) if rate else float("inf")
 
@@ -82,8 +82,8 @@ def _nearest(kind: str, impl: str, ranks: int, cluster: Cluster) -> CollectiveRa
     return min(measured, key=lambda rate: (abs(rate.ranks - ranks), -rate.ranks), default=None)
 
 
-def _crossing(machines: Machines, ranks: int, stride: int) -> Crossing:
-    """Of the slowest group; where groups of that size do not tile all ranks, of the first."""
+def crossing_of(machines: Machines, ranks: int, stride: int) -> Crossing:
+    """What the slowest group of `ranks`, each `stride` after the one before, crosses; the first where such groups do not tile all."""
     if machines.ranks % (ranks * stride) == 0:
         return machines.span(stride, ranks)
     return machines.crossing(range(0, min(ranks * stride, machines.ranks), stride))

@@ -15,7 +15,7 @@ from math import ceil, log2
 
 from shardwise.cluster.topology import Crossing, Level
 
-__all__ = ["link_seconds"]
+__all__ = ["level_rate", "link_seconds"]
 
 _REACH = {"nvswitch": 0.78, "nvlink": 0.78, "infiniband": 0.88, "ethernet": 0.75, "pcie": 0.75, "xgmi": 0.7, "ici": 0.8}
 """Share of a link's rate that long messages reach: NCCL's bus bandwidths on DGX machines (NVIDIA/nccl-tests) ÷ the data sheets'."""
@@ -35,14 +35,15 @@ def link_seconds(kind: str, message_bytes: float, crossing: Crossing) -> float:
         return 0.0
     if kind == "send_recv":
         level = crossing.hops[-1].level
-        return level.latency_s + message_bytes / _rate(level)
+        return level.latency_s + message_bytes / level_rate(level)
     if kind == "all_to_all":
         return _pairwise(message_bytes, crossing)
     ring = _ring(kind, message_bytes, crossing)
     return min(ring, _tree(message_bytes, crossing), _switch(message_bytes, crossing)) if kind == "all_reduce" else ring
 
 
-def _rate(level: Level) -> float:
+def level_rate(level: Level) -> float:
+    """Bytes/s that long messages of each device reach over a level, in each direction, all devices sending at once."""
     return level.bytes_per_s * _REACH.get(level.link.kind, _OTHER_REACH)
 
 
@@ -50,7 +51,7 @@ def _narrowest(crossing: Crossing) -> float:
     """Bytes/s of a ring through all ranks of the group: at each level as many ports as the group has ranks in a part."""
     inside, found = 1, float("inf")
     for hop in crossing.hops:
-        found = min(found, _rate(hop.level) * inside)
+        found = min(found, level_rate(hop.level) * inside)
         inside *= hop.parts
     return found
 
@@ -84,7 +85,7 @@ def _switch(message_bytes: float, crossing: Crossing) -> float:
     hop = crossing.hops[-1]
     if not hop.level.sharp or len(crossing.hops) > 1:
         return float("inf")
-    return _SOFTWARE_S + 2 * hop.level.latency_s + message_bytes / _rate(hop.level)
+    return _SOFTWARE_S + 2 * hop.level.latency_s + message_bytes / level_rate(hop.level)
 
 
 def _pairwise(message_bytes: float, crossing: Crossing) -> float:
@@ -93,7 +94,7 @@ def _pairwise(message_bytes: float, crossing: Crossing) -> float:
     latency = 0.0
     for hop in crossing.hops:
         peers = inside * (hop.parts - 1)
-        slowest = max(slowest, peers * each / _rate(hop.level))
+        slowest = max(slowest, peers * each / level_rate(hop.level))
         latency = max(latency, hop.level.latency_s * ceil(log2(max(2, peers))))
         inside *= hop.parts
     return _SOFTWARE_S + latency + slowest

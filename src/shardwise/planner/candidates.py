@@ -7,7 +7,7 @@ each of its three parts) or by units (whole heads): such wants travel along the 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 
 from shardwise.capture.graph import Op, Value
 from shardwise.sharding.assignment import Assignment, possible, split_sizes
@@ -27,10 +27,10 @@ def candidates(
     batch: Mapping[Op, Choice],
     representative: Representative,
     owners: Mapping[Op, int],
-    forbidden: Mapping[Op, Choice],
+    forbidden: Mapping[Op, Container[str]],
 ) -> dict[Op, list[Variant]]:
     """The variants on axis `tp` of the given operators (one of each group of equal ones). owners: `shardwise.planner.tables`;
-    forbidden: operator → a factor of it that is not to be split."""
+    forbidden: operator → factors of it that are not to be split."""
     chosen = list(ops)
     sizes = {op: split_sizes(assignment, op, "tp") for op in chosen}
     ranks = assignment.mesh["tp"]
@@ -39,7 +39,7 @@ def candidates(
     pending: deque[tuple[Op, Variant]] = deque()
 
     def offer(op: Op, choice: Choice) -> None:
-        if len(found[op]) >= _MOST or not _free(assignment, op, choice, batch.get(op), forbidden.get(op)):
+        if len(found[op]) >= _MOST or not _free(assignment, op, choice, batch.get(op), forbidden.get(op, ())):
             return
         made = variant(op, assignment.signatures[op], choice, sizes[op], ranks)
         if (made.inputs, made.outputs) not in found[op]:
@@ -69,9 +69,9 @@ def _whole(op: Op, sig: Signature, sizes: Mapping[str, int], ranks: int) -> list
     return [variant(op, sig, choice, sizes, ranks) for choice in choices]
 
 
-def _free(assignment: Assignment, op: Op, choice: Choice, batch: Choice | None, forbidden: Choice | None) -> bool:
+def _free(assignment: Assignment, op: Op, choice: Choice, batch: Choice | None, forbidden: Container[str]) -> bool:
     """Whether it can be split so, and splits neither what must not be nor the data axes' part of a factor: the samples."""
-    if (forbidden is not None and forbidden.factor == choice.factor) or not possible(assignment, op, "tp", choice):
+    if choice.factor in forbidden or not possible(assignment, op, "tp", choice):
         return False
     if batch is None or batch.factor != choice.factor:
         return True

@@ -2,7 +2,8 @@
 
     seconds of a stage     the sum of its pieces'; recomputation adds the forward pass to the backward pass
     gradients              all-reduced over the data ranks, or reduced to parts of which the updated parameters are gathered (ZeRO)
-    ZeRO-3                 parameters gathered before each use, in every microbatch, while the piece before it computes
+    ZeRO-2                 gradients reduced to parts in every microbatch, while the piece before it computes
+    ZeRO-3                 parameters gathered, too, before each use, in every microbatch, while the piece before it computes
     memory                 parameters, gradients and states by their dtypes and their division; what microbatches in flight keep
 
 Sources: ZeRO, Rajbhandari et al. 2020; recomputation, Chen et al. 2016 and Korthikanti et al. 2022; 1F1B and interleaving, Narayanan et al.
@@ -16,6 +17,7 @@ from dataclasses import dataclass
 
 from shardwise.cluster.model import Cluster
 from shardwise.cost.collectives import collective_cost
+from shardwise.cost.routing import Routing, routing_seconds
 from shardwise.errors import LayoutError
 from shardwise.planner.pieces import Outline, PieceCost, Work
 from shardwise.simulate.profile import EdgeProfile, Profile, StageProfile
@@ -23,6 +25,7 @@ from shardwise.simulate.simulator import Mesh
 
 __all__ = ["Scheme", "compose", "divide", "hop_seconds", "recomputed", "stage_profile"]
 
+_COPYING = 0.15  # of a device computes nothing while rows are copied: DeepEP's 20 of 132 multiprocessors of an H100
 _UPDATE_BYTES = 30  # read and written by the update of one number: gradient 4, states 24, new 16-bit parameter 2
 _CONTEXT_BYTES = 1.65e9  # CUDA context and kernels: 1,573 MiB on an A100 (BigScience, tr11-176B-ml/chronicles-prequel.md, 2022)
 _COMMUNICATOR_BYTES = 0.2e9  # NCCL: 4 MiB buffers (NCCL_BUFFSIZE) × 16 channels × ring, tree up and tree down
@@ -32,8 +35,9 @@ _COMMUNICATOR_BYTES = 0.2e9  # NCCL: 4 MiB buffers (NCCL_BUFFSIZE) × 16 channel
 class Scheme:
     """How a step is run.
 
-    dp, cp, tp, pp: ranks; ep: over how many of the data ranks experts are divided (the pieces hold one's share of them); chunks: stages of
-    each pipeline rank.
+    dp, cp, tp, pp: ranks; chunks: stages of each pipeline rank.
+    ep: over how many consecutive tensor, context and data ranks experts are divided, each whole on one rank (the pieces hold one rank's
+    share of them); routing: how tokens get there, wanted where ep > 1.
     zero: 0 to 3; shard: over how many data ranks ZeRO divides, all of them if 0.
     recompute: what a block computes again, a policy of `planner/keeping.py`; remade: what is made again anyhow, as said
     there, and "blocks" for all within blocks alone; None for what the cluster's rates say of fused kernels.
@@ -53,6 +57,7 @@ class Scheme:
     pp: int = 1
     cp: int = 1
     ep: int = 1
+    routing: Routing | None = None
     chunks: int = 1
     microbatches: int = 1
     schedule: str = "1f1b"
@@ -71,6 +76,11 @@ class Scheme:
     hidden: float = 0.0
     gather_each: bool = False
 
+    def __post_init__(self) -> None:
+        if self.ep > 1 and (self.routing is None or self.tp * self.replicas % self.ep):
+            missing = "without its routing" if self.routing is None else f"does not divide tp·cp·dp = {self.tp * self.replicas}"
+            raise LayoutError(f"ep={self.ep} {missing}: give the experts of a layer and how many a token has, and a divisor of the ranks")
+
     @property
     def stages(self) -> int:
         """Of the pipeline, all chunks."""
@@ -79,7 +89,13 @@ class Scheme:
     @property
     def mesh(self) -> Mesh:
         """For the simulator: data and sequence ranks do alike."""
-        return Mesh(dp=self.replicas, tp=self.tp, pp=self.pp, chunks=self.chunks, microbatches=self.microbatches, schedule=self.schedule)
+        sizes = {"dp": self.replicas, "tp": self.tp, "pp": self.pp, "chunks": self.chunks, "coupled": self.coupled}
+        return Mesh(**sizes, microbatches=self.microbatches, schedule=self.schedule)
+
+    @property
+    def coupled(self) -> int:
+        """Neighbouring ranks that do each microbatch together: those that share operators, sequences, experts, or gather parameters."""
+        return self.tp * max(self.cp, self.ep, self.sharded if self.zero == 3 else 1)
 
     @property
     def replicas(self) -> int:
@@ -90,6 +106,21 @@ class Scheme:
     def sharded(self) -> int:
         """Ranks over which ZeRO divides what it divides."""
         return min(self.shard or self.replicas, self.replicas) if self.zero else 1
+
+    @property
+    def expert_copies(self) -> int:
+        """Ranks that hold the same experts, `expert_stride` ranks apart."""
+        return self.replicas if self.ep == 1 else max(1, self.tp * self.replicas // self.ep)
+
+    @property
+    def expert_stride(self) -> int:
+        """Where experts are not divided they lie as the rest does."""
+        return self.tp if self.ep == 1 else self.ep
+
+    @property
+    def expert_sharded(self) -> int:
+        """Ranks over which ZeRO divides what experts take: of those that it divides the rest over, the ones that hold the same."""
+        return max(1, self.expert_copies * self.sharded // self.replicas)
 
 
 def divide(shape: Outline, costs: Sequence[PieceCost], scheme: Scheme) -> list[list[tuple[int, int]]]:
@@ -158,8 +189,9 @@ def compose(shape: Outline, costs: Sequence[PieceCost], scheme: Scheme, cluster:
     """The profile of a step. splits_backward: whether the schedule runs the weights' part of the backward pass by itself."""
     stages = divide(shape, costs, scheme)
     made = [_Stage(shape=shape, costs=costs, parts=parts, scheme=scheme, cluster=cluster) for parts in stages]
-    profiles = [stage.profile(splits_backward=splits_backward) for stage in made]
-    return Profile(stages=profiles, edges=list(_edges(made, scheme, cluster)), cores=None)
+    alike = {tuple(stage.parts): stage for stage in made}
+    each = {parts: stage.profile(splits_backward=splits_backward) for parts, stage in alike.items()}
+    return Profile(stages=[each[tuple(stage.parts)] for stage in made], edges=list(_edges(made, scheme, cluster)), cores=None)
 
 
 def stage_profile(
@@ -175,7 +207,7 @@ def stage_profile(
     """One stage: so many of each piece (`divide`), with the costs of the devices that it is on, `cluster`.
 
     between, apart: where the data ranks are not neighbours inside `cluster`: what joins them, and how many ranks there are from one to the
-    next.
+    next; experts are not divided then (ep = 1).
     """
     stage = _Stage(shape=shape, costs=costs, parts=parts, scheme=scheme, cluster=cluster, between=between, apart=apart)
     return stage.profile(splits_backward=False)
@@ -189,13 +221,16 @@ def hop_seconds(nbytes: float, tp: int, cluster: Cluster, send: Callable[[float]
 
 def _edges(made: Sequence[_Stage], scheme: Scheme, cluster: Cluster) -> Iterator[EdgeProfile]:
     stride = scheme.dp * scheme.cp * scheme.tp
+    sent: dict[float, float] = {}
 
     def send(nbytes: float) -> float:
         return collective_cost("send_recv", nbytes, 2, cluster, stride).seconds
 
     for number, stage in enumerate(made[:-1]):
         nbytes = stage.costs[stage.parts[-1][0]].sent
-        seconds = hop_seconds(nbytes, scheme.tp, cluster, send) if scheme.pp > 1 else 0.0
+        if nbytes not in sent:
+            sent[nbytes] = hop_seconds(nbytes, scheme.tp, cluster, send) if scheme.pp > 1 else 0.0
+        seconds = sent[nbytes]
         yield EdgeProfile(name=f"h→{number + 1}", source=number, target=number + 1, nbytes=nbytes, transfer_s=seconds, requires_grad=True)
 
 
@@ -229,13 +264,16 @@ class _Stage:
         forward = backward = weight = Work()
         for cost, count, again in self._each():
             gathered, routed = self._gather(cost), self._route(cost)
-            forward += _times(_beside(self._shown(cost.forward) + routed, gathered, self.scheme.overlap), count)
-            inputs = self._shown(cost.backward_input + recomputed(cost, again)) + routed + (routed if again == "full" else Work())
+            passes = 2 if again == "full" else 1  # in which tokens go to experts
+            forward += _times(self._beside(self._launched(cost, self._routed(self._shown(cost.forward), routed), 1), gathered), count)
+            inputs = self._routed(self._shown(cost.backward_input + recomputed(cost, again)), passes * routed)
             scattered = self._scatter(cost)
             if splits_backward:
-                backward, weight = backward + _times(inputs, count), weight + _times(cost.backward_weight, count)
+                backward += _times(self._beside(self._launched(cost, inputs, passes), gathered), count)
+                weight += _times(self._beside(self._launched(cost, cost.backward_weight, 1), scattered), count)
             else:
-                backward += _times(_beside(inputs + cost.backward_weight, gathered + scattered, self.scheme.overlap), count)
+                both = self._launched(cost, inputs + cost.backward_weight, passes + 1)
+                backward += _times(self._beside(both, gathered + scattered), count)
         prelude = Work()
         for cost, _, _ in self._each():
             prelude += cost.prelude
@@ -251,6 +289,7 @@ class _Stage:
             memory=self._memory(),
             saved_bytes=self._saved(),
             kept_bytes=sum(cost.held.late * count for cost, count, _ in self._each()) if splits_backward else 0,
+            reduces=["dp"] if self.scheme.replicas > 1 else [],
             parameters=self._parameters() * self.scheme.tp,
         )
 
@@ -260,51 +299,86 @@ class _Stage:
 
     # -- communication -----------------------------------------------------------------------------------------------------------------
 
-    def _over_data(self, kind: str, nbytes: float) -> float:
-        """Over the ranks that ZeRO divides, or all replicas."""
+    def _over_data(self, kind: str, numbers: float, experts: float, item: int) -> float:
+        """Of so many numbers, among them experts', over the ranks that ZeRO divides, or all replicas."""
         scheme = self.scheme
-        ranks = scheme.sharded if scheme.zero else scheme.replicas
-        return collective_cost(kind, nbytes, ranks, self.between or self.cluster, self.apart or scheme.tp).seconds
+        scheme, cluster, stride = self.scheme, self.between or self.cluster, self.apart or self.scheme.tp
+        ranks, copies = (scheme.sharded, scheme.expert_sharded) if scheme.zero else (scheme.replicas, scheme.expert_copies)
+        dense = collective_cost(kind, (numbers - experts) * item, ranks, cluster, stride).seconds
+        apart = self.apart or scheme.expert_stride
+        return dense + (collective_cost(kind, experts * item, copies, cluster, apart).seconds if experts else 0.0)
 
-    def _across(self, nbytes: float) -> float:
+    def _across(self, numbers: float, experts: float, item: int) -> float:
         """Between replicas of what ZeRO divides."""
-        scheme = self.scheme
-        copies = scheme.replicas // scheme.sharded if scheme.zero else 1
-        apart = (self.apart or scheme.tp) * scheme.sharded
-        return collective_cost("all_reduce", nbytes / scheme.sharded, copies, self.between or self.cluster, apart).seconds
+        scheme, cluster, total = self.scheme, self.between or self.cluster, 0.0
+        if not scheme.zero:
+            return total
+        for part, held, shards, stride in (
+            (numbers - experts, scheme.replicas, scheme.sharded, self.apart or scheme.tp),
+            (experts, scheme.expert_copies, scheme.expert_sharded, self.apart or scheme.expert_stride),
+        ):
+            each = part * item / shards
+            total += collective_cost("all_reduce", each, held // shards, cluster, stride * shards).seconds if part else 0.0
+        return total
 
-    def _route(self, cost: PieceCost) -> Work:
-        """Rows to the experts' ranks and back."""
-        if self.scheme.ep == 1 or not cost.routed:
-            return Work()
-        each = collective_cost("all_to_all", cost.routed / 2, self.scheme.ep, self.cluster, self.scheme.tp).seconds
-        return Work(communicate_s=2 * each)
+    def _route(self, cost: PieceCost) -> float:
+        """Tokens to their experts' ranks and back, s."""
+        scheme, routing = self.scheme, self.scheme.routing
+        if routing is None or scheme.ep == 1 or not cost.routed:
+            return 0.0
+        return routing_seconds(routing, cost.routed / routing.chosen, cost.row, cost.item, scheme.ep, self.cluster)
+
+    def _routed(self, work: Work, routed_s: float) -> Work:
+        """With routing, after it or beside it; what copies the rows computes nothing meanwhile."""
+        if self.scheme.routing is None or not self.scheme.routing.overlapped:
+            return work + Work(communicate_s=routed_s)
+        return self._beside(work + Work(compute_s=_COPYING * routed_s), routed_s)
+
+    def _beside(self, work: Work, collective_s: float) -> Work:
+        """A collective that runs while the work does: what it takes longer, and the part that never hides."""
+        overlap = self.scheme.overlap
+        total = overlap * (work.compute_s + work.communicate_s)
+        return Work(compute_s=work.compute_s, communicate_s=work.communicate_s + max(collective_s - total, (1 - overlap) * collective_s))
+
+    def _launched(self, cost: PieceCost, work: Work, passes: int) -> Work:
+        """Not done before the host has launched it."""
+        if self.scheme.routing is None or not cost.routed:
+            return work
+        waits = passes * self.scheme.routing.launch_s - work.compute_s - work.communicate_s
+        return work + Work(compute_s=max(0.0, waits))
 
     def _gather(self, cost: PieceCost) -> float:
-        messages = max(1, cost.tensors) if self.scheme.gather_each else 1
-        return messages * self._over_data("all_gather", cost.parameters * cost.item / messages) if self.scheme.zero == 3 else 0.0
+        return self._by_piece("all_gather", cost, cost.parameters, cost.item) if self.scheme.zero == 3 else 0.0
 
     def _scatter(self, cost: PieceCost) -> float:
         trained = cost.parameters - cost.frozen
+        return self._by_piece("reduce_scatter", cost, trained, self.scheme.gradient_bytes) if self._keeps_parts else 0.0
+
+    def _by_piece(self, kind: str, cost: PieceCost, numbers: int, item: int) -> float:
+        """What ZeRO sends for each piece in each pass."""
         messages = max(1, cost.tensors) if self.scheme.gather_each else 1
-        return (
-            messages * self._over_data("reduce_scatter", trained * self.scheme.gradient_bytes / messages) if self.scheme.zero == 3 else 0.0
-        )
+        return messages * self._over_data(kind, numbers / messages, cost.experts / messages, item)
+
+    @property
+    def _keeps_parts(self) -> bool:
+        """Whether gradients are reduced to parts in every microbatch, since nobody has room for whole ones."""
+        return self.scheme.zero == 3 or (self.scheme.zero == 2 and self.scheme.microbatches > 1)
 
     def _reduce(self, backward_s: float) -> float:
         """What is left of the reductions when the last microbatch's backward pass has ended."""
-        scheme, trained = self.scheme, self._parameters() - self._sum("frozen")
-        gradients = (trained - self._sum("experts") * (1 - 1 / scheme.ep)) * scheme.gradient_bytes
-        pending = collective_cost("all_reduce", self._sum("pending") * scheme.gradient_bytes, scheme.tp, self.cluster).seconds
+        scheme, trained, experts = self.scheme, self._parameters() - self._sum("frozen"), self._sum("experts")
+        item, summed = scheme.gradient_bytes, self._sum("pending") - (self._sum("pending_experts") if scheme.ep > 1 else 0)
+        pending = collective_cost("all_reduce", summed * item, scheme.tp, self.cluster).seconds
         if scheme.zero == 3:
-            return pending + self._across(gradients)
-        if scheme.replicas == 1:
+            return pending + self._across(trained, experts, item)
+        if scheme.replicas == scheme.expert_copies == 1:
             return pending
         if scheme.zero == 0:
-            reduced, gathered = self._over_data("all_reduce", gradients), 0.0
+            reduced, gathered = self._over_data("all_reduce", trained, experts, item), 0.0
         else:
-            reduced = self._over_data("reduce_scatter", gradients) + self._across(gradients)
-            gathered = self._over_data("all_gather", self._parameters() * self._item())
+            scattered = 0.0 if self._keeps_parts else self._over_data("reduce_scatter", trained, experts, item)
+            reduced = scattered + self._across(trained, experts, item)
+            gathered = self._over_data("all_gather", self._parameters(), experts, self._item())
         hidden = scheme.overlap * backward_s
         forward_s = sum(cost.forward.compute_s * count for cost, count, _ in self._each())
         return pending + max(reduced - hidden, reduced * 0.05) + max(gathered - scheme.overlap * forward_s, gathered * 0.05)
@@ -317,9 +391,13 @@ class _Stage:
         return numbers * _UPDATE_BYTES / self.cluster.rates.read_bytes_per_s.at(1e9)
 
     def _states(self) -> float:
-        """Numbers whose states a rank has: those of experts are divided among fewer ranks, being fewer."""
-        trained, experts = self._parameters() - self._sum("frozen"), self._sum("experts")
-        return (trained - experts) / self.scheme.sharded + experts / max(1, self.scheme.sharded // self.scheme.ep)
+        """Numbers whose states a rank has."""
+        return self._share(self._parameters() - self._sum("frozen"))
+
+    def _share(self, numbers: float) -> float:
+        """What ZeRO leaves a rank of so many numbers, among them experts': those are divided among fewer ranks, having fewer copies."""
+        experts = self._sum("experts")
+        return (numbers - experts) / self.scheme.sharded + experts / self.scheme.expert_sharded
 
     # -- memory ------------------------------------------------------------------------------------------------------------------------
 
@@ -339,12 +417,11 @@ class _Stage:
 
     def _memory(self) -> dict[str, int]:
         scheme, parameters, frozen = self.scheme, self._parameters(), self._sum("frozen")
-        trained, share = parameters - frozen, scheme.sharded
-        held = (parameters if scheme.copied else frozen) * self._item()
+        trained, held = parameters - frozen, parameters if self.scheme.copied else frozen
         beside = max(beside for _, beside, _ in self._held())
         return {
-            "parameters": held // (share if scheme.zero == 3 else 1),
-            "gradients": trained * scheme.gradient_bytes // (share if scheme.zero >= 2 else 1),
+            "parameters": int((self._share(held) if scheme.zero == 3 and scheme.copied else held) * self._item()),
+            "gradients": int((self._share(trained) if scheme.zero >= 2 else trained) * scheme.gradient_bytes),
             "optimizer": int(self._states() * (scheme.state_bytes + scheme.step_bytes)),
             "saved": 0,
             "transient": beside,
@@ -371,15 +448,16 @@ def recomputed(cost: PieceCost, recompute: str) -> Work:
     """What the backward pass computes once more."""
     products = Work(compute_s=cost.forward.compute_s - cost.light.compute_s)
     alternate = cost.light + _times(products, 0.5)
-    again = {"none": Work(), "attention": cost.light, "selective": cost.light, "alternate": alternate, "full": cost.forward}
+    again = {
+        "none": Work(),
+        "pointwise": cost.pointwise,
+        "attention": cost.light,
+        "selective": cost.light,
+        "alternate": alternate,
+        "full": cost.forward,
+    }
     return again[recompute]
 
 
 def _times(work: Work, count: float) -> Work:
     return Work(compute_s=work.compute_s * count, communicate_s=work.communicate_s * count)
-
-
-def _beside(work: Work, collective_s: float, overlap: float) -> Work:
-    """A collective that runs while the work does: what it takes longer, and the part that never hides."""
-    total = overlap * (work.compute_s + work.communicate_s)
-    return Work(compute_s=work.compute_s, communicate_s=work.communicate_s + max(collective_s - total, (1 - overlap) * collective_s))

@@ -15,7 +15,7 @@ variables, so the size does not grow with depth.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass, field, replace
 
 from shardwise.capture.graph import Graph, Op, Value
@@ -41,7 +41,7 @@ class Costs:
     collective(kind, message bytes, ranks): seconds. update(bytes): seconds of the optimizer on parameters of so many bytes.
     state_bytes(value): of a whole parameter with gradient and optimizer state. limit_bytes: for all states, None without limit.
     prefer_split: how many times over an unsplit matrix product or parameter counts; > 0 where the user pinned the axis, to split what
-    can be. forbidden: operator → a factor of it that is not to be split.
+    can be. forbidden: operator → factors of it that are not to be split.
     """
 
     operator: Callable[[Op], float]
@@ -51,7 +51,7 @@ class Costs:
     state_bytes: Callable[[Value], float]
     limit_bytes: float | None = None
     prefer_split: float = 0.0
-    forbidden: Mapping[Op, Choice] = field(default_factory=dict)
+    forbidden: Mapping[Op, Container[str]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -41,7 +41,8 @@ class Kept:
     """Bytes of one microbatch on a rank.
 
     saved: by what is made again anyhow, what is kept; entered: of it, what other pieces made.
-    core: of it, what lies inside attention that is not fused. made: what products with weights make. chosen: what every second of them and
+    core: of it, what lies inside attention that is not fused. made: what products with weights make; attended: what fused attention makes.
+    chosen: what every second of them and
     attention make; needed: of that, what anything that autograd keeps is made from.
     late: what the weights' part of the backward pass reads, of what is kept and of what the inputs' part makes (Qi et al. 2023, table 1).
     working: by what is made again anyhow, the most beside, in either pass; cached: what the allocator takes from the device beside both.
@@ -51,11 +52,28 @@ class Kept:
     entered: int
     core: int
     made: int
+    attended: int
     chosen: int
     needed: int
     late: int
     working: Mapping[str, int]
     cached: Mapping[str, int]
+
+    def share(self, part: float) -> Kept:
+        """A part of what is kept, with nothing beside."""
+        nothing = dict.fromkeys(self.working, 0)
+        return Kept(
+            saved={remade: int(nbytes * part) for remade, nbytes in self.saved.items()},
+            entered=int(self.entered * part),
+            core=int(self.core * part),
+            made=int(self.made * part),
+            attended=int(self.attended * part),
+            chosen=int(self.chosen * part),
+            needed=int(self.needed * part),
+            late=int(self.late * part),
+            working=nothing,
+            cached=nothing,
+        )
 
     def kept(self, recompute: str, remade: str) -> int:
         """Bytes kept until the backward pass begins."""
@@ -63,6 +81,7 @@ class Kept:
         least = {
             "none": saved,
             "attention": max(saved - self.core, self.entered),
+            "pointwise": self.entered + self.made + self.attended,
             "selective": self.entered + self.made,
             "alternate": self.entered + (self.needed if remade == "all" else self.chosen),
             "full": self.entered,
@@ -99,6 +118,7 @@ def kept(stage: StageProgram, weights: Container[fx.Node]) -> Kept:
         entered=_bytes({_entrance(node, base) for nodes in saved.values() for node in nodes if _root(node, base) in arrived}),
         core=_bytes(core),
         made=_bytes(products),
+        attended=_bytes(node for node in graph.nodes if _is_attention(node)),
         chosen=_bytes(chosen),
         needed=_bytes(_needed(graph, chosen, by_autograd, base)),
         late=_late(stage, weights, values),

@@ -19,13 +19,12 @@ from torch import fx
 from shardwise.capture.graph import Graph, Op
 from shardwise.cluster.model import Cluster
 from shardwise.cost.compute import op_flops
-from shardwise.cost.memory import tensor_bytes
 from shardwise.cost.operators import name_of
 from shardwise.errors import PlanError
 from shardwise.planner.keeping import Kept, kept
 from shardwise.program.build import build_programs, rank_of
 from shardwise.program.lower import Cut
-from shardwise.program.program import Program, StageProgram
+from shardwise.program.program import ParameterPart, Program, StageProgram
 from shardwise.program.recompute import WEIGHED
 from shardwise.program.trace import Tracer
 from shardwise.program.weights import edges_need
@@ -123,10 +122,11 @@ class PieceCost:
 
     backward_input, backward_weight: the backward pass in two, what its predecessor waits for and the rest. held: bytes kept for the
     backward pass; sent: bytes that go on to the next piece; flops: of products and attention, both passes.
-    light: of the forward pass what is no product with weights.
-    routed: bytes of what goes to experts and comes back from them; experts: numbers of their weights.
+    light: of the forward pass what is no product with weights; pointwise: of that what is neither attention nor communication.
+    routed, row: rows that go to experts and come back from them, and numbers of one; experts: numbers of their weights.
     parameters: numbers that the rank holds, in so many tensors; frozen: of them, without gradient; item: bytes of one.
-    pending: numbers whose gradients are summed over the tensor axis once a step. tied: earlier piece → how many of the numbers it has, too.
+    pending: numbers whose gradients are summed over the tensor axis once a step; pending_experts: of them, those of experts.
+    tied: earlier piece → how many of the numbers it has, too.
     """
 
     forward: Work
@@ -134,8 +134,10 @@ class PieceCost:
     backward_weight: Work
     prelude: Work
     light: Work
+    pointwise: Work
     held: Kept
     routed: int
+    row: int
     experts: int
     sent: int
     flops: float
@@ -144,6 +146,7 @@ class PieceCost:
     frozen: int
     item: int
     pending: int
+    pending_experts: int
     tied: Mapping[int, int]
 
 
@@ -180,6 +183,7 @@ def _cost(program: Program, tied: Mapping[int, int], cluster: Cluster) -> PieceC
     forward, backward = node_seconds(stage.forward, cluster), node_seconds(stage.backward, cluster)
     trained = [part for part in stage.parameters if part.requires_grad]
     sizes = [prod(part.local) for part in stage.parameters]
+    experts, (routed, row) = _expert_parameters(stage), _routed(stage.forward)
     return PieceCost(
         forward=_work(forward),
         backward_input=_work({node: seconds for node, seconds in backward.items() if node not in weights}),
@@ -187,9 +191,11 @@ def _cost(program: Program, tied: Mapping[int, int], cluster: Cluster) -> PieceC
         + Work(compute_s=sink_seconds(stage.parameters, cluster)),
         prelude=_work(node_seconds(stage.prelude, cluster)),
         light=_work({node: seconds for node, seconds in forward.items() if name_of(node.target) not in WEIGHED}),
+        pointwise=Work(compute_s=sum(seconds for node, seconds in forward.items() if node.target not in COLLECTIVES and not _flops(node))),
         held=kept(stage, weights),
-        routed=_routed(stage.forward),
-        experts=sum(tensor_bytes(each) // each.element_size() for each in _expert_weights(stage.forward)),
+        routed=routed,
+        row=row,
+        experts=sum(prod(part.local) for part in experts),
         sent=sum(edge.nbytes for edge in program.edges if edge.source == stage.stage and edge.target == stage.stage + 1),
         flops=sum(_flops(node) for node in (*forward, *backward)),
         parameters=sum(sizes),
@@ -197,6 +203,7 @@ def _cost(program: Program, tied: Mapping[int, int], cluster: Cluster) -> PieceC
         frozen=sum(sizes) - sum(prod(part.local) for part in trained),
         item=max((part.dtype.itemsize for part in stage.parameters), default=0),
         pending=sum(prod(part.local) for part in trained if part.reduce),
+        pending_experts=sum(prod(part.local) for part in experts if part.reduce),
         tied=tied,
     )
 
@@ -210,16 +217,27 @@ def _expert_calls(graph: fx.Graph) -> list[fx.Node]:
     return [node for node in graph.nodes if name_of(node.target) == "expert_mm"]
 
 
-def _expert_weights(graph: fx.Graph) -> list[torch.Tensor]:
-    return [node.args[1].meta["val"] for node in _expert_calls(graph) if isinstance(node.args[1], fx.Node)]
+def _expert_parameters(stage: StageProgram) -> list[ParameterPart]:
+    """The parameters that products with experts take as matrices."""
+    inputs = [node for node in stage.forward.nodes if node.op == "placeholder"]
+    names = {node: binding.name for node, binding in zip(inputs, stage.forward_inputs, strict=True) if binding.kind == "parameter"}
+    read = {names.get(_origin(call.all_input_nodes[1])) for call in _expert_calls(stage.forward)}
+    return [part for part in stage.parameters if part.name in read]
 
 
-def _routed(graph: fx.Graph) -> int:
-    """Bytes of the rows that the first product with experts takes, and of those that the last one makes."""
-    calls = _expert_calls(graph)
-    if not calls or not isinstance(calls[0].args[0], fx.Node):
-        return 0
-    return tensor_bytes(calls[0].args[0].meta["val"]) + tensor_bytes(calls[-1].meta["val"])
+def _origin(node: fx.Node) -> fx.Node:
+    """What a tensor was before it was turned, cast or gathered."""
+    while node.op == "call_function":
+        node = node.all_input_nodes[0]
+    return node
+
+
+def _routed(graph: fx.Graph) -> tuple[int, int]:
+    """The rows that the first product with experts takes, and numbers of one of them."""
+    for call in _expert_calls(graph):
+        rows, row = call.all_input_nodes[0].meta["val"].shape
+        return rows, row
+    return 0, 0
 
 
 def _flops(node: fx.Node) -> float:

@@ -17,13 +17,16 @@ from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from shardwise.capture.blocks import block_pattern
 from shardwise.capture.graph import Graph, Op
-from shardwise.errors import LayoutError, PlanError
+from shardwise.cluster.model import Cluster, cluster_of
+from shardwise.cluster.specs import machines
+from shardwise.errors import ClusterError, LayoutError, PlanError
 from shardwise.program.recompute import Recompute
 from shardwise.program.tables import OWN, Slot, placed, placement, rank_tables, read_tables
 from shardwise.sharding.signature import Choice
 from shardwise.sharding.types import I, P, Placement, R, Shard
-from shardwise.simulate.profile import Profile
+from shardwise.simulate.profile import Profile, on_links
 from shardwise.simulate.simulator import Mesh, Simulation, simulate_profile
+from shardwise.simulate.slow import Slow
 
 __all__ = ["FORMAT_VERSION", "Infeasible", "Plan", "Prediction", "Random", "choice_text", "read_choice", "read_placement", "simulate"]
 
@@ -204,8 +207,13 @@ class Plan(_Strict):
     @property
     def mesh(self) -> Mesh:
         """The plan's sizes; those of dp and cp as one, since they do alike."""
-        data = self.dp * self.cp
-        return Mesh(dp=data, tp=self.tp, pp=self.pp, chunks=self.chunks, microbatches=self.microbatches, schedule=self.schedule)
+        sizes = {"dp": self.dp * self.cp, "tp": self.tp, "pp": self.pp, "chunks": self.chunks, "coupled": self._coupled}
+        return Mesh(**sizes, microbatches=self.microbatches, schedule=self.schedule)
+
+    @property
+    def _coupled(self) -> int:
+        """Neighbouring ranks that do each microbatch together: on the tensor and context axes, and those that gather parameters."""
+        return self.tp * (max(self.cp, self.shard or self.dp * self.cp) if self.zero == 3 else self.cp)
 
     def chooser(self) -> Chooser:
         """(kind, message bytes, ranks) → implementation."""
@@ -233,6 +241,11 @@ class Plan(_Strict):
             found: Any = json.loads(text)
         except ValueError as error:
             raise PlanError(f"{source} is no JSON: {error}") from error
+        if isinstance(found, dict) and found.get("kind") == "proposal":
+            raise PlanError(
+                f"{source} is a proposal, made from a few layers: it does not say how each operator is split; "
+                "make a plan for the runtime with `shardwise plan --whole --layout ...`"
+            )
         version = found.get("format_version") if isinstance(found, dict) else None
         if version != FORMAT_VERSION:
             raise PlanError(f"{source} has format version {version}, this shardwise reads {FORMAT_VERSION}; make the plan again")
@@ -265,9 +278,26 @@ class Infeasible(_Strict):
         return "\n".join(["No layout fits:", *(f"  {reason}" for reason in self.reasons), f"Smallest change that fits: {self.remedy}"])
 
 
-def simulate(plan: Plan) -> Simulation:
-    """A step of the plan on virtual clocks: its time, each rank's memory, and the timeline."""
-    return simulate_profile(plan.profile, plan.mesh, plan.tables)
+def simulate(plan: Plan, slow: Slow | None = None) -> Simulation:
+    """A step of the plan on virtual clocks: its time, each rank's memory, and the timeline; what it would be with something slow.
+
+    Raises LayoutError for a slow rank, stage or link that the plan does not have.
+    """
+    slow = slow or Slow()
+    profile = on_links(plan.profile, _slowed(plan, slow.levels), plan.mesh.stage_ranks) if slow.levels else plan.profile
+    return simulate_profile(slow.applied(profile), plan.mesh, plan.tables, slow=slow.ranks)
+
+
+def _slowed(plan: Plan, levels: Mapping[str, float]) -> Cluster:
+    """The plan's devices on slower links."""
+    try:
+        found = machines(plan.cluster)
+    except ClusterError as error:
+        raise LayoutError(
+            f"slow link {next(iter(levels))}: the plan's cluster {plan.cluster} is not of the catalog and has no named links; name two "
+            "stages that send to each other, such as 0-1=0.5"
+        ) from error
+    return cluster_of(found.slowed(levels))
 
 
 def choice_text(choice: Choice) -> str:

@@ -1,48 +1,90 @@
-"""The best layout on a cluster of many devices, from a shallow twin of the model.
+"""The best layout on a cluster of many devices, from a shallow twin of the model: branch and bound.
 
-    every mesh × microbatch × ZeRO × recomputation × schedule ──costs of pieces──▶ estimates ──the best few──▶ simulator ──▶ ranking
+    splits, the most promising first ──lower──▶ pieces ──every scheme's bound──▶ stages ──their bound──▶ simulator ──▶ best, gap
 
-Estimates are those of the simulator without waiting: the slowest stage's work, the pipeline's fill, the reductions. A layout is found in
-seconds, whatever the number of devices: equal ranks are costed once.
+    a split     tp × cp × ep and the samples of a microbatch: about half a second to lower
+    a scheme    of a split: its stages are put together of the same pieces in a millisecond
+    a step      simulated, in a tenth of a second and more
+
+What cannot take less than the best step found is left out (`shardwise.planner.bounds`). The search ends when nothing is left, when it has
+done so much work, or when its time is over; the smallest bound of what was not looked at says how far from the best the found one can be.
 """
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Iterator, Sequence
+import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
+from math import log
 
 import torch
 
 from shardwise.capture.graph import Graph
 from shardwise.cluster.model import Cluster
+from shardwise.cost.collectives import collective_cost
+from shardwise.cost.routing import Routing
 from shardwise.errors import LayoutError
-from shardwise.planner.compose import Scheme, compose
+from shardwise.planner.bounds import memory_bound, perfect, profile_bound, scheme_bound
+from shardwise.planner.compose import Scheme, compose, recomputed
+from shardwise.planner.lacking import lacking
 from shardwise.planner.pieces import Outline, PieceCost
 from shardwise.planner.search import FULL_MEMORY
-from shardwise.planner.twins import TwinLayout, split_twin
-from shardwise.program.tables import NAMES
+from shardwise.planner.space import Pins, Space, Split, layout_text
+from shardwise.planner.twins import Twin, TwinLayout
+from shardwise.program.tables import splits_backward
 from shardwise.program.trace import Tracer
 from shardwise.simulate.profile import Profile
-from shardwise.simulate.simulator import simulate_profile
+from shardwise.simulate.simulator import Simulation, simulate_profile
 
-__all__ = ["Found", "ScaleSearch"]
+__all__ = ["Found", "Parts", "ScaleSearch", "Searched"]
 
-_SIMULATED = 8  # layouts, best estimates first
-_LARGER = (2, 4)  # samples of a microbatch, tried where single ones do best
-_REFINED = 1  # sizes of tp
-_CHUNKS = (1, 2, 4)
+_LOWERED, _COMPOSED, _SIMULATED = 5, 60, 16  # splits, schemes of each and steps, where no time is given
+_SLOTS = 40_000  # computations of all simulated steps together, where no time is given
+_AHEAD, _AT_ONCE = 30, 1  # schemes put together before the best few of them are simulated, to have something to compare with
+_HOPELESS = 1.02  # times the best: an estimate is not further off than that
+_ALIKE = 0.005  # of a step: estimates that promise about as much
+_USUAL_TP = 8
+_AGAIN, _GATHERED = 1.15, 1.5  # times what it takes: a step that must compute again, or gather parameters
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parts:
+    """Where a step's time goes: seconds of a pipeline rank, on average; their sum is the step.
+
+    compute: forward and backward passes; recompute: what the backward passes compute again; exchange: communication within them, among tp,
+    cp and ep ranks and ZeRO's gathers; reduce: of gradients, as far as nothing hides it; update: of parameters; waiting: for other ranks.
+    """
+
+    compute: float
+    recompute: float
+    exchange: float
+    reduce: float
+    update: float
+    waiting: float
+
+    @property
+    def communicate(self) -> float:
+        """Exposed communication."""
+        return self.exchange + self.reduce
 
 
 @dataclass(frozen=True, kw_only=True)
 class Found:
-    """A layout and what it takes. samples: of a microbatch on a data rank."""
+    """A layout and what it takes. samples: of a microbatch on a data rank; bound_s: its step takes at least that.
+
+    memory_bytes: of the fullest rank; a lower bound until the step is simulated, as memory by kind, parts and bubble are known only then.
+    """
 
     scheme: Scheme
     samples: int
+    bound_s: float
     estimate_s: float
     memory_bytes: int
     step_time_s: float | None = None
     bubble: float | None = None
+    memory: dict[str, int] = field(default_factory=dict)
+    parts: Parts | None = None
 
     @property
     def seconds(self) -> float:
@@ -50,130 +92,397 @@ class Found:
         return self.step_time_s if self.step_time_s is not None else self.estimate_s
 
     @property
+    def lacks(self) -> list[str]:
+        """What of it the runtime cannot run yet."""
+        return lacking(self.scheme)
+
+    @property
     def runs(self) -> bool:
         """Whether the runtime can run it yet."""
-        scheme = self.scheme
-        return scheme.zero == 0 and scheme.recompute == "none" and scheme.schedule in NAMES
+        return not self.lacks
+
+    @property
+    def split(self) -> Split:
+        """What its pieces were lowered for."""
+        return Split(tp=self.scheme.tp, cp=self.scheme.cp, ep=self.scheme.ep, samples=self.samples)
 
     def __str__(self) -> str:
-        scheme = self.scheme
-        words = [f"{name}={getattr(scheme, name)}" for name in ("dp", "cp", "tp", "pp") if getattr(scheme, name) > 1]
-        words += [f"microbatches={scheme.microbatches}×{self.samples}", f"schedule={scheme.schedule}"]
-        words += [f"chunks={scheme.chunks}"] if scheme.chunks > 1 else []
-        words += [f"zero={scheme.zero}"] if scheme.zero else []
-        words += [f"recompute={scheme.recompute}"] if scheme.recompute != "none" else []
-        return ",".join(words)
+        return layout_text(self.scheme, self.samples)
+
+
+@dataclass(kw_only=True)
+class Searched:
+    """What a search found. found: layouts that fit, simulated, fastest first; lower_s: nothing that was left out takes less.
+
+    splits, lowered: how many there are and how many were lowered; composed, simulated: schemes; tight: the fastest bound among layouts
+    that do not fit, None where all do. considered: every layout that was put together, by its scheme and samples.
+    """
+
+    found: list[Found] = field(default_factory=list)
+    lower_s: float = float("inf")
+    splits: int = 0
+    lowered: int = 0
+    composed: int = 0
+    simulated: int = 0
+    slots: int = 0
+    seconds: float = 0.0
+    tight: Found | None = None
+    considered: dict[tuple[Scheme, int], Found] = field(default_factory=dict)
+
+    @property
+    def best_s(self) -> float:
+        """The fastest step; infinite where none was found."""
+        return self.found[0].seconds if self.found else float("inf")
+
+    @property
+    def gap(self) -> float:
+        """By what share of its time the best found may be slower than the best there is; 0 where it is proven to be the best."""
+        return max(0.0, 1 - self.lower_s / self.best_s) if self.found else 0.0
+
+    def left(self, bound_s: float) -> None:
+        """Something is left out that takes at least so long."""
+        self.lower_s = min(self.lower_s, bound_s)
 
 
 @dataclass(kw_only=True)
 class ScaleSearch:
-    """graph: a thin one, of `global_batch` ≥ the largest microbatch; counts: how many blocks each of its runs really has.
+    """graph: a thin one, whose batch is the largest microbatch that is tried; counts: how many blocks each of its runs really has.
 
-    global_batch: samples of a step. only_runnable: leaves out what the runtime cannot run yet.
+    global_batch: samples of a step; only_runnable: leaves out what the runtime cannot run yet; routing: how tokens get to experts.
+    budget_s: how long to search; without it, as long as a fixed amount of work takes.
     """
 
     graph: Graph
     counts: Sequence[int]
     cluster: Cluster
     global_batch: int
+    pins: Pins = field(default_factory=Pins)
     only_runnable: bool = False
+    routing: Routing | None = None
+    budget_s: float | None = None
     tracer: Tracer = field(default_factory=lambda: Tracer(device=torch.device("cpu")))
-    costs: dict[tuple[TwinLayout, int], tuple[Outline, tuple[PieceCost, ...]]] = field(default_factory=dict)
+    costs: dict[object, tuple[Outline, tuple[PieceCost, ...]]] = field(default_factory=dict)
 
-    def search(self) -> list[Found]:
-        """Layouts that fit, fastest first: the best few simulated, the others estimated. Empty where none fits."""
-        single = self._fitting(self.estimates((1,)))
-        sizes = list(dict.fromkeys(each.scheme.tp for each in single))[:_REFINED]
-        larger = self._fitting(self.estimates(_LARGER, set(sizes)))
-        fitting = sorted([*single, *larger], key=lambda each: each.estimate_s)
-        best = sorted(map(self.simulated, fitting[:_SIMULATED]), key=lambda each: each.seconds)
-        return [*best, *fitting[_SIMULATED:]]
+    def search(self) -> Searched:
+        """The layouts that fit, fastest first. Raises LayoutError where pins contradict each other."""
+        self.space.check()
+        return _Branching(search=self).run()
 
-    def _fitting(self, found: Iterable[Found]) -> list[Found]:
-        fits = [each for each in found if each.memory_bytes <= self.cluster.memory_bytes * FULL_MEMORY]
-        return sorted(fits, key=lambda each: each.estimate_s)
+    @cached_property
+    def space(self) -> Space:
+        """What is searched."""
+        levels = self.cluster.machines.levels if self.cluster.machines else ()
+        return Space(
+            ranks=self.cluster.ranks,
+            near=levels[0].ranks if levels else self.cluster.ranks,
+            blocks=sum(self.counts),
+            global_batch=self.global_batch,
+            most_samples=self.graph.global_batch,
+            routing=self.routing,
+            sequences=bool(self.twin.analysis.sequence_dims),
+            pins=self.pins,
+            runnable=self.only_runnable,
+        )
 
-    def estimates(self, samples_of: Sequence[int], tensor: Container[int] | None = None) -> Iterator[Found]:
-        """Of every layout with microbatches of so many samples, and these sizes of tp (all where None), without simulating it."""
-        for scheme, samples in self.schemes(samples_of):
-            if tensor is not None and scheme.tp not in tensor:
-                continue
-            try:
-                profile = self.profile(scheme, samples)
-            except LayoutError:
-                continue
-            memory = max(self._memory(profile, scheme, rank) for rank in {0, scheme.pp - 1})
-            yield Found(scheme=scheme, samples=samples, estimate_s=_estimate(profile, scheme), memory_bytes=memory)
+    @cached_property
+    def twin(self) -> Twin:
+        """The graph, analysed once for all splits."""
+        return Twin(graph=self.graph, counts=self.counts, cluster=self.cluster, tracer=self.tracer)
+
+    @property
+    def limit_bytes(self) -> float:
+        """What a rank may hold."""
+        return self.cluster.memory_bytes * FULL_MEMORY
+
+    def pieces(self, split: Split) -> tuple[Outline, tuple[PieceCost, ...]]:
+        """The pieces' costs in a split. Raises LayoutError where the model cannot be split so."""
+        machines = self.cluster.machines
+        spans = (machines.span(1, split.tp), machines.span(1, split.tp * split.cp), machines.devices) if machines else None
+        key = (split.tp, split.cp, split.samples, spans)
+        if key not in self.costs:
+            parts = self.graph.global_batch // split.samples
+            self.costs[key] = self.twin.split(TwinLayout(tp=split.tp, cp=split.cp), parts)
+        shape, costs = self.costs[key]
+        return shape, costs if split.ep == 1 else tuple(_with_experts_over(cost, split) for cost in costs)
+
+    def may_fit(self, split: Split) -> bool:
+        """Whether its leanest schemes would fit if all memory were divided evenly; nothing is lowered for it but the whole model."""
+        if self._parameter_bytes > self.cluster.ranks * self.limit_bytes:
+            return False
+        most = self.graph.global_batch
+        shape, whole = self.pieces(Split(samples=most))
+        costs = perfect(whole, most, split)
+        for mesh in self.space.meshes(split):
+            schemes = list(self.space.schemes(split, mesh))
+            usual = [each for each in schemes if each.schedule == "1f1b"] or schemes
+            zeros = sorted({each.zero for each in usual})[-2:]
+            for scheme in (each for each in usual if each.zero in zeros):
+                try:
+                    profile = compose(shape, costs, scheme, self.cluster, splits_backward=splits_backward(scheme.schedule))
+                except LayoutError:
+                    continue
+                if memory_bound(profile, scheme) <= self.limit_bytes:
+                    return True
+        return False
+
+    @cached_property
+    def _parameter_bytes(self) -> int:
+        """Of the whole model."""
+        counts = {
+            value: piece.count for piece in self.twin.shape.pieces for op in piece.ops for value in op.inputs if value.kind == "parameter"
+        }
+        return sum(value.nbytes * count for value, count in counts.items())
+
+    def composed(self, scheme: Scheme, samples: int) -> Profile:
+        """What the layout's stages take. Raises LayoutError where there are more stages than parts."""
+        shape, costs = self.pieces(Split(tp=scheme.tp, cp=scheme.cp, ep=scheme.ep, samples=samples))
+        return compose(shape, costs, scheme, self.cluster, splits_backward=splits_backward(scheme.schedule))
+
+    def bounded(self, scheme: Scheme, samples: int) -> Found | None:
+        """A scheme with its bounds; None where the model has too few parts for it."""
+        try:
+            profile = self.composed(scheme, samples)
+        except LayoutError:
+            return None
+        bound = profile_bound(profile, scheme)
+        estimate = bound + _bubble(profile, scheme)
+        return Found(scheme=scheme, samples=samples, bound_s=bound, estimate_s=estimate, memory_bytes=memory_bound(profile, scheme))
 
     def simulated(self, found: Found) -> Found:
         """With the simulator's figures."""
-        step = simulate_profile(self.profile(found.scheme, found.samples), found.scheme.mesh)
-        return replace(found, step_time_s=step.step_time_s, bubble=step.bubble, memory_bytes=max(step.memory_bytes))
-
-    def profile(self, scheme: Scheme, samples: int) -> Profile:
-        """What the layout's stages take."""
-        shape, costs = self.pieces(TwinLayout(tp=scheme.tp, cp=scheme.cp), samples)
-        return compose(shape, costs, scheme, self.cluster)
-
-    def pieces(self, split: TwinLayout, samples: int) -> tuple[Outline, tuple[PieceCost, ...]]:
-        """The pieces' costs for microbatches of so many samples."""
-        if (split, samples) not in self.costs:
-            parts = self.graph.global_batch // samples
-            self.costs[split, samples] = split_twin(self.graph, self.counts, split, self.cluster, self.tracer, microbatches=parts)
-        return self.costs[split, samples]
+        profile = self.composed(found.scheme, found.samples)
+        step = simulate_profile(profile, found.scheme.mesh)
+        fullest = max(step.memory, key=lambda use: sum(use.values()))
+        return replace(
+            found,
+            step_time_s=step.step_time_s,
+            bubble=step.bubble,
+            memory_bytes=sum(fullest.values()),
+            memory=fullest,
+            parts=self._parts(found, profile, step),
+        )
 
     def flops(self) -> float:
         """Of products, convolutions and attention in a step, forward and backward."""
-        shape, costs = self.pieces(TwinLayout(), 1)
-        return self.global_batch * sum(cost.flops * piece.count for piece, cost in zip(shape.pieces, costs, strict=True))
+        shape, costs = self.pieces(Split(samples=self.graph.global_batch))
+        each = sum(cost.flops * piece.count for piece, cost in zip(shape.pieces, costs, strict=True))
+        return self.global_batch / self.graph.global_batch * each
 
-    def schemes(self, samples_of: Sequence[int]) -> Iterator[tuple[Scheme, int]]:
-        """Every layout, with the samples of its microbatches."""
-        ranks, blocks = self.cluster.ranks, sum(self.counts)
-        inside = self.cluster.machines.levels[0].ranks if self.cluster.machines and self.cluster.machines.levels else ranks
-        for tp in (size for size in (1, 2, 4, 8, 16) if size <= inside and ranks % size == 0):
-            for pp in (size for size in range(1, min(blocks, ranks // tp) + 1) if ranks % (tp * size) == 0):
-                dp = ranks // (tp * pp)
-                if self.global_batch % dp:
-                    continue
-                for samples in (each for each in samples_of if self.global_batch // dp % each == 0 and each <= self.graph.global_batch):
-                    yield from ((scheme, samples) for scheme in self._of_mesh(dp, tp, pp, self.global_batch // dp // samples, blocks))
+    def _parts(self, found: Found, profile: Profile, step: Simulation) -> Parts:
+        scheme = found.scheme
+        shape, costs = self.pieces(found.split)
+        again = [recomputed(cost, scheme.recompute if piece.count > 1 else "none") for piece, cost in zip(shape.pieces, costs, strict=True)]
+        times = scheme.microbatches / scheme.pp
 
-    def _of_mesh(self, dp: int, tp: int, pp: int, microbatches: int, blocks: int) -> Iterator[Scheme]:
-        chunks = [each for each in _CHUNKS if pp > 1 and microbatches >= pp and pp * each <= blocks] or [1]
-        for each in chunks:
-            for zero in (0,) if self.only_runnable or dp == 1 else (0, 1, 3) if pp == 1 else (0, 1):
-                for recompute in ("none",) if self.only_runnable else ("none", "full"):
-                    yield Scheme(
-                        dp=dp,
-                        tp=tp,
-                        pp=pp,
-                        chunks=each,
-                        microbatches=microbatches,
-                        schedule="interleaved" if each > 1 else "1f1b",
-                        zero=zero,
-                        recompute=recompute,
-                    )
+        def once(kinds: Sequence[str], which: int) -> float:
+            return sum(stage.seconds.get(kind, (0.0, 0.0))[which] for stage in profile.stages for kind in kinds)
 
-    def _memory(self, profile: Profile, scheme: Scheme, rank: int) -> int:
-        """Of a pipeline rank, by how many microbatches 1F1B keeps there."""
-        own = range(rank, scheme.stages, scheme.pp)
-        ahead = (scheme.pp - rank - 1) * 2 + (scheme.chunks - 1) * scheme.pp + 1 if scheme.chunks > 1 else scheme.pp - rank
-        flying = min(ahead, scheme.microbatches * scheme.chunks)
-        saved = max(profile.stages[stage].saved_bytes for stage in own)
-        kinds = profile.stages[own[0]].memory
-        summed = ("parameters", "gradients", "optimizer")
-        held = sum(profile.stages[stage].memory[kind] for stage in own for kind in summed)
-        return held + sum(nbytes for kind, nbytes in kinds.items() if kind not in summed) + flying * saved
+        passes = ("forward", "backward", "weight")
+        compute, exchange = (once(passes, which) * times + once(["prelude"], which) / scheme.pp for which in (0, 1))
+        repeated = [
+            sum(getattr(work, kind) * piece.count for work, piece in zip(again, shape.pieces, strict=True)) * times
+            for kind in ("compute_s", "communicate_s")
+        ]
+        reduce, update = sum(once(["reduce"], which) for which in (0, 1)), sum(once(["update"], which) for which in (0, 1))
+        known = compute + exchange + (reduce + update) / scheme.pp
+        return Parts(
+            compute=compute - repeated[0],
+            recompute=sum(repeated),
+            exchange=exchange - repeated[1],
+            reduce=reduce / scheme.pp,
+            update=update / scheme.pp,
+            waiting=max(0.0, step.step_time_s - known),
+        )
 
 
-def _estimate(profile: Profile, scheme: Scheme) -> float:
-    """The slowest rank's work in all microbatches, the fill of the pipeline, and what comes at the end."""
-    works = [sum(sum(stage.seconds[kind]) for kind in ("forward", "backward")) for stage in profile.stages]
-    by_rank = [sum(works[rank :: scheme.pp]) for rank in range(scheme.pp)]
-    hops = sum(edge.transfer_s for edge in profile.edges) * 2
-    ends = max(
-        sum(sum(profile.stages[stage].seconds[kind]) for stage in range(rank, scheme.stages, scheme.pp) for kind in ("reduce", "update"))
-        for rank in range(scheme.pp)
+def _with_experts_over(cost: PieceCost, split: Split) -> PieceCost:
+    """A piece of which a rank has one of ep parts of the experts, with as many rows as before: those of ep times as many tokens."""
+    gone = cost.experts - cost.experts * split.tp // split.ep
+    return replace(cost, experts=cost.experts - gone, parameters=cost.parameters - gone)
+
+
+def _bubble(profile: Profile, scheme: Scheme) -> float:
+    """What a schedule that splits the backward pass is expected to wait beyond its bound (Qi et al. 2023, table 2; 2024, table 1)."""
+    if not splits_backward(scheme.schedule) or scheme.pp == 1:
+        return 0.0
+    forward, backward, weight = (
+        sum(sum(stage.seconds[kind]) for stage in profile.stages) / scheme.pp for kind in ("forward", "backward", "weight")
     )
-    return max(by_rank) * scheme.microbatches + (sum(by_rank) - max(by_rank) + hops) / scheme.chunks + ends
+    last = {"zb-h1": forward + backward - weight, "zb-2p": forward + backward - 2 * weight, "zb-v": forward + backward - 2 * weight}
+    return (scheme.pp - 1) * max(0.0, last[scheme.schedule]) * 0.5
+
+
+@dataclass(kw_only=True)
+class _Branching:
+    """One search. result: so far; end_s: when its time is over; open: schemes that were put together and may be the best."""
+
+    search: ScaleSearch
+    result: Searched = field(default_factory=Searched)
+    end_s: float = float("inf")
+    open: list[Found] = field(default_factory=list)
+
+    def run(self) -> Searched:
+        result, start_s = self.result, time.monotonic()
+        if self.search.budget_s is not None:
+            self.end_s = start_s + self.search.budget_s
+        splits = list(self.search.space.splits())
+        result.splits = len(splits)
+        usual = sorted(splits, key=lambda each: (each.tp <= _USUAL_TP, -each.samples, -each.cp, -each.ep, each.tp), reverse=True)
+        fewest = min(each.samples for each in splits)
+        first = next((each for each in usual if each.samples == fewest and self.search.may_fit(each)), None)
+        if first is None:  # more samples take no less
+            return result
+        self._examine(first)
+        if not result.lowered:
+            first = Split(samples=self.search.graph.global_batch)
+        for bound, split in self._ordered(first, [each for each in splits if each != first]):
+            if bound >= result.best_s:
+                continue
+            if self._spent():
+                result.left(bound)
+            else:
+                self._examine(split)
+        for each in self._simulate(self.open, _AT_ONCE, finely=True):
+            result.left(each.bound_s)
+        result.lower_s = min(result.lower_s, result.best_s)
+        result.seconds = time.monotonic() - start_s
+        return result
+
+    # -- which splits ------------------------------------------------------------------------------------------------------------------
+
+    def _ordered(self, first: Split, splits: Sequence[Split]) -> list[tuple[float, Split]]:
+        """(bound, split), the most promising first. first: one that was lowered, whose kernels are small."""
+        search = self.search
+        most = Split(samples=search.graph.global_batch)
+        shape, whole = search.pieces(most)
+        each, beside = self._kernels(most, first)
+        perfectly = self._computing(most) / most.samples
+        found = []
+        for split in splits:
+            costs = perfect(whole, most.samples, split)
+            meshes = [self._plain(split, dp, pp) for dp, pp in search.space.meshes(split)]
+            bound = min(scheme_bound(shape, costs, scheme) for scheme in meshes)
+            slower = (each + beside * split.cp / split.samples) / perfectly
+            talk = _talk(search.cluster, split, max(cost.sent for cost in whole) * split.samples / most.samples) * shape.blocks
+            expected = min(self._expected(shape, costs, scheme, slower, talk) for scheme in meshes)
+            found.append((expected, bound, split))
+        return [(bound, split) for _, bound, split in sorted(found, key=lambda each: each[0])]
+
+    def _plain(self, split: Split, dp: int, pp: int) -> Scheme:
+        microbatches = self.search.global_batch // (dp * split.samples)
+        return Scheme(dp=dp, tp=split.tp, pp=pp, cp=split.cp, microbatches=microbatches)
+
+    def _kernels(self, most: Split, first: Split) -> tuple[float, float]:
+        """Seconds of computing that a sample takes and that a microbatch takes beside, on one rank, as two splits have it: reading weights
+        and adding up their gradients take as long for one sample as for many."""
+        times = [self._computing(split) for split in (most, first)]
+        share = first.samples / (first.tp * first.cp)
+        determinant = most.samples / first.tp - share
+        beside = (times[1] * most.samples - times[0] * share) / determinant if determinant > 0 else 0.0
+        beside = min(max(0.0, beside), 0.5 * times[0])
+        return (times[0] - beside) / most.samples, beside
+
+    def _computing(self, split: Split) -> float:
+        shape, costs = self.search.pieces(split)
+        works = [cost.forward + cost.backward_input + cost.backward_weight for cost in costs]
+        return sum(work.compute_s * piece.count for work, piece in zip(works, shape.pieces, strict=True))
+
+    def _expected(self, shape: Outline, costs: Sequence[PieceCost], scheme: Scheme, slower: float, talk_s: float) -> float:
+        """Seconds that a step is expected to take on a mesh: longer where parameters and gradients, or what the microbatches in flight
+        keep, too, do not fit, since something must then be computed again, or gathered."""
+        numbers = sum(cost.parameters * piece.count for cost, piece in zip(costs, shape.pieces, strict=True))
+        saved = sum(cost.held.kept("none", "all") * piece.count for cost, piece in zip(costs, shape.pieces, strict=True))
+        held = numbers * 6 / scheme.pp
+        crowded = _GATHERED if held > self.search.limit_bytes else _AGAIN if held + saved > self.search.limit_bytes else 1.0
+        work = scheme_bound(shape, costs, scheme) * slower + talk_s * scheme.microbatches / scheme.pp
+        return crowded * work * (1 + (scheme.pp - 1) / scheme.microbatches / 3)
+
+    def _spent(self) -> bool:
+        """Whether the work or the time is used up; never before something was found, or everything was tried once."""
+        result = self.result
+        if self.search.budget_s is not None:
+            return time.monotonic() > self.end_s
+        return bool(result.found) and (result.lowered >= _LOWERED or result.simulated >= _SIMULATED or result.slots >= _SLOTS)
+
+    # -- the schemes of one ------------------------------------------------------------------------------------------------------------
+
+    def _examine(self, split: Split) -> None:
+        """Puts schemes together, the most promising first, and simulates those that may be the best."""
+        search, result = self.search, self.result
+        if not search.may_fit(split):
+            return
+        try:
+            shape, costs = search.pieces(split)
+        except LayoutError:
+            return
+        result.lowered += 1
+        bounds = [(scheme_bound(shape, costs, scheme), scheme) for scheme in search.space.schemes(split)]
+        waiting: list[Found] = []
+        composed = 0
+        for bound, scheme in sorted(bounds, key=lambda each: each[0] * _outlook(each[1])):
+            if bound >= result.best_s:
+                continue
+            if (composed >= _COMPOSED and self.search.budget_s is None) or (time.monotonic() > self.end_s and (waiting or result.found)):
+                result.left(bound)
+                continue
+            found = search.bounded(scheme, split.samples)
+            composed += 1
+            if found is not None and self._fits(found):
+                waiting.append(found)
+            if composed % _AHEAD == 0:
+                waiting = self._simulate(waiting, _AT_ONCE)
+        result.composed += composed
+        self.open += self._simulate(waiting, _AT_ONCE if search.budget_s is None else len(waiting))
+
+    def _simulate(self, waiting: Sequence[Found], most: int, *, finely: bool = False) -> list[Found]:
+        """Simulates the most promising of those that may be the best; the others that may. finely: by the estimate alone, else of those
+        that promise about as much the ones first that are simulated soonest."""
+        result = self.result
+        ordered = sorted(waiting, key=lambda each: (each.estimate_s if finely else round(log(each.estimate_s) / _ALIKE), _slots(each)))
+        for place, each in enumerate(ordered):
+            if each.bound_s >= result.best_s:
+                continue
+            if (
+                most == 0
+                or (each.estimate_s >= result.best_s * _HOPELESS and self.search.budget_s is None)
+                or (result.found and self._late())
+            ):
+                return [other for other in ordered[place:] if other.bound_s < result.best_s]
+            step = self.search.simulated(each)
+            most -= 1
+            result.simulated += 1
+            result.slots += _slots(each)
+            if self._fits(step):
+                result.found = sorted([*result.found, step], key=lambda found: found.seconds)
+        return []
+
+    def _late(self) -> bool:
+        return time.monotonic() > self.end_s
+
+    def _fits(self, found: Found) -> bool:
+        self.result.considered[found.scheme, found.samples] = found
+        if found.memory_bytes <= self.search.limit_bytes:
+            return True
+        if self.result.tight is None or found.estimate_s < self.result.tight.estimate_s:
+            self.result.tight = found
+        return False
+
+
+def _slots(each: Found) -> int:
+    return each.scheme.microbatches * each.scheme.stages
+
+
+def _outlook(scheme: Scheme) -> float:
+    """What a scheme is expected to take, against its bound: waiting of its schedule, and ZeRO's communication."""
+    halves = {"gpipe": 1.0, "1f1b": 1.0, "interleaved": 1 / scheme.chunks, "zb-h1": 0.5, "zb-2p": 0.2, "zb-v": 0.2}
+    return (1 + (scheme.pp - 1) / scheme.microbatches * halves[scheme.schedule]) * (1 + 0.05 * max(0, scheme.zero - 1))
+
+
+def _talk(cluster: Cluster, split: Split, sent_bytes: float) -> float:
+    """Seconds that a block is expected to communicate in a microbatch: tp gathers and scatters what the block is given four times each way
+    (Korthikanti et al. 2022, section 4.2), cp the keys and values of attention."""
+    part = sent_bytes / split.cp
+    tensor = 4 * sum(collective_cost(kind, part, split.tp, cluster).seconds for kind in ("all_gather", "reduce_scatter"))
+    whole = 2 * sent_bytes / split.tp
+    context = 1.5 * sum(collective_cost(kind, whole, split.cp, cluster, split.tp).seconds for kind in ("all_gather", "reduce_scatter"))
+    return tensor + context

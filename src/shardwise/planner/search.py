@@ -43,6 +43,7 @@ __all__ = ["FULL_MEMORY", "PREFER_SPLIT", "make_plan", "search"]
 
 _MESHES, _NEIGHBOURS = 3, 1  # layouts that are lowered and simulated: of unlike meshes, and beside the best
 _HOPELESS = 1.25  # times the best: an estimate is not further off than that
+_YOUNG, _NEVER = 50_000, 1 << 30  # objects made until the young are looked through; such passes until the older are, too
 _THIN = 4  # layouts that are tried to say how much memory would do
 PREFER_SPLIT = 100.0  # times what it takes: a matrix product or parameter that stays whole, where all is to be split that can be
 _THRIFTS = 5  # layouts that divide or compute again more, tried where one does not fit
@@ -475,7 +476,7 @@ def search(
     if sequence_dims and (pinned.cp or 1) == 1:
         raise LayoutError('sequence_dims says what cp splits, but cp is 1: pin it (layout="cp=2") or leave sequence_dims out')
     start, tracer = time.perf_counter(), tracer or Tracer(device=torch.device("cpu"))
-    with _without_garbage_collection():
+    with _young_garbage_alone():
         run = _Search(
             graph=graph,
             cluster=cluster,
@@ -490,15 +491,16 @@ def search(
 
 
 @contextmanager
-def _without_garbage_collection() -> Iterator[None]:
-    """Planning makes millions of small objects that live until it ends; looking through them again and again takes a fifth of its time."""
-    was_on = gc.isenabled()
-    gc.disable()
+def _young_garbage_alone() -> Iterator[None]:
+    """Planning makes millions of small objects that live until it ends: looking through them again and again takes a fifth of its time.
+    Each is looked at once, for what traces leave behind must go: every further one takes the longer for it."""
+    thresholds = gc.get_threshold()
+    if thresholds[0]:
+        gc.set_threshold(_YOUNG, _NEVER, _NEVER)
     try:
         yield
     finally:
-        if was_on:
-            gc.enable()
+        gc.set_threshold(*thresholds)
 
 
 def _search(run: _Search, model: str, start: float) -> Plan | Infeasible:

@@ -12,7 +12,7 @@ pieces for each kind); what passes between kinds is costed at the slower side's 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from itertools import combinations, permutations, product
 from math import gcd
@@ -22,11 +22,12 @@ import numpy as np
 from shardwise.cluster.model import Cluster, cluster_of
 from shardwise.cost.links import link_seconds
 from shardwise.planner.compose import Scheme, hop_seconds, stage_profile
+from shardwise.planner.lacking import lacking
 from shardwise.planner.pieces import Outline, PieceCost
-from shardwise.planner.scale import Found, ScaleSearch
+from shardwise.planner.scale import Found, ScaleSearch, Searched
 from shardwise.planner.search import FULL_MEMORY
 from shardwise.planner.shares import Table, batch_shares, cut_unlike
-from shardwise.planner.twins import TwinLayout, split_twin_on
+from shardwise.planner.twins import TwinLayout
 from shardwise.simulate.profile import EdgeProfile, Profile, StageProfile
 from shardwise.simulate.simulator import Column, Simulation, simulate_columns
 
@@ -96,7 +97,8 @@ class Uneven:
     """A layout on unlike devices.
 
     scheme: dp of all copies, the microbatches of the copy that has most; samples: of the largest microbatch. columns: the copies that do
-    alike, for the simulator. places: for people, what each kind does; words: the same in short. runs: whether the runtime can run it.
+    alike, for the simulator. places: for people, what each kind does; words: the same in short. lacks: what of it the runtime cannot run
+    yet. bound_s: no such layout takes less.
     """
 
     scheme: Scheme
@@ -104,7 +106,8 @@ class Uneven:
     columns: tuple[Column, ...] = field(repr=False)
     places: tuple[str, ...]
     words: str
-    runs: bool
+    lacks: tuple[str, ...]
+    bound_s: float
     estimate_s: float
     memory_bytes: int
 
@@ -223,7 +226,7 @@ class UnevenSearch:
                     yield from self._worth(team, scheme, sizes, stages=False, lockstep=True)
 
     def _ways(self, zeros: Sequence[int]) -> Iterator[tuple[int, str]]:
-        yield from product(*(((0,), ("none",)) if self.only_runnable else (zeros, ("none", "full"))))
+        yield from product(zeros, ("none", "full"))
 
     def _worth(self, team: Team, scheme: Scheme, sizes: tuple[int, ...], *, stages: bool, lockstep: bool = False) -> Iterator[_Try]:
         """With its bound: all devices at work all the time; none where the states alone do not fit."""
@@ -298,7 +301,8 @@ class UnevenSearch:
             columns=(column,),
             places=(*_stage_places(seats, blocks, memory, width), *self.left_out(team.kinds)),
             words="stages=" + "|".join(f"{kind.name}:{'+'.join(_own(kind, seats, blocks))}" for kind in team.kinds),
-            runs=scheme.zero == 0 and scheme.recompute == "none",
+            lacks=tuple(lacking(scheme)),
+            bound_s=each.bound_s,
             estimate_s=start_s + scheme.microbatches * each_s + max(map(_end_s, made)),
             memory_bytes=max(memory),
         )
@@ -348,7 +352,8 @@ class UnevenSearch:
             columns=tuple(columns),
             places=tuple(self._copy_places(each, counts, memory)),
             words="copies=" + "|".join(f"{kind.name}:{_said(c, s)}" for kind, c, s in zip(team.kinds, counts, each.sizes, strict=True)),
-            runs=scheme.zero == 0 and scheme.recompute == "none" and each.lockstep and scheme.pp == 1,
+            lacks=tuple(_copies_lack(each)),
+            bound_s=each.bound_s,
             estimate_s=max(times) + ends_s,
             memory_bytes=max(map(max, memory)),
         )
@@ -476,6 +481,15 @@ def _joined(stage: StageProfile, reduce_s: float) -> StageProfile:
     return stage.model_copy(update={"seconds": seconds, "reduces": ["dp"]})
 
 
+def _copies_lack(each: _Try) -> Iterator[str]:
+    """What of unlike copies does not run yet."""
+    yield from lacking(each.scheme)
+    if not each.lockstep:
+        yield "copies with unequally many microbatches"
+    if each.scheme.pp > 1:
+        yield "copies of several stages, each on a kind of its own"
+
+
 def _own(kind: Kind, seats: Sequence[Kind], blocks: Sequence[int]) -> list[str]:
     return [str(number) for seat, number in zip(seats, blocks, strict=True) if seat == kind]
 
@@ -501,32 +515,34 @@ def _stage_places(seats: Sequence[Kind], blocks: Sequence[int], memory: Sequence
 
 @dataclass(frozen=True, kw_only=True)
 class Placed(Found):
-    """A layout on unlike devices. places: who does what, a line for each kind; words: the same in short."""
+    """A layout on unlike devices. places: who does what, a line for each kind; words: the same in short; lacking: as `lacks`."""
 
     places: tuple[str, ...]
     words: str
-    able: bool = True
+    lacking: tuple[str, ...] = ()
 
     @property
-    def runs(self) -> bool:
-        """Whether the runtime can run it yet."""
-        return self.able
+    def lacks(self) -> list[str]:
+        """What of it the runtime cannot run yet."""
+        return list(self.lacking)
 
     def __str__(self) -> str:
         return f"{super().__str__()},{self.words}"
 
 
-def search_unlike(search: ScaleSearch) -> list[Found]:
+def search_unlike(search: ScaleSearch, equal: Searched) -> list[Found]:
     """Layouts of a cluster of unlike devices: uneven ones, those of each kind alone, and equal parts for all, which go at the pace of the
-    slowest and fit the smallest. Fastest first: the best few simulated, the others estimated."""
+    slowest and fit the smallest. Fastest first: the best few uneven ones are simulated, the others estimated.
+
+    equal: what `search` found. Its pins hold for equal parts alone; it should have none.
+    """
     kinds = kinds_of(search.cluster)
     known: dict[tuple[int, int], tuple[Outline, Sequence[Costs]]] = {}
 
     def pieces(tp: int, samples: int) -> tuple[Outline, Sequence[Costs]]:
         if (tp, samples) not in known:
             parts = search.graph.global_batch // samples
-            clusters = [kind.alone for kind in kinds]
-            known[tp, samples] = split_twin_on(search.graph, search.counts, TwinLayout(tp=tp), clusters, search.tracer, microbatches=parts)
+            known[tp, samples] = search.twin.split_on(TwinLayout(tp=tp), [kind.alone for kind in kinds], parts)
         return known[tp, samples]
 
     uneven = UnevenSearch(
@@ -541,10 +557,9 @@ def search_unlike(search: ScaleSearch) -> list[Found]:
     found: list[Found] = [*map(_with_step, together[:_SIMULATED]), *map(_placed, together[_SIMULATED:])]
     slowest = min(kinds, key=lambda kind: kind.alone.rates.matmul_of("bfloat16").cubes_flops.values[-1])
     pace = f"{search.cluster.ranks} devices with equal parts, at the pace of {slowest.name}"
-    found += [_equal(each, (pace,), "equal") for each in search.search()]
-    for number, kind in enumerate(kinds):
-        costs = {(TwinLayout(tp=tp), samples): (shape, tuple(each[number])) for (tp, samples), (shape, each) in known.items()}
-        alone = replace(search, cluster=kind.alone, costs=costs).search()
+    found += [_equal(each, (pace,), "equal") for each in equal.found]
+    for kind in kinds:
+        alone = replace(search, cluster=kind.alone).search().found
         found += [_equal(each, (f"{kind.ranks} × {kind.name}: all of it", *uneven.left_out([kind])), f"only={kind.name}") for each in alone]
     return sorted(found, key=lambda each: (each.step_time_s is None, each.seconds))
 
@@ -553,28 +568,21 @@ def _placed(each: Uneven) -> Placed:
     return Placed(
         scheme=each.scheme,
         samples=each.samples,
+        bound_s=each.bound_s,
         estimate_s=each.estimate_s,
         memory_bytes=each.memory_bytes,
         places=each.places,
         words=each.words,
-        able=each.runs,
+        lacking=each.lacks,
     )
 
 
 def _with_step(each: Uneven) -> Placed:
     step = each.simulated()
-    return replace(_placed(each), step_time_s=step.step_time_s, bubble=step.bubble, memory_bytes=max(step.memory_bytes))
+    fullest = max(step.memory, key=lambda use: sum(use.values()))
+    return replace(_placed(each), step_time_s=step.step_time_s, bubble=step.bubble, memory=fullest, memory_bytes=sum(fullest.values()))
 
 
 def _equal(each: Found, places: tuple[str, ...], words: str) -> Placed:
-    return Placed(
-        scheme=each.scheme,
-        samples=each.samples,
-        estimate_s=each.estimate_s,
-        memory_bytes=each.memory_bytes,
-        step_time_s=each.step_time_s,
-        bubble=each.bubble,
-        places=places,
-        words=words,
-        able=each.runs,
-    )
+    figures = {name.name: getattr(each, name.name) for name in fields(Found)}
+    return Placed(**figures, places=places, words=words, lacking=tuple(each.lacks))

@@ -111,8 +111,10 @@ class Tracer:
             if _changes_in_place(module.graph):
                 with torch.no_grad():
                     module, forward = _without_changes(module, forward, fresh, tangents)
-        outputs: list[Any] = list(_clean(module.graph).output_node().args[0])  # type: ignore[arg-type]
-        return Traced(graph=module.graph, results=outputs[:count], gradients=outputs[count:], forward=frozenset(forward))
+        graph = _clean(module.graph)
+        graph.owning_module = None  # torch makes a class for each module, and each further trace looks at all classes that live
+        outputs: list[Any] = list(graph.output_node().args[0])  # type: ignore[arg-type]
+        return Traced(graph=graph, results=outputs[:count], gradients=outputs[count:], forward=frozenset(forward))
 
 
 def _changes_in_place(graph: fx.Graph) -> bool:

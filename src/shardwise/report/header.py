@@ -5,7 +5,7 @@ from __future__ import annotations
 from shardwise.planner.plan import Plan
 from shardwise.report.markup import Markup, element, join
 from shardwise.report.measured import Measured
-from shardwise.report.units import bytes_text, error_text, seconds_text
+from shardwise.report.units import bytes_text, error_text, rate_text, seconds_text
 from shardwise.simulate.simulator import Simulation
 
 __all__ = ["header"]
@@ -56,7 +56,7 @@ def _against(predicted: float, measured: float, text: str, bound: float) -> Mark
 def _time_card(plan: Plan, simulation: Simulation, measured: Measured | None) -> Markup:
     predicted = seconds_text(simulation.step_time_s)
     if measured is None:
-        speed = f"{plan.global_batch / simulation.step_time_s:.3g} samples/s"
+        speed = rate_text(plan.global_batch / simulation.step_time_s, "samples")
         return _card("Step time, predicted", _big(predicted), element("p", speed, class_="soft"))
     line = _against(simulation.step_time_s, measured.step_time_s, predicted, _TIME_BOUND)
     return _card("Step time, measured", _big(seconds_text(measured.step_time_s)), line)

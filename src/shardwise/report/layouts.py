@@ -1,24 +1,53 @@
-"""The layouts that were considered: a table, and time against memory of those that were simulated."""
+"""The layouts that were considered: a table, and time against memory of those whose memory is known."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from html import escape
+from math import ceil, floor, log10
 
 from shardwise.planner.plan import Candidate, Plan
 from shardwise.report.charts import Figure
 from shardwise.report.markup import Markup, element
 from shardwise.report.units import bytes_text, seconds_text, time_unit
 
-__all__ = ["layouts_table", "simulated", "tradeoff_figure"]
+__all__ = ["KINDS", "Point", "layouts_table", "limit_is_drawn", "points_of", "tradeoff_figure"]
 
 _COLUMNS = ("dp", "cp", "tp", "pp", "microbatches", "schedule")
 _OPEN_ROWS = 10  # the others are folded away
+_NAMED = 8  # points that have their names beside them; of more, the pointer tells
+
+KINDS = {"chosen": "#f2b705", "simulated": "#3b7dc4", "estimated": "#93b7dc", "does not fit": "#d64545"}
+_SYMBOLS = {"chosen": "star", "simulated": "circle", "estimated": "circle-open", "does not fit": "x-thin-open"}
+_SIZES = {"chosen": 17, "simulated": 10, "estimated": 7, "does not fit": 7}
 
 
-def simulated(plan: Plan) -> list[Candidate]:
-    """Those whose step was simulated."""
-    return [each for each in plan.considered if each.step_time_s is not None and each.memory_bytes is not None]
+@dataclass(frozen=True, kw_only=True)
+class Point:
+    """A layout of the search. kind: one of `KINDS`; note: what else there is to say."""
+
+    layout: str
+    seconds: float
+    memory_bytes: int
+    kind: str
+    note: str = ""
+
+
+def points_of(plan: Plan) -> list[Point]:
+    """The plan's candidates whose step was simulated."""
+    return [
+        Point(layout=each.layout, seconds=each.step_time_s, memory_bytes=each.memory_bytes, kind=_kind(each, plan), note=each.note)
+        for each in plan.considered
+        if each.step_time_s is not None and each.memory_bytes is not None
+    ]
+
+
+def _kind(each: Candidate, plan: Plan) -> str:
+    return "chosen" if each.layout == plan.layout else "does not fit" if each.note else "simulated"
+
+
+# ---- the table ---------------------------------------------------------------------------------------------------------------------
 
 
 def layouts_table(plan: Plan) -> Markup:
@@ -36,12 +65,12 @@ def layouts_table(plan: Plan) -> Markup:
 def _table(rows: list[Markup], columns: list[str]) -> Markup:
     names = ("", *columns, "estimated", "simulated", "memory", "note")
     head = element("thead", element("tr", *(element("th", name) for name in names)))
-    return element("div", element("table", head, element("tbody", *rows), class_="layouts"), class_="scroll")
+    return element("div", element("table", head, element("tbody", *rows)), class_="scroll layouts")
 
 
 def _row(each: Candidate, plan: Plan, columns: list[str]) -> Markup:
     chosen = each.layout == plan.layout
-    cells = [element("td", "★" if chosen else "", title="chosen" if chosen else None)]
+    cells = [element("td", "★" if chosen else "", title="chosen" if chosen else None, class_="star")]
     cells += [element("td", text) for text in _parts(each.layout, columns)]
     cells += [element("td", "—" if value is None else seconds_text(value)) for value in (each.estimate_s, each.step_time_s)]
     cells.append(element("td", "—" if each.memory_bytes is None else bytes_text(each.memory_bytes)))
@@ -68,39 +97,80 @@ def _seconds(each: Candidate) -> float:
     return float("inf") if found is None else found
 
 
-def tradeoff_figure(plan: Plan) -> Figure:
-    """Time × memory, a point for each simulated layout."""
-    points = simulated(plan)
-    scale, unit = time_unit(max(each.step_time_s or 0.0 for each in points))
-    chosen = [each.layout == plan.layout for each in points]
-    marker = {
-        "size": [17 if mine else 11 for mine in chosen],
-        "symbol": ["star" if mine else "circle" for mine in chosen],
-        "color": ["#f2b705" if mine else "#3b7dc4" for mine in chosen],
-        "line": {"width": 1, "color": "#1b2430"},
-    }
+# ---- the figure --------------------------------------------------------------------------------------------------------------------
+
+
+def tradeoff_figure(points: Sequence[Point], limit_bytes: float | None = None) -> Figure:
+    """Time × memory, a point for each layout; times that lie far apart on a logarithmic axis. limit_bytes: what a rank may hold."""
+    times = [each.seconds for each in points]
+    scale, unit = time_unit(max(times))
+    wide = max(times) > 8 * min(times)
+    drawn = [kind for kind in reversed(KINDS) if any(each.kind == kind for each in points)]  # the chosen one last, on top
+    heights = [each.memory_bytes for each in points]
+    near = limit_bytes is not None and limit_is_drawn(points, limit_bytes)
+    high = max(heights) > 8 * (limit_bytes or max(heights))
     return {
-        "data": [
-            {
-                "type": "scatter",
-                "mode": "markers+text",
-                "cliponaxis": False,
-                "x": [(each.step_time_s or 0.0) * scale for each in points],
-                "y": [each.memory_bytes for each in points],
-                "text": [escape(_short(each.layout)) for each in points],
-                "textposition": "top center",
-                "hovertext": [_hover(each) for each in points],
-                "hovertemplate": "%{hovertext}<extra></extra>",
-                "marker": marker | {"opacity": 1},
-            }
-        ],
+        "data": [_trace(kind, [each for each in points if each.kind == kind], scale, named=len(points) <= _NAMED) for kind in drawn],
         "layout": {
-            "height": 280,
+            "height": 280 if len(points) <= _NAMED else 460,
             "showlegend": False,
             "hovermode": "closest",
             "margin": {"l": 10, "r": 40, "t": 26, "b": 46},
-            "xaxis": {"title": {"text": f"step time, simulated ({unit})"}, "rangemode": "tozero", "automargin": True},
-            "yaxis": {"title": {"text": "peak memory"}, "rangemode": "tozero", "tickformat": "~s", "ticksuffix": "B", "automargin": True},
+            "xaxis": {
+                "title": {"text": f"step time ({unit})"},
+                "automargin": True,
+                **_scale(times, lambda each: f"{each:g}", scale, wide=wide),
+            },
+            "yaxis": {
+                "title": {"text": "peak memory"},
+                "tickformat": "~s",
+                "ticksuffix": "B",
+                "automargin": True,
+                **_scale(heights, bytes_text, wide=high),
+            },
+            **({"shapes": [_limit(limit_bytes)]} if near and limit_bytes else {}),
+        },
+    }
+
+
+def limit_is_drawn(points: Sequence[Point], limit_bytes: float) -> bool:
+    """A limit far above all points would only press them together."""
+    return limit_bytes <= 3 * max(each.memory_bytes for each in points)
+
+
+def _scale(values: Sequence[float], said: Callable[[float], str], scale: float = 1.0, *, wide: bool) -> Figure:
+    """Of an axis; a logarithmic one has ticks at 1, 2 and 5."""
+    if not wide:
+        return {"rangemode": "tozero"}
+    low, high = min(values) * scale, max(values) * scale
+    decades = range(floor(log10(low)), ceil(log10(high)) + 1)
+    ticks = [digit * 10.0**decade for decade in decades for digit in (1, 2, 5)]
+    return {"type": "log", "tickvals": ticks, "ticktext": [said(tick) for tick in ticks]}
+
+
+def _limit(y: float) -> Figure:
+    """A line where the memory ends."""
+    line = {"color": KINDS["does not fit"], "width": 1.5, "dash": "dash"}
+    return {"type": "line", "xref": "paper", "x0": 0, "x1": 1, "y0": y, "y1": y, "line": line}
+
+
+def _trace(kind: str, points: Sequence[Point], scale: float, *, named: bool) -> Figure:
+    return {
+        "type": "scatter",
+        "name": kind,
+        "mode": "markers+text" if named else "markers",
+        "cliponaxis": False,
+        "x": [each.seconds * scale for each in points],
+        "y": [each.memory_bytes for each in points],
+        "text": [escape(_short(each.layout)) for each in points] if named else [],
+        "textposition": "top center",
+        "hovertext": [_hover(each) for each in points],
+        "hovertemplate": "%{hovertext}<extra></extra>",
+        "marker": {
+            "size": _SIZES[kind],
+            "symbol": _SYMBOLS[kind],
+            "color": KINDS[kind],
+            "line": {"width": 1.5 if "open" in _SYMBOLS[kind] else 1, "color": KINDS[kind] if "open" in _SYMBOLS[kind] else "#1b2430"},
         },
     }
 
@@ -112,6 +182,7 @@ def _short(layout: str) -> str:
     return f"{axes or 'one rank'} · {parts['microbatches']} mb" if parts["microbatches"] else layout
 
 
-def _hover(each: Candidate) -> str:
-    step, memory = seconds_text(each.step_time_s or 0.0), bytes_text(each.memory_bytes or 0)
-    return f"<b>{escape(each.layout)}</b><br>{step} a step, {memory} on the fullest rank"
+def _hover(each: Point) -> str:
+    step, memory = seconds_text(each.seconds), bytes_text(each.memory_bytes)
+    lines = [f"<b>{escape(each.layout)}</b>", f"{step} a step, {memory} on the fullest rank", each.kind]
+    return "<br>".join([*lines, *([escape(each.note)] if each.note else [])])

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from shardwise.planner.plan import Plan
+from collections.abc import Sequence
+
 from shardwise.report.charts import Figure
 from shardwise.report.measured import Measured
-from shardwise.report.ranks import shown_ranks
 from shardwise.report.units import bytes_text
 from shardwise.simulate.simulator import Simulation
 
@@ -18,18 +18,20 @@ KINDS = {
     "buffers": "#64748b",
     "saved": "#12a594",
     "transient": "#a3b83b",
+    "runtime": "#94a3b8",
 }
 MEASURED = "#f2b705"
 _LIMIT = "#d64545"
 _ROW_PX, _AROUND_PX = 30, 70
 
 
-def memory_figure(plan: Plan, simulation: Simulation, measured: Measured | None) -> Figure:
-    """Stacked bars, a row for each rank."""
-    ranks = shown_ranks(plan)
+def memory_figure(
+    ranks: Sequence[int], simulation: Simulation, measured: Measured | None = None, limit_bytes: float | None = None
+) -> Figure:
+    """Stacked bars, a row for each of these ranks. limit_bytes: what a rank has."""
     labels = [f"<b>rank {rank}</b>" for rank in ranks]
     data = [_bars(kind, [simulation.memory[rank].get(kind, 0) for rank in ranks], labels) for kind in KINDS]
-    if measured is not None and len(measured.memory_bytes) == plan.ranks:
+    if measured is not None and len(measured.memory_bytes) == len(simulation.memory):
         data.append(_marks([measured.memory_bytes[rank] for rank in ranks], labels))
     return {
         "data": data,
@@ -42,27 +44,25 @@ def memory_figure(plan: Plan, simulation: Simulation, measured: Measured | None)
             "margin": {"l": 10, "r": 16, "t": 22, "b": 34},
             "xaxis": {"rangemode": "tozero", "tickformat": "~s", "ticksuffix": "B", "fixedrange": True},
             "yaxis": {"autorange": "reversed", "type": "category", "automargin": True, "fixedrange": True},
-            **(_limit(plan) if limit_is_drawn(plan, simulation) else {}),
+            **(_limit(limit_bytes) if limit_bytes and limit_is_drawn(limit_bytes, simulation) else {}),
         },
     }
 
 
-def limit_is_drawn(plan: Plan, simulation: Simulation) -> bool:
+def limit_is_drawn(limit_bytes: float, simulation: Simulation) -> bool:
     """A limit far above all bars would only make them small."""
-    limit = plan.predicted.limit_bytes
-    return limit is not None and limit <= 3 * max(simulation.memory_bytes)
+    return limit_bytes <= 3 * max(simulation.memory_bytes)
 
 
-def _limit(plan: Plan) -> Figure:
+def _limit(x: float) -> Figure:
     """A line where a rank's memory ends."""
-    x = plan.predicted.limit_bytes
     line = {"type": "line", "x0": x, "x1": x, "yref": "paper", "y0": 0, "y1": 1, "line": {"color": _LIMIT, "width": 2, "dash": "dash"}}
     text = {
         "x": x,
         "y": 1,
         "yref": "paper",
         "yanchor": "bottom",
-        "text": f"limit {bytes_text(x or 0)}",
+        "text": f"limit {bytes_text(x)}",
         "showarrow": False,
         "font": {"color": _LIMIT},
     }

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
-from shardwise.planner.plan import Plan
 from shardwise.program.actions import Action, Kind
 from shardwise.report.charts import Figure
 from shardwise.report.measured import Measured
-from shardwise.report.ranks import shown_ranks
 from shardwise.report.units import seconds_text, time_unit
 from shardwise.simulate.simulator import Simulation, Span
 
@@ -42,29 +41,36 @@ _GROUPS = {
 }
 _ROW_PX, _AROUND_PX = 26, 70
 _BETWEEN_RANKS = 0.35  # of a row
+_WAIT = "receive and wait"
 _SENT = "send"  # takes a rank no time to speak of: drawn as a mark, not as a bar
+_NOT_DRAWN = "not drawn"
+_MOST_BARS, _MOST_OF_ROW, _MOST_NUMBERS = 6000, 600, 1500  # more are thinner than a pixel
+_IN_TURN = {"shape": "|", "fgcolor": COLOURS["backward"], "bgcolor": COLOURS["forward"], "size": 5, "solidity": 0.6}
+_THIN = 1 / 2000  # of what is drawn: shorter waits are left out where there are too many bars
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Row:
-    """A rank's row of one timeline; place: how far down."""
+    """A rank's row of one timeline; place: how far down; spans: those drawn; hidden: those in the middle that are not."""
 
     rank: int
     name: str
     place: float
     spans: list[Span]
+    hidden: list[Span]
 
     @property
     def label(self) -> str:
         return f"<b>rank {self.rank}</b> {self.name}".rstrip() if self.name != "measured" else self.name
 
 
-def timeline_figure(plan: Plan, simulation: Simulation, measured: Measured | None) -> Figure:
-    """The plotly figure; its x axis is that of both timelines."""
-    rows = _rows(plan, simulation, measured)
-    longest = max(span.end_s for row in rows for span in row.spans)
+def timeline_figure(ranks: Sequence[int], simulation: Simulation, measured: Measured | None = None) -> Figure:
+    """The plotly figure of these ranks; its x axis is that of both timelines. Of very many actions the middle is not drawn."""
+    rows = _rows(ranks, simulation, measured)
+    longest = max(span.end_s for row in rows for span in (*row.hidden, *row.spans))
     scale, unit = time_unit(longest)
     data = [_bars(group, rows, scale) for group in COLOURS if group != _SENT] + [_marks(rows, scale)]
+    data += [_gaps(rows, scale)] if any(row.hidden for row in rows) else []
     depth = rows[-1].place
     return {
         "data": data,
@@ -90,23 +96,38 @@ def timeline_figure(plan: Plan, simulation: Simulation, measured: Measured | Non
     }
 
 
-def _rows(plan: Plan, simulation: Simulation, measured: Measured | None) -> list[_Row]:
+def _rows(ranks: Sequence[int], simulation: Simulation, measured: Measured | None) -> list[_Row]:
     both = [("", simulation.timeline)]
     if measured is not None and measured.timeline:
         both = [("predicted", simulation.timeline), ("measured", measured.timeline)]
     rows: list[_Row] = []
     place = 0.0
-    for rank in shown_ranks(plan):
+    most = min(_MOST_OF_ROW, _MOST_BARS // (len(ranks) * len(both)))
+    for rank in ranks:
         for name, timeline in both:
-            rows.append(_Row(rank=rank, name=name, place=place, spans=[span for span in timeline if span.rank == rank]))
+            spans, hidden = _drawn([span for span in timeline if span.rank == rank], most)
+            rows.append(_Row(rank=rank, name=name, place=place, spans=spans, hidden=hidden))
             place += 1
         place += _BETWEEN_RANKS
     return rows
 
 
+def _drawn(spans: list[Span], most: int) -> tuple[list[Span], list[Span]]:
+    """What is drawn of a row, and what is not: of too many, short waits and the middle of the step."""
+    if len(spans) <= most:
+        return spans, []
+    short_s = max(span.end_s for span in spans) * _THIN
+    spans = [span for span in spans if _GROUPS[span.action.kind] not in (_SENT, _WAIT) or span.end_s - span.start_s > short_s]
+    if len(spans) <= most:
+        return spans, []
+    half = most // 2
+    return spans[:half] + spans[-half:], spans[half:-half]
+
+
 def _bars(group: str, rows: list[_Row], scale: float) -> Figure:
     chosen = _chosen(group, rows)
-    waiting = group == "receive and wait"
+    waiting = group == _WAIT
+    numbered = sum(len(row.spans) for row in rows) <= _MOST_NUMBERS and not waiting
     return {
         "type": "bar",
         "name": group,
@@ -115,7 +136,7 @@ def _bars(group: str, rows: list[_Row], scale: float) -> Figure:
         "x": [(span.end_s - span.start_s) * scale for _, span in chosen],
         "base": [span.start_s * scale for _, span in chosen],
         "width": 0.86,
-        "text": ["" if waiting or span.action.microbatch < 0 else str(span.action.microbatch) for _, span in chosen],
+        "text": [str(span.action.microbatch) if numbered and span.action.microbatch >= 0 else "" for _, span in chosen],
         "textposition": "inside",
         "insidetextanchor": "middle",
         "textangle": 0,
@@ -138,6 +159,24 @@ def _marks(rows: list[_Row], scale: float) -> Figure:
         "hovertext": [_hover(row, span) for row, span in chosen],
         "hovertemplate": "%{hovertext}<extra></extra>",
         "marker": {"color": COLOURS[_SENT], "symbol": "triangle-up", "size": 9, "line": {"width": 1, "color": "#ffffff"}},
+    }
+
+
+def _gaps(rows: list[_Row], scale: float) -> Figure:
+    """What stands for the actions that are not drawn."""
+    cut = [row for row in rows if row.hidden]
+    begins = [row.hidden[0].start_s for row in cut]
+    return {
+        "type": "bar",
+        "name": _NOT_DRAWN,
+        "orientation": "h",
+        "y": [row.place for row in cut],
+        "x": [(row.hidden[-1].end_s - begin) * scale for row, begin in zip(cut, begins, strict=True)],
+        "base": [begin * scale for begin in begins],
+        "width": 0.86,
+        "hovertext": [f"{len(row.hidden):,} more actions of rank {row.rank}, in the same order, are not drawn" for row in cut],
+        "hovertemplate": "%{hovertext}<extra></extra>",
+        "marker": {"color": COLOURS["forward"], "opacity": 0.45, "line": {"width": 0}, "pattern": _IN_TURN},
     }
 
 

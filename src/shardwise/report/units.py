@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["bytes_text", "count_text", "error_text", "seconds_text", "time_unit"]
+__all__ = ["bytes_text", "count_text", "error_text", "rate_text", "seconds_text", "time_unit"]
 
 _SPACE = "\u00a0"  # a number and its unit stay on one line
 
@@ -28,6 +28,11 @@ def bytes_text(count: float) -> str:
 def count_text(count: float) -> str:
     """`857 k`, `10.1 M`, `405 B` (10⁹)."""
     return _scaled(count, ("", "k", "M", "B", "T")).strip()
+
+
+def rate_text(per_second: float, what: str) -> str:
+    """`829 samples/s`, `1,430 samples/s`, `0.52 samples/s`."""
+    return f"{per_second:,.0f} {what}/s" if per_second >= 100 else f"{per_second:.3g} {what}/s"
 
 
 def error_text(predicted: float, measured: float) -> str:

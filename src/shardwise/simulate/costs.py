@@ -10,7 +10,7 @@ import torch
 from torch import fx
 
 from shardwise.cluster.model import Cluster
-from shardwise.cost.collectives import Shares, collective_cost, collective_seconds, collective_shares
+from shardwise.cost.collectives import collective_cost
 from shardwise.cost.compute import op_seconds, streaming_seconds
 from shardwise.cost.fusion import fused_traffic
 from shardwise.cost.memory import bases, liveness, tensor_bytes
@@ -19,7 +19,8 @@ from shardwise.program.actions import COMPUTES, Kind
 from shardwise.program.program import ParameterPart, Program, StageProgram
 from shardwise.program.reductions import Reduction, Regathering, reductions, regatherings
 from shardwise.program.tables import Slot, in_flight
-from shardwise.sharding.collectives import COLLECTIVES, group_ranks
+from shardwise.sharding.collectives import COLLECTIVES
+from shardwise.simulate.traffic import gather_traffic, graph_traffic, reduction_traffic, traffic_of, traffic_seconds, traffic_shares
 
 __all__ = [
     "OPTIMIZER_STATES",
@@ -77,9 +78,9 @@ class MemoryUse:
 def graph_seconds(graph: fx.Graph, cluster: Cluster) -> Seconds:
     """One run of a graph on a rank. Where ranks share cores, collectives take part of their time from them."""
     each = node_seconds(graph, cluster)
-    talks = [_shares(node, cluster) for node in each if node.target in COLLECTIVES]
+    talk = traffic_shares(graph_traffic(graph), cluster)
     alone = sum(seconds for node, seconds in each.items() if node.target not in COLLECTIVES)
-    return Seconds(compute_s=alone + sum(talk.compute_s for talk in talks), communicate_s=sum(talk.communicate_s for talk in talks))
+    return Seconds(compute_s=alone + talk.compute_s, communicate_s=talk.communicate_s)
 
 
 def node_seconds(graph: fx.Graph, cluster: Cluster) -> dict[fx.Node, float]:
@@ -90,7 +91,7 @@ def node_seconds(graph: fx.Graph, cluster: Cluster) -> dict[fx.Node, float]:
         if node.op != "call_function":
             continue
         if node.target in COLLECTIVES:
-            found[node] = _collective_seconds(node, cluster)
+            found[node] = traffic_seconds([traffic_of(node)], cluster)
         elif node in fused:
             found[node] = streaming_seconds(*fused[node], cluster)
         else:
@@ -99,40 +100,11 @@ def node_seconds(graph: fx.Graph, cluster: Cluster) -> dict[fx.Node, float]:
     return found
 
 
-def _collective_seconds(node: fx.Node, cluster: Cluster) -> float:
-    kind, impl, message, ranks, stride = _collective(node)
-    return collective_seconds(kind, impl, message, ranks, cluster, stride) + _placed_seconds(node, cluster)
-
-
-def _shares(node: fx.Node, cluster: Cluster) -> Shares:
-    kind, impl, message, ranks, stride = _collective(node)
-    return collective_shares(kind, impl, message, ranks, cluster, stride)
-
-
-def _collective(node: fx.Node) -> tuple[str, str, int, int, int]:
-    """(kind, implementation, bytes of its message, ranks, from each of them to the next)."""
-    kind, source = COLLECTIVES[node.target], node.args[0]  # type: ignore[index]
-    assert isinstance(source, fx.Node)
-    message = tensor_bytes(node.meta["val"] if kind == "all_gather" else source.meta["val"])
-    ranks = group_ranks(str(node.args[1]))
-    return kind, str(node.args[-1]), message, len(ranks), ranks[1] - ranks[0] if len(ranks) > 1 else 1
-
-
-def _placed_seconds(node: fx.Node, cluster: Cluster) -> float:
-    """Of copying into place what is gathered or scattered along another dim than the first."""
-    kind, _, message, _, _ = _collective(node)
-    if not cluster.rates.copies_inner or kind not in ("all_gather", "reduce_scatter"):
-        return 0.0
-    source, dim = node.args[0], int(str(node.args[2]))
-    assert isinstance(source, fx.Node)
-    return streaming_seconds(message, message, cluster) if prod(source.meta["val"].shape[:dim]) > 1 else 0.0
-
-
 def stage_times(program: Program, cluster: Cluster, optimizer: str) -> dict[int, dict[Kind, Seconds]]:
     """What the actions of a rank take, by stage; what it does once for all its stages counts with the first, the update with each."""
     found: dict[int, dict[Kind, Seconds]] = {}
-    reduce_s = _reduction_seconds(program, cluster)
-    gather_s = _gather_seconds(program, cluster)
+    reduce_s = traffic_seconds(reduction_traffic(program), cluster)
+    gather_s = traffic_seconds(gather_traffic(program), cluster)
     for number, parameters in _own_parameters(program).items():
         stage = program.stages[number]
         update_s = sum(optimizer_seconds(prod(p.updated), p.dtype, optimizer, cluster) for p in parameters if p.requires_grad)
@@ -150,7 +122,8 @@ def stage_times(program: Program, cluster: Cluster, optimizer: str) -> dict[int,
 def transfer_seconds(program: Program, cluster: Cluster) -> dict[str, float]:
     """Of one message on each edge of a rank; none between stages of one rank."""
     local = program.local_edges
-    seconds = {edge.name: collective_cost("send_recv", edge.nbytes, 2, cluster).seconds for edge in program.edges}
+    apart = prod(program.mesh[axis] for axis in ("dp", "cp", "tp"))
+    seconds = {edge.name: collective_cost("send_recv", edge.nbytes, 2, cluster, apart).seconds for edge in program.edges}
     return {name: 0.0 if name in local else each for name, each in seconds.items()}
 
 
@@ -173,23 +146,6 @@ def sink_seconds(parameters: list[ParameterPart], cluster: Cluster) -> float:
             meta = torch.empty(parameter.gradient, dtype=parameter.dtype, device="meta")
             seconds += op_seconds(copy, (meta, meta), {}, meta, cluster)
     return seconds
-
-
-def _reduction_seconds(program: Program, cluster: Cluster) -> float:
-    """Summing the pending gradients at the end of a step."""
-    seconds = 0.0
-    for reduction in reductions(program):
-        if reduction.scatter:
-            seconds += collective_cost("reduce_scatter", reduction.nbytes, len(group_ranks(reduction.scatter)), cluster).seconds
-        summed = reduction.summed * reduction.dtype.itemsize
-        seconds += sum(collective_cost("all_reduce", summed, len(group_ranks(group)), cluster).seconds for group in reduction.groups)
-    return seconds
-
-
-def _gather_seconds(program: Program, cluster: Cluster) -> float:
-    """Gathering what other ranks have updated."""
-    messages = [(message.nbytes, len(group_ranks(message.group))) for message in regatherings(program)]
-    return sum(collective_cost("all_gather", nbytes, ranks, cluster).seconds for nbytes, ranks in messages)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,12 +9,15 @@ from math import prod
 from pydantic import BaseModel, ConfigDict
 
 from shardwise.cluster.model import Cluster
+from shardwise.cost.collectives import collective_cost
+from shardwise.errors import LayoutError
 from shardwise.program.actions import Kind
 from shardwise.program.holdings import modules_held
 from shardwise.program.program import Edge, Program, StageProgram
 from shardwise.simulate.costs import Seconds, StageMemory, stage_memory, stage_times, transfer_seconds
+from shardwise.simulate.traffic import Traffic, gather_traffic, graph_traffic, reduction_traffic, traffic_seconds
 
-__all__ = ["EdgeProfile", "Profile", "StageProfile", "computing_ranks", "profile_programs"]
+__all__ = ["EdgeProfile", "Profile", "StageProfile", "computing_ranks", "on_links", "profile_programs"]
 
 _PASSES = (Kind.FORWARD, Kind.BACKWARD, Kind.WEIGHT)
 
@@ -29,6 +32,7 @@ class StageProfile(_Strict):
     seconds: kind of action → (computing, communicating); "backward" is the inputs' part where there is "weight", too, the whole where not.
     memory: bytes by kind at the peak, "saved" only where saved_bytes is 0. saved_bytes: what one microbatch keeps from its forward to its
     backward pass; kept_bytes: from there to the weights' part of it, where that is apart.
+    traffic: kind of action → what its communicating is made of, on devices of the catalog; none where the profile is of pieces.
     reduces: axes over which gradients are summed. tied: other stages with which a weight is shared, whose gradient is summed over all of
     them. modules: what the stage holds; parameters: how many numbers, over all its ranks.
     """
@@ -37,6 +41,7 @@ class StageProfile(_Strict):
     memory: dict[str, int]
     saved_bytes: int = 0
     kept_bytes: int = 0
+    traffic: dict[str, list[Traffic]] = {}
     reduces: list[str] = []
     tied: list[int] = []
     modules: list[str] = []
@@ -72,8 +77,9 @@ def profile_programs(programs: Mapping[int, Program], cluster: Cluster, optimize
         seen = cluster.seen_by(computing_ranks(program))
         times, memory = stage_times(program, seen, optimizer), stage_memory(program, optimizer)
         for number, stage in program.stages.items():
-            copy = program.coordinates["dp"]
-            stages.setdefault(number, []).append(_OnRank(stage=stage, copy=copy, times=times[number], memory=memory[number]))
+            talk = _traffic(program, number) if cluster.machines else {}
+            on_rank = _OnRank(stage=stage, copy=program.coordinates["dp"], times=times[number], memory=memory[number], traffic=talk)
+            stages.setdefault(number, []).append(on_rank)
         transfers = transfer_seconds(program, seen)
         for edge in program.edges:
             sent = _edge(edge, transfers[edge.name])
@@ -103,6 +109,7 @@ class _OnRank:
     copy: int
     times: dict[Kind, Seconds]
     memory: StageMemory
+    traffic: dict[Kind, list[Traffic]]
 
     @property
     def passes_s(self) -> float:
@@ -110,21 +117,61 @@ class _OnRank:
         return sum(each.compute_s + each.communicate_s for kind, each in self.times.items() if kind in _PASSES)
 
 
+def _traffic(program: Program, number: int) -> dict[Kind, list[Traffic]]:
+    """Of a stage's actions on a rank; what it does once for all its stages counts with the first."""
+    found = {kind: graph_traffic(graph) for kind, graph in program.stages[number].graphs.items()}
+    once = {Kind.REDUCE: reduction_traffic(program), Kind.UPDATE: gather_traffic(program)}
+    return found | once if number == next(iter(program.stages)) else found
+
+
 def _stage(ranks: list[_OnRank]) -> StageProfile:
     slowest = max(ranks, key=lambda rank: rank.passes_s).copy
-    times = [rank.times for rank in ranks if rank.copy == slowest]
+    alike = [rank for rank in ranks if rank.copy == slowest]
+    times = [rank.times for rank in alike]
     seconds = {kind.value: (max(t[kind].compute_s for t in times), max(t[kind].communicate_s for t in times)) for kind in times[0]}
     fullest = max((rank.memory for rank in ranks), key=lambda memory: memory.use.total + memory.saved_bytes)
     reduces = sorted({axis for rank in ranks for part in rank.stage.parameters for axis in part.reduce})
     held = ranks[0].stage.parameters
     tied = {other for part in held if part.requires_grad for other in part.stages} - {ranks[0].stage.stage}
+    busiest = {kind: max(alike, key=lambda rank: rank.times[kind].communicate_s) for kind in times[0]}
     return StageProfile(
         seconds=seconds,
         memory=fullest.use.by_kind(),
         saved_bytes=fullest.saved_bytes,
         kept_bytes=fullest.kept_bytes,
+        traffic={kind.value: found for kind, rank in busiest.items() if (found := rank.traffic.get(kind))},
         reduces=reduces,
         tied=sorted(tied),
         modules=modules_held(part.name for part in held),
         parameters=sum(prod(part.shape) for part in held),
     )
+
+
+# -- other links ---------------------------------------------------------------------------------------------------------------------------
+
+
+def on_links(profile: Profile, cluster: Cluster, apart: int) -> Profile:
+    """The profile with all that is sent costed anew, on a cluster of the same devices. apart: ranks between neighbouring stages.
+
+    Raises LayoutError where the profile has seconds of communicating but does not say of what.
+    """
+    stages = [_stage_on_links(number, stage, cluster) for number, stage in enumerate(profile.stages)]
+    edges = [_edge_on_links(edge, cluster, apart) for edge in profile.edges]
+    return profile.model_copy(update={"stages": stages, "edges": edges})
+
+
+def _stage_on_links(number: int, stage: StageProfile, cluster: Cluster) -> StageProfile:
+    seconds = dict(stage.seconds)
+    for kind, (compute_s, communicate_s) in stage.seconds.items():
+        if communicate_s and kind not in stage.traffic:
+            raise LayoutError(
+                f"the plan says how long stage {number} communicates ({kind}: {communicate_s:.3g} s) but not what it sends, so that other "
+                "links cannot be costed; make the plan again"
+            )
+        seconds[kind] = compute_s, traffic_seconds(stage.traffic.get(kind, []), cluster)
+    return stage.model_copy(update={"seconds": seconds})
+
+
+def _edge_on_links(edge: EdgeProfile, cluster: Cluster, apart: int) -> EdgeProfile:
+    seconds = collective_cost("send_recv", edge.nbytes, 2, cluster, apart).seconds if edge.transfer_s else 0.0
+    return edge.model_copy(update={"transfer_s": seconds})

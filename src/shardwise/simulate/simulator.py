@@ -1,8 +1,12 @@
 """Performs all ranks' actions on virtual clocks.
 
 Computing takes a core: where more ranks compute than there are cores, each is slowed accordingly, and a rank that waits leaves its core
-to the others. A send costs its rank nothing and arrives after the message's time; a receive ends when its message is there, and has been
-posted before; a reduction begins when the last rank of its group is there.
+to the others. A send costs its rank nothing: messages take a rank's way out, and the receiver's way in, one after the other, each for its
+time (the gap of LogGP, Alexandrov et al. 1995). A receive ends when its message is there, and has been posted before; what ranks
+communicate in another action begins when the last of their group is there.
+
+Ranks that do alike are simulated once. A slow rank sets the pace of those that it does each microbatch with (`Mesh.coupled`), holds the
+others of its stage up where they sum gradients, and other stages where they wait for its messages: simulated is one pipeline for each pace.
 
 A pipeline rank has one stage, or several (chunks) whose computations its schedule's table puts in order. It performs the prelude, the
 reduction and the update once for all of them.
@@ -20,7 +24,6 @@ from typing import Literal
 
 from shardwise.errors import LayoutError
 from shardwise.program.actions import Action, Kind
-from shardwise.program.build import rank_of
 from shardwise.program.tables import Tables, check_table, in_flight, placed, rank_tables, splits
 from shardwise.program.transfers import rank_actions
 from shardwise.simulate.profile import Profile, StageProfile
@@ -30,11 +33,16 @@ __all__ = ["Column", "Mesh", "Simulation", "Span", "simulate_columns", "simulate
 _TINY_S = 1e-12
 _ONCE = ("transient", "cached", "gathered", "runtime")  # memory that a rank's stages use in turn, or share
 _DRAWN = 64  # ranks that have a timeline each; of more, the first of each stage has one
+_TOGETHER = (Kind.PRELUDE, Kind.FORWARD, Kind.BACKWARD, Kind.WEIGHT)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Mesh:
-    """The sizes of a plan. pp: pipeline ranks, each with so many stages as there are chunks."""
+    """The sizes of a plan. pp: pipeline ranks, each with so many stages as there are chunks.
+
+    coupled: so many neighbouring ranks of a stage do each microbatch together (on the tensor and context axes; with ZeRO-3 on those of the
+    data axis that gather parameters from each other); 0: those of the tensor axis.
+    """
 
     dp: int
     tp: int
@@ -42,6 +50,18 @@ class Mesh:
     microbatches: int
     schedule: str
     chunks: int = 1
+    coupled: int = 0
+
+    @property
+    def stage_ranks(self) -> int:
+        """Of each place in the pipeline."""
+        return self.dp * self.tp
+
+    @property
+    def together(self) -> int:
+        """Neighbours that do each microbatch together; all ranks of a stage where their number is no multiple of `coupled`."""
+        found = self.coupled or self.tp
+        return found if self.stage_ranks % found == 0 else self.stage_ranks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +81,7 @@ class Simulation:
     """A simulated step.
 
     step_time_s: of the slowest rank; timeline: every action of every rank (of more than 64 ranks on devices of their own: of the first of
-    each stage, the others doing as it does); memory: each rank's bytes by kind at its peak.
+    each stage and of each pace, the others doing as these do); memory: each rank's bytes by kind at its peak.
     bubble: share of the ranks' time spent waiting; communication_s: of the busiest rank.
     """
 
@@ -119,29 +139,76 @@ def trace_of(timeline: list[Span], name: str = "") -> dict[str, object]:
     return {"traceEvents": events, "displayTimeUnit": "ms"}
 
 
-def simulate_profile(profile: Profile, mesh: Mesh, tables: Tables | None = None) -> Simulation:
-    """One step of all ranks of a plan. Ranks of a stage that share no cores with others do alike: one of them is simulated.
+def simulate_profile(profile: Profile, mesh: Mesh, tables: Tables | None = None, *, slow: Mapping[int, float] | None = None) -> Simulation:
+    """One step of all ranks of a plan. Ranks that share no cores with others and do alike are simulated once.
 
-    profile: of the mesh's pp · chunks stages; tables: each pipeline rank's slots, instead of those of the mesh's schedule.
-    Raises LayoutError for a schedule that is unknown or does not take these sizes, for tables that contradict themselves, and for a
-    schedule that splits the backward pass where the profile does not say what its parts take.
+    profile: of the mesh's pp · chunks stages; tables: each pipeline rank's slots, instead of those of the mesh's schedule; slow: rank → how
+    many times as long it computes.
+    Raises LayoutError for a schedule that is unknown or does not take these sizes, for tables that contradict themselves, for a slow rank
+    that is not there, and for a schedule that splits the backward pass where the profile does not say what its parts take.
     """
-    shared = profile.cores is not None
-    places = [(d, t) for d in range(mesh.dp) for t in range(mesh.tp)] if shared else [(0, 0)]
+    shared, each = profile.cores is not None, mesh.stage_ranks
     rows = _rows(profile, mesh, tables)
-    ranks = {
-        rank_of(pipe, d, t, mesh.dp, mesh.tp): _placed(row, pipe, (d, t), mesh, profile) for pipe, row in rows.items() for d, t in places
-    }
-    timeline = _Clock(cores=profile.cores, ranks=dict(sorted(ranks.items()))).play()
+    paces = _paces(mesh, slow or {}, apart=shared)
+    ranks = {pipe * each + pace.first: _placed(row, pipe, pace, mesh, profile) for pace in paces for pipe, row in rows.items()}
+    timeline = _Clock(cores=profile.cores, ranks=dict(sorted(ranks.items())), together=mesh.together if shared else 1).play()
     total = max(span.end_s for span in timeline)
-    busy = [(sum(compute for compute, _ in row.seconds), sum(talk for _, talk in row.seconds)) for row in rows.values()]
     crowd = max(1.0, len(ranks) / profile.cores) if profile.cores else 1.0
-    waiting = 1 - min(1.0, sum(sum(each) for each in busy for _ in places) * crowd / (total * len(ranks)))
-    each = mesh.dp * mesh.tp
+    waiting = 1 - min(1.0, _busy_s(rows, mesh, slow or {}) * crowd / (total * each * mesh.pp))
     memory = [row.memory for row in rows.values() for _ in range(each)]
     if not shared and len(memory) <= _DRAWN:
-        timeline = [_on_rank(span, offset) for offset in range(each) for span in timeline]
-    return Simulation(step_time_s=total, timeline=timeline, memory=memory, bubble=waiting, communication_s=max(talk for _, talk in busy))
+        timeline = [_on_rank(span, place - pace.first) for pace in paces for place in pace.places for span in _of(pace, timeline, each)]
+    talk = max(_added(row.seconds)[1] for row in rows.values())
+    return Simulation(step_time_s=total, timeline=timeline, memory=memory, bubble=waiting, communication_s=talk)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Pace:
+    """Places of a stage whose ranks do alike, the same in all stages.
+
+    factors: place in the pipeline → how many times as long they compute.
+    """
+
+    places: Sequence[int]
+    factors: Mapping[int, float]
+
+    @property
+    def first(self) -> int:
+        """The place that is simulated."""
+        return self.places[0]
+
+
+def _paces(mesh: Mesh, slow: Mapping[int, float], *, apart: bool) -> list[_Pace]:
+    """All places of a stage, those together that do alike; apart: one by one, for ranks that share cores."""
+    each = mesh.stage_ranks
+    for rank in slow:
+        if not 0 <= rank < each * mesh.pp:
+            raise LayoutError(f"slow rank {rank} is not among the {each * mesh.pp} ranks; they are counted from 0")
+    size = 1 if apart else mesh.together
+    factors: dict[int, dict[int, float]] = {}  # block of places → place in the pipeline → the slowest's factor
+    for rank, factor in slow.items():
+        pipe, place = divmod(rank, each)
+        known = factors.setdefault(place // size, {})
+        known[pipe] = max(known.get(pipe, 1.0), factor)
+    alike: dict[tuple[tuple[int, float], ...] | int, list[int]] = {}
+    for block in range(each // size):
+        pace = block if apart else tuple(sorted(factors.get(block, {}).items()))
+        alike.setdefault(pace, []).extend(range(block * size, (block + 1) * size))
+    return [_Pace(places=places, factors=factors.get(places[0] // size, {})) for places in alike.values()]
+
+
+def _busy_s(rows: Mapping[int, _Row], mesh: Mesh, slow: Mapping[int, float]) -> float:
+    """Computing and communicating of all ranks."""
+    more = dict.fromkeys(rows, 0.0)
+    for rank, factor in slow.items():
+        more[rank // mesh.stage_ranks] += factor - 1
+    works = {pipe: _added(row.seconds) for pipe, row in rows.items()}
+    return sum(compute_s * (mesh.stage_ranks + more[pipe]) + talk_s * mesh.stage_ranks for pipe, (compute_s, talk_s) in works.items())
+
+
+def _of(pace: _Pace, timeline: Iterable[Span], each: int) -> list[Span]:
+    """The spans of its simulated ranks."""
+    return [span for span in timeline if span.rank % each == pace.first]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,7 +234,7 @@ def simulate_columns(columns: Sequence[Column], mesh: Mesh) -> Simulation:
     firsts = [0, *accumulate(column.copies for column in columns)]
     rows = [_rows(column.profile, replace(mesh, microbatches=column.microbatches), None) for column in columns]
     ranks = {
-        rank_of(pipe, number, 0, folded.dp, 1): _placed(row, pipe, (number, 0), folded, column.profile)
+        pipe * folded.dp + number: _placed(row, pipe, _Pace(places=[number], factors={}), folded, column.profile)
         for number, column in enumerate(columns)
         for pipe, row in rows[number].items()
     }
@@ -175,7 +242,8 @@ def simulate_columns(columns: Sequence[Column], mesh: Mesh) -> Simulation:
     total = max(span.end_s for span in timeline)
 
     def real(rank: int) -> int:
-        return rank_of(rank // folded.dp, firsts[rank % folded.dp], 0, mesh.dp, mesh.tp)
+        pipe, number = divmod(rank, folded.dp)
+        return pipe * mesh.stage_ranks + firsts[number] * mesh.tp
 
     each = [(row, column.copies) for pipe in range(mesh.pp) for column, row in zip(columns, (r[pipe] for r in rows), strict=True)]
     busy = sum(sum(map(sum, row.seconds)) * copies for row, copies in each)
@@ -299,14 +367,15 @@ def _memory(stages: Sequence[StageProfile], held_bytes: int) -> dict[str, int]:
 
 @dataclass(kw_only=True)
 class _Rank:
-    """pipe: its place in the pipeline; place: on the mesh there; actions: with the ranks that it talks to; transfer_s: of what it sends, by
-    edge; at: that it stands at; phase: what it does there."""
+    """pipe: its place in the pipeline; place: in its stage; actions: with the ranks that it talks to; transfer_s: of what it sends, by
+    edge; factor: how many times as long it computes; at: that it stands at; phase: what it does there."""
 
     pipe: int
-    place: tuple[int, int]
+    place: int
     row: _Row
     actions: list[Action]
     transfer_s: Mapping[str, float]
+    factor: float = 1.0
     at: int = 0
     phase: Literal["", "computing", "waiting", "communicating"] = ""
     start_s: float = 0.0
@@ -317,14 +386,14 @@ class _Rank:
         return self.at >= len(self.actions)
 
 
-def _placed(row: _Row, pipe: int, place: tuple[int, int], mesh: Mesh, profile: Profile) -> _Rank:
-    """The rank at a place (d, t) of the mesh; it talks to the ranks at its own place."""
+def _placed(row: _Row, pipe: int, pace: _Pace, mesh: Mesh, profile: Profile) -> _Rank:
+    """The rank at the pace's place; it talks to the ranks at its own place."""
+    each = mesh.stage_ranks
     actions = row.actions
-    if mesh.dp * mesh.tp > 1:
-        actions = [
-            replace(action, peer=rank_of(action.peer, *place, mesh.dp, mesh.tp)) if action.peer >= 0 else action for action in actions
-        ]
-    return _Rank(pipe=pipe, place=place, row=row, actions=actions, transfer_s={edge.name: edge.transfer_s for edge in profile.edges})
+    if each > 1:
+        actions = [replace(action, peer=action.peer * each + pace.first) if action.peer >= 0 else action for action in actions]
+    transfer_s = {edge.name: edge.transfer_s for edge in profile.edges}
+    return _Rank(pipe=pipe, place=pace.first, row=row, actions=actions, transfer_s=transfer_s, factor=pace.factors.get(pipe, 1.0))
 
 
 def _meets(ranks: Mapping[int, _Rank]) -> dict[int, frozenset[int]]:
@@ -352,15 +421,23 @@ _Message = tuple[str, int, bool]
 @dataclass(kw_only=True)
 class _Clock:
     """events: (when, which in order of making, rank whose computing or communicating ends then). Computing on shared cores has no event
-    of its own: how long it takes depends on who else computes."""
+    of its own: how long it takes depends on who else computes.
+
+    together: neighbouring ranks that communicate in every action that computes; 1 where one of them stands for all.
+    sent, received: rank → until when its way out, and in, is taken; gathered: those who are there, of each group and action.
+    """
 
     cores: int | None
     ranks: dict[int, _Rank]
+    together: int = 1
     now_s: float = 0.0
     events: list[tuple[float, int, int]] = field(default_factory=list)
     computing: dict[int, _Rank] = field(default_factory=dict)
     arrivals: dict[tuple[int, _Message], float] = field(default_factory=dict)  # (receiver, message) → when
     reducing: set[int] = field(default_factory=set)  # ranks that stand at their reduction, or have passed it
+    sent: dict[int, float] = field(default_factory=dict)
+    received: dict[int, float] = field(default_factory=dict)
+    gathered: dict[tuple[int, int, int], list[int]] = field(default_factory=dict)
     timeline: list[Span] = field(default_factory=list)
     made: int = 0
 
@@ -383,7 +460,7 @@ class _Clock:
         while not state.done:
             action = state.actions[state.at]
             if state.phase == "":
-                self._begin(state, action)
+                self._begin(rank, state, action)
                 if state.compute_s > _TINY_S:
                     return self._compute(rank, state)
                 state.phase = "waiting"
@@ -399,14 +476,20 @@ class _Clock:
             self._end(rank, state, action)
         return None
 
-    def _begin(self, state: _Rank, action: Action) -> None:
-        state.start_s, state.compute_s = self.now_s, state.row.seconds[state.at][0]
+    def _begin(self, rank: int, state: _Rank, action: Action) -> None:
+        state.start_s, state.compute_s = self.now_s, state.row.seconds[state.at][0] * state.factor
         if action.sends:
             message = action.message
-            self.arrivals[action.peer, message] = self.now_s + state.transfer_s[action.edge]
+            self.arrivals[action.peer, message] = self._carried(rank, action.peer, state.transfer_s[action.edge])
             other = self.ranks[action.peer]
             if other.phase == "waiting" and other.actions[other.at].receives and other.actions[other.at].message == message:
                 self._wake(action.peer, self.now_s)
+
+    def _carried(self, source: int, target: int, seconds: float) -> float:
+        """When a message that is sent now is there: the switches between hold what the receiver's way in cannot take yet."""
+        self.sent[source] = max(self.now_s, self.sent.get(source, 0.0)) + seconds
+        self.received[target] = max(self.sent[source], self.received.get(target, 0.0) + seconds)
+        return self.received[target]
 
     def _compute(self, rank: int, state: _Rank) -> None:
         state.phase = "computing"
@@ -420,7 +503,18 @@ class _Clock:
             return (rank, action.message) in self.arrivals
         if action.kind is Kind.REDUCE:
             return self._all_reduce(rank)
-        return True
+        return self.together == 1 or action.kind not in _TOGETHER or self._gathered(rank, state)
+
+    def _gathered(self, rank: int, state: _Rank) -> bool:
+        """Whether all that do this together with the rank are there; the last to come wakes the others."""
+        here = self.gathered.setdefault((state.pipe, rank // self.together, state.at), [])
+        if rank not in here:
+            here.append(rank)
+            if len(here) == self.together:
+                for other in here:
+                    if other != rank:
+                        self._wake(other, self.now_s)
+        return len(here) == self.together
 
     def _all_reduce(self, rank: int) -> bool:
         """Whether all whose gradients are summed with this rank's are there; the last to come wakes the others."""
