@@ -37,7 +37,7 @@ from benchmarks.published_frameworks import Holding, holding_of, printed_bytes
 from benchmarks.published_machines import machines_of
 from benchmarks.published_models import TwinError, twin
 from benchmarks.published_rows import Row, read_directory, sweeps
-from benchmarks.published_software import Software, software_of
+from benchmarks.published_software import Software, software_of, unfitted
 from benchmarks.published_stats import kendall_tau, median_absolute_percentage_error, regret
 from shardwise.capture.export import capture
 from shardwise.cluster.model import Cluster, cluster_of
@@ -97,9 +97,13 @@ class Prediction:
 
 
 class Predictor:
-    """Keeps what rows have in common: graphs by model, costs by split."""
+    """Keeps what rows have in common: graphs by model, costs by split.
 
-    def __init__(self) -> None:
+    fitted: whether constants are used that were read off published steps, or those of data sheets and the literature alone.
+    """
+
+    def __init__(self, *, fitted: bool = True) -> None:
+        self.fitted = fitted
         self.twins: dict[Any, tuple[Any, Sequence[int]]] = {}
         self.costs: dict[Any, tuple[Outline, tuple[PieceCost, ...]]] = {}
         self.tracer = Tracer(device=torch.device("cpu"))
@@ -108,7 +112,7 @@ class Predictor:
         """The row's step. What cannot be expressed says why. year, words: of the source, which say what its software could do."""
         if not row.usable and (row.reason or not (row.out_of_memory or row.memory_bytes)):
             return Prediction(row=row, reason=row.reason or "nothing to compare with")
-        software = software_of(row, year, words)
+        software = software_of(row, year, words) if self.fitted else unfitted(software_of(row, year, words))
         try:
             found = [self._step(row, year, software, recompute) for recompute in _recomputations(row, software)]
         except (TwinError, ShardwiseError) as error:
@@ -117,7 +121,7 @@ class Predictor:
         return replace(_chosen(found), low_s=min(times), high_s=max(times))
 
     def _step(self, row: Row, year: int, software: Software, recompute: str) -> Prediction:
-        cluster = _cluster(row, year, software)
+        cluster = _cluster(row, year, software, self.fitted)
         shape, costs = self._pieces(row, year, software, cluster)
         if row.kind == "layer time":
             return Prediction(row=row, step_s=_block_seconds(shape, costs, recompute))
@@ -171,9 +175,9 @@ def _chosen(found: Sequence[Prediction]) -> Prediction:
     return replace(more, step_s=less.step_s + share * (more.step_s - less.step_s), memory_bytes=memory, least_bytes=more.room_bytes)
 
 
-def _cluster(row: Row, year: int, software: Software) -> Cluster:
+def _cluster(row: Row, year: int, software: Software, fitted: bool) -> Cluster:
     """The row's machines as its software uses them."""
-    cluster = cluster_of(machines_of(row.machine), software.attention)
+    cluster = cluster_of(machines_of(row.machine), software.attention, fitted)
     changes = {
         "fuses": cluster.rates.fuses and not software.eager,
         "copies_inner": software.copies_inner,
@@ -266,7 +270,8 @@ def _with_products_in(cluster: Cluster, dtype: str) -> Cluster:
 
 @dataclass(frozen=True, kw_only=True)
 class FileResult:
-    """Of one file. error: median absolute percentage error of step time; memory: of memory; overfull: how many of the `out_of_memory` rows
+    """Of one file. error: median absolute percentage error of step time; memory: of memory; zero_shot: of step time with nothing fitted to
+    published steps, where that was asked for; overfull: how many of the `out_of_memory` rows
     that ran out of memory are said to fit; tau, regret: over its sweeps."""
 
     file: str
@@ -275,6 +280,7 @@ class FileResult:
     error: float | None
     bias: float | None
     memory: float | None
+    zero_shot: float | None
     overfull: int
     out_of_memory: int
     tau: float | None
@@ -282,10 +288,9 @@ class FileResult:
     reasons: dict[str, int]
 
 
-def summarise(file: str, predictions: Sequence[Prediction]) -> FileResult:
-    """The figures of a file."""
+def summarise(file: str, predictions: Sequence[Prediction], unfitted_too: Sequence[Prediction] = ()) -> FileResult:
+    """The figures of a file. unfitted_too: what is predicted with nothing fitted."""
     timed = [each for each in predictions if each.error is not None]
-    pairs = [(each.step_s, each.row.step_s) for each in timed if each.step_s and each.row.step_s]
     sized = [(each.memory_bytes, each.row.memory_bytes) for each in predictions if each.memory_bytes and each.row.memory_bytes]
     burst = [each for each in predictions if each.row.out_of_memory and each.memory_bytes]
     by_row = {each.row.id: each for each in timed}
@@ -298,9 +303,10 @@ def summarise(file: str, predictions: Sequence[Prediction]) -> FileResult:
         file=file,
         rows=len(predictions),
         expressed=len([each for each in predictions if each.step_s is not None]),
-        error=median_absolute_percentage_error(*zip(*pairs, strict=True)) if pairs else None,
+        error=_median_error(predictions),
         bias=errors[len(errors) // 2] if errors else None,
         memory=median_absolute_percentage_error(*zip(*sized, strict=True)) if sized else None,
+        zero_shot=_median_error(unfitted_too),
         overfull=sum(each.fits for each in burst),
         out_of_memory=len(burst),
         tau=sum(taus) / len(taus) if taus else None,
@@ -309,18 +315,25 @@ def summarise(file: str, predictions: Sequence[Prediction]) -> FileResult:
     )
 
 
-def _predicted(job: tuple[Path, str]) -> tuple[FileResult, list[Prediction]]:
-    folder, name = job
+def _median_error(predictions: Sequence[Prediction]) -> float | None:
+    pairs = [(each.step_s, each.row.step_s) for each in predictions if each.error is not None and each.step_s and each.row.step_s]
+    return median_absolute_percentage_error(*zip(*pairs, strict=True)) if pairs else None
+
+
+def _predicted(job: tuple[Path, str, bool]) -> tuple[FileResult, list[Prediction]]:
+    folder, name, zero_shot = job
     table = next(table for table in read_directory(folder) if table.path.name == name)
-    predictor = Predictor()
-    predictions = [predictor.predict(row, table.year or 2023, table.words) for row in table.rows]
-    return summarise(table.path.stem, predictions), predictions
+    fitted, unfitted_too = Predictor(), Predictor(fitted=False)
+    unfitted_too.twins = fitted.twins
+    predictions = [fitted.predict(row, table.year or 2023, table.words) for row in table.rows]
+    others = [unfitted_too.predict(row, table.year or 2023, table.words) for row in table.rows if zero_shot and row.usable]
+    return summarise(table.path.stem, predictions, others), predictions
 
 
 def _show(results: Sequence[FileResult]) -> None:
-    shown = Shown("file", *(("rows", "expressed", "step time", "bias", "memory", "overfull", "tau", "regret")))
+    shown = Shown("file", *(("rows", "expressed", "step time", "bias", "zero-shot", "memory", "overfull", "tau", "regret")))
     for each in results:
-        figures = (each.error, each.bias, each.memory)
+        figures = (each.error, each.bias, each.zero_shot, each.memory)
         overfull = f"{each.overfull} of {each.out_of_memory}" if each.out_of_memory else ""
         counts = str(each.rows), str(each.expressed)
         shown.add_row(each.file, *counts, *map(_percent, figures), overfull, _number(each.tau), _percent(each.regret))
@@ -345,11 +358,12 @@ def main() -> int:
     parser.add_argument("--out", type=Path, help="write every prediction as JSON")
     parser.add_argument("--only", default="", help="files whose name holds this")
     parser.add_argument("--jobs", type=int, default=2, help="processes")
+    parser.add_argument("--zero-shot", action="store_true", help="also predict with nothing fitted to published steps; twice the time")
     parser.add_argument("--check", action="store_true", help="exit with 1 where a bound is broken")
     given = parser.parse_args()
     names = [table.path.name for table in read_directory(given.tables) if given.only in table.path.name]
     with ProcessPoolExecutor(given.jobs, mp_context=get_context("spawn")) as pool:
-        jobs = pool.map(_predicted, [(given.tables, name) for name in names])
+        jobs = pool.map(_predicted, [(given.tables, name, given.zero_shot) for name in names])
         found = list(track(jobs, total=len(names), description="predicting", console=Console(stderr=True)))
     results = [result for result, _ in found]
     _show(results)
@@ -360,6 +374,8 @@ def main() -> int:
         f"mean over files of the median error: {_percent(mean)}; worst file {_percent(max(errors, default=None))}; "
         f"{expressed} of {rows} rows expressed ({100 * expressed / max(rows, 1):.0f} %)"
     )
+    if blind := [each.zero_shot for each in results if each.zero_shot is not None]:
+        print(f"with nothing fitted: {_percent(sum(blind) / len(blind))}; worst file {_percent(max(blind))}")
     if given.out:
         given.out.write_text(json.dumps([_document(each) for _, predictions in found for each in predictions], indent=1))
     sized = [each.memory for each in results if each.memory is not None]

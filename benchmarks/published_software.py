@@ -7,11 +7,11 @@ which generation; elementwise operators fused or one by one; communication besid
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from benchmarks.published_rows import Row
 
-__all__ = ["JAX", "TORCH", "Software", "is_compiled", "software_of"]
+__all__ = ["JAX", "TORCH", "Software", "is_compiled", "software_of", "unfitted"]
 
 TORCH = ("torchtitan", "llm-foundry", "fms-fsdp", "composer", "torch", "fsdp")  # programs of PyTorch's own operators
 _JAX = ("pax", "t5x")  # XLA writes scores and softmax out unless told otherwise
@@ -112,3 +112,9 @@ def _overlaps_tensors(framework: str, year: int, options: dict[str, str], words:
     said = options.get("tp_comm_overlap", "").lower()
     usual = framework == "megatron" and year >= _OVERLAPS_TENSORS_SINCE
     return said == "true" or (not said and (usual or bool(re.search(r"tp comm(unication)? overlap", words, re.IGNORECASE))))
+
+
+def unfitted(software: Software) -> Software:
+    """With nothing that was read off measured steps: products at their usual rate, gradients beside the backward pass, no other overlap."""
+    kernel = "flash2" if software.attention == "flash1" else software.attention
+    return replace(software, attention=kernel, products=1.0, overlap=_OVERLAP_NOW, hidden=0.0, call_s=None)

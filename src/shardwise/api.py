@@ -73,10 +73,14 @@ def parallelize(
     batch_dims: BatchDims | None = None,
     seed: int = 0,
     timeout_s: float = 300.0,
+    clip_norm: float | None = None,
+    check_finite: bool = True,
 ) -> Any:
     """This rank's Job of a plan; call it on every rank, under torchrun or in a process group of your own.
 
     optimizer: a function of (name, parameter) pairs that returns a torch optimizer; it gets this rank's parts of the parameters.
+    clip_norm: gradients are scaled down to this norm over all parameters, as torch.nn.utils.clip_grad_norm_ does on one device.
+    check_finite: a step whose loss or gradients are infinite or not numbers raises NotFiniteError before the optimizer sees them.
     The job takes the weights over: parameters that it keeps whole go on living in the model, those that it splits are emptied there.
     Raises PlanError when the plan is for another model, batch or number of ranks; CaptureError for weights on the meta device; LayoutError
     for an optimizer that cannot run on shards; ClusterError outside a job; CheckError when the programs would not fit together.
@@ -88,7 +92,18 @@ def parallelize(
     join_group(timeout_s)
     graph = capture(model, _resized(batch, plan.global_batch, batch_dims or {}), loss=loss, batch_dims=batch_dims)
     applied = apply_plan(plan, graph)
-    job = Job(graph, plan, applied, state_of(model, graph), optimizer, device=_device(), seed=seed, timeout_s=timeout_s)
+    job = Job(
+        graph,
+        plan,
+        applied,
+        state_of(model, graph),
+        optimizer,
+        device=_device(),
+        seed=seed,
+        timeout_s=timeout_s,
+        clip_norm=clip_norm,
+        check_finite=check_finite,
+    )
     _release(model, job)
     give_back_freed_memory()
     return job

@@ -11,6 +11,7 @@
     ├── CheckError      the ranks' programs do not fit together: found before any of them starts
     ├── VerifyError     a model cannot be compared with itself
     ├── DataError       training data is missing, empty or too short
+    ├── NotFiniteError  a step's loss or gradients are infinite or not numbers
     ├── TransferError   a rank waited in vain for another one's message
     └── RankFailed      a rank died; carries that rank's own last error
 
@@ -29,6 +30,7 @@ __all__ = [
     "DataError",
     "LayoutError",
     "ModelError",
+    "NotFiniteError",
     "PlanError",
     "RankFailed",
     "RuleError",
@@ -81,6 +83,10 @@ class CheckError(ShardwiseError):
 
 class DataError(ShardwiseError):
     """Training data is missing, empty or too short."""
+
+
+class NotFiniteError(ShardwiseError):
+    """A step's loss or gradients are infinite or not numbers; the optimizer has not seen them."""
 
 
 class TransferError(ShardwiseError):

@@ -154,7 +154,7 @@ class Outlook:
                 "" if each.bubble is None else f"{100 * each.bubble:.0f} %",
                 f"{each.memory_bytes / 1e9:.3g} GB",
                 "yes" if each.runs else "no",
-                *([each.words] if isinstance(each, Placed) else []),
+                *([each.words.partition("=")[0]] if isinstance(each, Placed) else []),
             )
         return table
 

@@ -121,13 +121,14 @@ def slowest(rates: Iterable[Rates]) -> Rates:
     return min(rates, key=lambda each: each.matmul_of("bfloat16").cubes_flops.values[-1])
 
 
-def cluster_of(found: Machines, attention: str = "") -> Cluster:
+def cluster_of(found: Machines, attention: str = "", fitted: bool = True) -> Cluster:
     """Devices of the catalog. What is equal for all ranks is that of the slowest and of the smallest of them.
 
-    attention: the kernel that computes it (`shardwise.cluster.roofline`), the newest where none is named.
+    attention, fitted: as in `shardwise.cluster.roofline.device_rates`.
     """
+    rates = {device: device_rates(device, attention, fitted) for device in found.devices}
     groups = [
-        (group.ranks, Device(name=group.device.name, memory_bytes=group.device.memory_bytes, rates=device_rates(group.device, attention)))
+        (group.ranks, Device(name=group.device.name, memory_bytes=group.device.memory_bytes, rates=rates[group.device]))
         for group in found.groups
     ]
     return Cluster(

@@ -62,15 +62,16 @@ _OPTIMIZER_BYTES = {
 
 
 @cache
-def device_rates(device: DeviceSpec, attention: str = "") -> Rates:
+def device_rates(device: DeviceSpec, attention: str = "", fitted: bool = True) -> Rates:
     """All figures of one rank on the device. Collectives are not among them: they depend on where the ranks are.
 
     attention: which kernel computes it, of flash1, flash2, flash3; the newest for the device where none is named.
+    fitted: whether products reach what published steps show, or what is usual of any device.
     """
     bandwidth = device.memory_bytes_per_s * _BANDWIDTH_REACH
-    matmul = {dtype: _matmul(_reached(device, dtype)) for dtype in ("float32", "tf32", "float16", "bfloat16", "fp8")}
-    base = _reached(device, "float32")
-    forward, backward = (Curve.constant(base * share) for share in _attention(device, attention))
+    matmul = {dtype: _matmul(_reached(device, dtype, fitted)) for dtype in ("float32", "tf32", "float16", "bfloat16", "fp8")}
+    base = _reached(device, "float32", fitted)
+    forward, backward = (Curve.constant(base * share) for share in _attention(device, attention, fitted))
     convolution = Curve(sizes=(1.0, 64.0), values=(base / 64, base * 0.7))
     parts = [part + suffix for part in ("forward", "backward_input", "backward_weight") for suffix in ("", "_transposed")]
     return Rates(
@@ -100,30 +101,31 @@ def device_rates(device: DeviceSpec, attention: str = "") -> Rates:
     )
 
 
-def _attention(device: DeviceSpec, kernel: str) -> tuple[float, float]:
+def _attention(device: DeviceSpec, kernel: str, fitted: bool) -> tuple[float, float]:
     """Forward and backward, of the rate of products."""
     architecture = next((name for name, words in _ARCHITECTURES.items() if re.match(rf"({words})\d", device.name)), "")
     known = [name for name, found in _ATTENTION.items() if architecture in found]
     if not known:
         return _OTHER_ATTENTION
     forward, backward = _ATTENTION[kernel if kernel in known else known[-1]][architecture]
-    return forward / _usual_reach(device), backward / _usual_reach(device)
+    reach = _usual_reach(device, fitted)
+    return forward / reach, backward / reach
 
 
 def _family(device: DeviceSpec) -> str:
     return max((family for family in _REACH if device.name.startswith(family)), key=len, default="")
 
 
-def _usual_reach(device: DeviceSpec) -> float:
-    return _REACH.get(_family(device), _OTHER_REACH)
+def _usual_reach(device: DeviceSpec, fitted: bool) -> float:
+    return _REACH.get(_family(device), _OTHER_REACH) if fitted else _OTHER_REACH
 
 
-def _reached(device: DeviceSpec, dtype: str) -> float:
+def _reached(device: DeviceSpec, dtype: str, fitted: bool) -> float:
     """Flop/s of the largest products."""
-    reach, family = _usual_reach(device), _family(device)
+    reach, family = _usual_reach(device, fitted), _family(device)
     if device.power_w is not None and (usual := _POWER_W.get(family)):
         reach *= min(1.0, device.power_w / usual) ** _POWER_EXPONENT
-    return device.peak(dtype) * reach * (_FP8_REACH if dtype == "fp8" and "fp8" in device.peak_flops else 1.0)
+    return device.peak(dtype) * reach * (_FP8_REACH if fitted and dtype == "fp8" and "fp8" in device.peak_flops else 1.0)
 
 
 def _matmul(flops: float) -> MatmulRate:

@@ -86,6 +86,11 @@ class Executor:
         self.state.update(self.changed)
         return loss
 
+    @property
+    def loss(self) -> float:
+        """What this rank has added to the loss in the present or last run."""
+        return sum(loss.item() for loss in self.losses)
+
     def evaluate(self, batch: Mapping[str, Tensor], step_key: int) -> float:
         """The forward pass alone, with the buffers left as they are."""
         actions = [action for action in self.program.actions if action.kind in _FORWARD_ONLY]
@@ -110,7 +115,7 @@ class Executor:
             for action, work, _ in self.pending:
                 self._wait(action, work)
         self.pending.clear()
-        return sum(loss.item() for loss in self.losses)
+        return self.loss
 
     def _perform(self, action: Action) -> None:
         """The action; where a collective in it ends because other ranks do not come, the error says so."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
+from math import prod
 
 import torch
 import torch.distributed as dist
@@ -19,6 +21,7 @@ from shardwise.program.reductions import DATA_AXES, joined_ranks
 from shardwise.runtime.executor import Event, Executor
 from shardwise.runtime.gradients import Gradients
 from shardwise.runtime.group import create_groups
+from shardwise.runtime.norm import GradientNorm
 from shardwise.runtime.optimizer import prefer_fused, refuse_unless_elementwise
 from shardwise.runtime.parameters import Parameters
 from shardwise.runtime.transport import Distributed
@@ -34,7 +37,8 @@ class Job:
     """One rank of a running plan.
 
     batch_slice: which samples of the global batch this rank works on. program: what it performs; print it to read it.
-    events: the last step's actions with their times.
+    events: the last step's actions with their times. grad_norm: of all gradients of the last step, before they were clipped; nan where
+    neither clip_norm nor check_finite asks for it.
     """
 
     def __init__(
@@ -48,6 +52,8 @@ class Job:
         device: torch.device,
         seed: int = 0,
         timeout_s: float = 300.0,
+        clip_norm: float | None = None,
+        check_finite: bool = True,
     ) -> None:
         self.graph, self.plan, self.device, self.seed = graph, plan, device, seed
         self.steps = 0
@@ -65,6 +71,12 @@ class Job:
         self.parameters = Parameters(self.program, self.state, self.gradients.parts, transport, choose)
         self.optimizer = self._optimizer(optimizer)
         self.executor = Executor(self.program, self.state, self.gradients, transport, device)
+        self.norm = self._norm(clip_norm) if clip_norm is not None or check_finite else None
+        self.loss = self.grad_norm = math.nan
+
+    def _norm(self, most: float | None) -> GradientNorm:
+        sizes = {name: prod(value.shape) for name, value in self.graph.parameters.items() if value.requires_grad}
+        return GradientNorm({name: each for name, each in self.gradients.parts.items() if name in sizes}, sizes, most, self.device)
 
     def _optimizer(self, factory: OptimizerFactory) -> torch.optim.Optimizer | None:
         """The user's optimizer over this rank's parts; None for a rank without parameters."""
@@ -87,15 +99,19 @@ class Job:
         """One optimizer step on the global batch; its loss, equal on all ranks.
 
         batch: the global batch, the same on every rank; with local=True this rank's `batch_slice` of it.
-        Raises BatchError when names, shapes or dtypes are not those that the plan was made for.
+        Raises BatchError when names, shapes or dtypes are not those that the plan was made for, NotFiniteError when the loss or a gradient
+        is infinite or not a number: the parameters are then as they were before the step.
         """
         part = self._part(batch, local)
         if self.graph.checks and not local:
             self._check_answers(batch)
         self.steps += 1
-        return self._total(self.executor.step(part, step_key(self.seed, self.steps), self._update))
+        loss = self.executor.step(part, step_key(self.seed, self.steps), self._update)
+        return self._total(loss) if self.norm is None else self.loss
 
     def _update(self) -> None:
+        if self.norm is not None:
+            self.loss, self.grad_norm = self.norm.apply(self.executor.loss if self.program.counts_loss else 0.0, self.steps)
         if self.optimizer is not None:
             self.optimizer.step()
         self.parameters.gather()
