@@ -168,12 +168,13 @@ def plan(
     pinned = _pinned(layout, schedule=schedule, recompute=recompute)
     wished: Any = {"runnable": runnable, "budget": budget, "objective": objective, "within": within, "price": price}
     chosen: Plan | Proposal
+    unlike = False
     if _proposes(model, cluster, whole=whole, random=random):
         found = _outlook(_required(model), cluster, pinned, global_batch, sequence, **wished)
         from shardwise.whatif import usual_changes, with_what_ifs
 
         changes = [each for text in what_if or [] for each in (usual_changes(found.cluster) if text == "usual" else [text])]
-        chosen = with_what_ifs(found, changes)
+        chosen, unlike = with_what_ifs(found, changes), bool(found.cluster.unlike)
     else:
         _without_effect(what_if=what_if or None, **wished)
         chosen = _plan(model, cluster, pinned, global_batch, sequence, random)
@@ -182,6 +183,8 @@ def plan(
         typer.echo(out.read_text())
     else:
         typer.echo(f"{chosen}\n\nplan: {out}")
+        if unlike:
+            typer.echo("the devices are not alike, their parts here are: `shardwise layouts` compares unequal ones, --whole plans them")
 
 
 @app.command()

@@ -135,10 +135,9 @@ class Outlook:
             "again",
             "step",
             "peak",
-            "waits",
+            "parts" if self.unlike else "waits",
             "memory",
             "runs",
-            *(["parts"] if self.unlike else []),
             box=None,
         )
         for each in self.ranked[:shown]:
@@ -151,10 +150,9 @@ class Outlook:
                 scheme.recompute,
                 f"{each.seconds:.3g} s",
                 f"{100 * self.use(each):.0f} %",
-                "" if each.bubble is None else f"{100 * each.bubble:.0f} %",
+                each.words.partition("=")[0] if isinstance(each, Placed) else "" if each.bubble is None else f"{100 * each.bubble:.0f} %",
                 f"{each.memory_bytes / 1e9:.3g} GB",
                 "yes" if each.runs else "no",
-                *([each.words.partition("=")[0]] if isinstance(each, Placed) else []),
             )
         return table
 

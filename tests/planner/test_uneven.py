@@ -17,10 +17,15 @@ from shardwise.capture.export import capture
 from shardwise.cli import app
 from shardwise.cluster.model import Cluster
 from shardwise.cost.links import link_seconds
+from shardwise.errors import LayoutError
+from shardwise.outlook import Outlook, Study, Wish
 from shardwise.planner.pieces import Outline
+from shardwise.planner.plan import Infeasible
 from shardwise.planner.scale import Found, ScaleSearch
+from shardwise.planner.space import Pins
 from shardwise.planner.twins import Twin, TwinLayout
 from shardwise.planner.uneven import Costs, Placed, Team, Uneven, UnevenSearch, kinds_of, search_unlike
+from shardwise.report.outlook import prospect_of
 from shardwise.simulate.simulator import Column, simulate_columns
 
 MIXED = "1x8 h100 + 2x4 a100-80g, 8xHDR"
@@ -239,3 +244,17 @@ def test_the_command_line_says_which_device_does_what() -> None:
     assert words == {"equal", "only", "stages", "copies"}
     best = {word: min(e["step_time_s"] for e in layouts if f",{word}=" in f",{e['layout'].split(',')[-1]}=") for word in words}
     assert layouts[0]["step_time_s"] == min(best.values()) < best["equal"]
+
+
+def test_where_equal_parts_do_not_fit() -> None:
+    """Unequal ones are compared, where asked for; a page or a file of equal parts there is none."""
+    cluster = replace(Cluster.parse("1x2 a100-80g + 1x2 rtx4090, 25 GbE"), memory_bytes=int(2e9))  # of the smallest, for equal parts
+    study, wish = Study.of("gpt3-125m"), Wish(global_batch=16)
+    assert isinstance(study.outlook(cluster, wish), Infeasible)
+    found = study.outlook(cluster, wish, unlike=True)
+    assert isinstance(found, Outlook) and not found.found and found.flops > 0
+    assert {each.words.partition("=")[0] for each in found.ranked if isinstance(each, Placed)} == {"stages", "copies", "only"}
+    with pytest.raises(LayoutError, match="only unequal parts fit"):
+        prospect_of(found)
+    pinned = study.outlook(cluster, replace(wish, pins=Pins.parse("tp=2")), unlike=True)
+    assert isinstance(pinned, Infeasible), "pins are of equal parts"
