@@ -28,7 +28,9 @@ def outlook() -> Outlook:
     return found
 
 
-def test_every_layout_that_was_put_together_is_a_point(outlook: Outlook) -> None:
+def test_every_layout_that_was_put_together_is_a_point() -> None:
+    outlook = Study.of("gpt3-6.7b").outlook(Cluster.parse("a100-40g:4x4"), Wish(global_batch=64))
+    assert isinstance(outlook, Outlook)
     points = prospect_of(outlook).points
     assert len(points) == len(outlook.searched.considered) > 20
     limit = outlook.search.limit_bytes
