@@ -168,12 +168,13 @@ def plan(
     pinned = _pinned(layout, schedule=schedule, recompute=recompute)
     wished: Any = {"runnable": runnable, "budget": budget, "objective": objective, "within": within, "price": price}
     chosen: Plan | Proposal
+    unlike = False
     if _proposes(model, cluster, whole=whole, random=random):
         found = _outlook(_required(model), cluster, pinned, global_batch, sequence, **wished)
         from shardwise.whatif import usual_changes, with_what_ifs
 
         changes = [each for text in what_if or [] for each in (usual_changes(found.cluster) if text == "usual" else [text])]
-        chosen = with_what_ifs(found, changes)
+        chosen, unlike = with_what_ifs(found, changes), bool(found.cluster.unlike)
     else:
         _without_effect(what_if=what_if or None, **wished)
         chosen = _plan(model, cluster, pinned, global_batch, sequence, random)
@@ -182,6 +183,8 @@ def plan(
         typer.echo(out.read_text())
     else:
         typer.echo(f"{chosen}\n\nplan: {out}")
+        if unlike:
+            typer.echo("the devices are not alike, their parts here are: `shardwise layouts` compares unequal ones, --whole plans them")
 
 
 @app.command()
@@ -402,7 +405,7 @@ def layouts(
     shardwise layouts --model gpt3-175b --cluster a100-80g:128x8 --report layouts.html
     """
     wished: Any = {"runnable": runnable, "budget": budget, "objective": objective, "within": within, "price": price}
-    found = _outlook(model, cluster, layout, global_batch, sequence, **wished)
+    found = _outlook(model, cluster, layout, global_batch, sequence, unlike=True, **wished)
     if report is not None:
         from shardwise.report.outlook import prospect_of
         from shardwise.report.prospect import write_prospect
@@ -414,7 +417,10 @@ def layouts(
     else:
         typer.echo(f"{found.study.preset.name} on {found.cluster.name}: {found.search.global_batch} samples a step, bfloat16")
         Console().print(found.table())
-        typer.echo(f"nothing left out takes less than {found.searched.lower_s:.3g} s: {found.searched.gap:.1%} may be gained")
+        if found.places():
+            typer.echo(f"\nThe first, by device:\n{found.places()}")
+        else:
+            typer.echo(f"nothing left out takes less than {found.searched.lower_s:.3g} s: {found.searched.gap:.1%} may be gained")
 
 
 @app.command()
@@ -626,6 +632,7 @@ def _outlook(
     objective: str = "throughput",
     within: float | None = None,
     price: float | None = None,
+    unlike: bool = False,
 ) -> Outlook:
     from shardwise.cluster.model import Cluster
     from shardwise.outlook import Study, Wish
@@ -643,7 +650,7 @@ def _outlook(
     machine = Cluster.parse(cluster)
     with Console(stderr=True).status(f"costing layouts of {model} on {cluster} …"):
         study = Study.of(model, sequence, wish.pins.microbatch)
-        return _feasible(study.outlook(machine, wish))
+        return _feasible(study.outlook(machine, wish, unlike=unlike))
 
 
 def _without_effect(**given: Any) -> None:

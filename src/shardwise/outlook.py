@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -31,6 +32,7 @@ from shardwise.planner.proposal import Parts as PartsText
 from shardwise.planner.reasons import alternatives, binds, explain
 from shardwise.planner.scale import Found, ScaleSearch, Searched
 from shardwise.planner.space import Pins
+from shardwise.planner.uneven import Placed, search_unlike
 from shardwise.planner.unfit import why_unfit
 from shardwise.presets import Preset
 from shardwise.program.trace import Tracer
@@ -89,8 +91,24 @@ class Outlook:
 
     @property
     def found(self) -> list[Found]:
-        """Layouts that fit, fastest first."""
+        """Layouts of equal parts for all devices that fit, fastest first."""
         return self.searched.found
+
+    @cached_property
+    def unlike(self) -> list[Found]:
+        """Where the devices are not alike and nothing is pinned: layouts that give each kind its part, those of each kind alone, and those
+        of equal parts; else none."""
+        return search_unlike(self.search, self.searched) if self.cluster.unlike and not self.search.pins.named else []
+
+    @property
+    def ranked(self) -> list[Found]:
+        """All layouts that are compared, simulated ones first, fastest first."""
+        return self.unlike or self.found
+
+    def places(self) -> str:
+        """Who does what in the first layout, a line for each kind of device; "" where parts are equal."""
+        first = self.ranked[0] if self.ranked else None
+        return "\n".join(first.places) if isinstance(first, Placed) else ""
 
     @property
     def cluster(self) -> Cluster:
@@ -107,10 +125,22 @@ class Outlook:
 
     def table(self, shown: int = 10) -> Table:
         """The first layouts. batches: microbatches × samples; 1f1b×4: interleaved, 4 stages a rank; again: what the backward pass
-        recomputes; peak: share of the devices' that the model's arithmetic takes."""
-        axes = ["dp", *(name for name in ("cp", "ep") if any(getattr(each.scheme, name) > 1 for each in self.found[:shown])), "tp", "pp"]
-        table = Table(*axes, "batches", "order", "zero", "again", "step", "peak", "waits", "memory", "runs", box=None)
-        for each in self.found[:shown]:
+        recomputes; peak: share of the devices' that the model's arithmetic takes; parts: on devices that are not alike."""
+        axes = ["dp", *(name for name in ("cp", "ep") if any(getattr(each.scheme, name) > 1 for each in self.ranked[:shown])), "tp", "pp"]
+        table = Table(
+            *axes,
+            "batches",
+            "order",
+            "zero",
+            "again",
+            "step",
+            "peak",
+            "parts" if self.unlike else "waits",
+            "memory",
+            "runs",
+            box=None,
+        )
+        for each in self.ranked[:shown]:
             scheme = each.scheme
             table.add_row(
                 *(str(getattr(scheme, name)) for name in axes),
@@ -120,7 +150,7 @@ class Outlook:
                 scheme.recompute,
                 f"{each.seconds:.3g} s",
                 f"{100 * self.use(each):.0f} %",
-                "" if each.bubble is None else f"{100 * each.bubble:.0f} %",
+                each.words.partition("=")[0] if isinstance(each, Placed) else "" if each.bubble is None else f"{100 * each.bubble:.0f} %",
                 f"{each.memory_bytes / 1e9:.3g} GB",
                 "yes" if each.runs else "no",
             )
@@ -141,8 +171,9 @@ class Outlook:
                     "memory_bytes": each.memory_bytes,
                     "dollars": self.dollars(each),
                     "runs": each.runs,
+                    **({"places": list(each.places)} if isinstance(each, Placed) else {}),
                 }
-                for each in self.found
+                for each in self.ranked
             ],
         }
 
@@ -252,8 +283,11 @@ class Study:
             costs=self.costs,
         )
 
-    def outlook(self, cluster: Cluster, wish: Wish) -> Outlook | Infeasible:
-        """What the wish gets on the cluster, or why nothing fits. LayoutError where pins contradict each other."""
+    def outlook(self, cluster: Cluster, wish: Wish, *, unlike: bool = False) -> Outlook | Infeasible:
+        """What the wish gets on the cluster, or why nothing fits. LayoutError where pins contradict each other.
+
+        unlike: whether it is enough that unequal parts fit; `Outlook.found` may then be empty.
+        """
         full = self.search(cluster, wish)
         full.space.check()
         best: Outlook | None = None
@@ -266,6 +300,10 @@ class Study:
                 best = found
                 if wish.objective == "devices":
                     break
+        if best is None and unlike:
+            uneven = self._outlook(cluster, wish)
+            if uneven.unlike:
+                return uneven
         if best is None:
             return why_unfit(full, lambda times: resized(cluster, times=times)) if wish.within_s is None else _too_slow(cluster, wish)
         return best
@@ -290,7 +328,7 @@ class Study:
         price = wish.price_per_hour if wish.price_per_hour is not None else None if listed is None else listed / cluster.ranks
         if price is None and wish.objective == "cost":
             raise ClusterError(f"no price of {cluster.name} is known; give one with --price")
-        flops = search.flops() if searched.found else 0.0
+        flops = search.flops() if searched.found or cluster.unlike else 0.0
         return Outlook(
             study=self,
             search=search,

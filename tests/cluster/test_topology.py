@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import math
 import time
-from itertools import combinations
+from itertools import combinations, permutations
 
 import pytest
 from hypothesis import given, settings
@@ -313,3 +313,48 @@ def test_levels_that_do_not_nest() -> None:
 def test_parts_that_do_not_fit(parts: list[tuple[str, int, int]], fabrics: list[Fabric], said: str) -> None:
     with pytest.raises(ClusterError, match=said):
         assemble("mix", [Part(node=node(name), nodes=nodes, per_node=each) for name, nodes, each in parts], fabrics, catalog())
+
+
+# ---- parts of machines ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "1x8 a100-80g + 2x4 rtx4090, 25 GbE",
+        "2x8 h100 + 1x4 l40s + 3x2 rtx4090, 100 GbE, oversubscribed 2",
+        "a100-80g:8 + rtx4090:4, 25 GbE",
+    ],
+)
+def test_parts_of_machines_are_joined_as_the_whole_is(line: str) -> None:
+    """Of groups in any order, every pair of ranks is joined by the same link at the same rate."""
+    whole = parse_spec(line)
+    firsts = [sum(group.ranks for group in whole.groups[:number]) for number in range(len(whole.groups))]
+    for size in range(1, len(whole.groups) + 1):
+        for numbers in permutations(range(len(whole.groups)), size):
+            part = whole.only(numbers)
+            places = [firsts[number] + rank for number in numbers for rank in range(whole.groups[number].ranks)]
+            assert part.ranks == len(places)
+            assert [part.device_of(rank) for rank in range(part.ranks)] == [whole.device_of(place) for place in places]
+            for a, b in combinations(range(part.ranks), 2):
+                mine, theirs = part.crossing((a, b)), whole.crossing((places[a], places[b]))
+                assert (mine.bytes_per_s, mine.latency_s, mine.nodes) == (theirs.bytes_per_s, theirs.latency_s, theirs.nodes)
+
+
+def test_a_part_under_one_switch_does_not_cross_the_others() -> None:
+    name, nic = node("dgx-h100"), link("NDR")
+    parts = [Part(node=name, nodes=4, per_node=8), Part(node=node("dgx-a100"), nodes=4, per_node=8)]
+    fabrics = [Fabric(name="pod", nodes=4, link=nic), Fabric(link=nic, oversubscription=4.0)]
+    whole = assemble("two pods", parts, fabrics, catalog())
+    alone = whole.only((1,))
+    assert alone.crossing((0, 31)).bytes_per_s == 4 * whole.crossing((0, 63)).bytes_per_s
+    assert [level.ranks for level in alone.levels] == [8, 32]
+    with pytest.raises(ClusterError, match="cannot be put in another order"):
+        whole.only((1, 0))
+
+
+def test_kinds_of_devices() -> None:
+    machines = parse_spec("1x8 a100-80g + 2x4 rtx4090 + 1x4 a100-80g, 25 GbE")
+    assert machines.kinds == ((0, 2), (1,))
+    assert [device.name for device in machines.devices] == ["a100-80g", "rtx4090"]
+    assert machines.only(machines.kinds[0]).ranks == 12

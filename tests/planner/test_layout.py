@@ -28,11 +28,14 @@ def test_text_and_mappings_say_the_same() -> None:
     ("given_", "message"),
     [
         ("tp", "'tp' in layout 'tp' is no NAME=VALUE pair; write for example tp=2,pp=2"),
-        ("zp=2", "'zp' in the layout is unknown; there are dp, cp, tp, pp, chunks, microbatches, schedule, zero, shard, recompute"),
+        ("zp=2", "'zp' in the layout is unknown; there are dp, cp, tp, pp, chunks, microbatches, schedule, zero, shard, recompute, shares"),
         ("zero=4", "zero=4 in the layout is unknown; there are 0, 1, 2, 3"),
         ("recompute=all", "recompute=all in the layout is unknown; there are none, selective, full"),
         ("zero=1,shard=x", "shard=x in the layout is not a whole number of 1 or more"),
         ("dp=4,shard=2", "shard=2 in the layout says how many ranks divide what zero divides: name zero=1, 2 or 3, too"),
+        ("shares=3:x", "shares=x in the layout is not a whole number of 1 or more"),
+        ("shares=2:0", "shares=0 in the layout is not a whole number of 1 or more"),
+        ("dp=3,shares=2:1", "shares=2:1 are of 2 copies, dp=3 has 3; give a share for each copy"),
         ("tp=two", "tp=two in the layout is not a whole number of 1 or more"),
         ("tp=0", "tp=0 in the layout is not a whole number of 1 or more"),
         ("pp=-2", "pp=-2 in the layout is not a whole number of 1 or more"),
@@ -95,3 +98,29 @@ def test_one_microbatch_where_more_would_change_the_numbers() -> None:
 def test_what_contradicts_itself(layout: str, ranks: int, samples: int, obstacle: str, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=re.escape(message)):
         completions(Layout.parse(layout), ranks, samples, obstacle)
+
+
+def test_shares_are_proportions() -> None:
+    layout = Layout.parse("shares=6:2,tp=2")
+    assert (layout.dp, layout.shares, str(layout)) == (2, (3, 1), "dp=2,tp=2,shares=3:1")
+    assert Layout.parse({"shares": [6, 2], "tp": 2}) == Layout.parse(str(layout)) == layout
+    assert Layout.parse("shares=4:4") == Layout(dp=2, shares=()), "evenly, on unlike ranks, too"
+    assert Layout.parse(Layout(shares=(2, 4))) == Layout(dp=2, shares=(1, 2))
+
+
+def test_shares_are_cut_into_microbatches_that_divide_each() -> None:
+    found = completions(Layout.parse("shares=3:1,tp=1,pp=1"), 2, 16, "")
+    assert {layout.microbatches for layout in found} == {1, 4}, "of 12 and 4 samples"
+    assert {layout.microbatches for layout in completions(Layout.parse("shares=3:1"), 4, 8, "") if layout.pp == 2} == {2}
+
+
+@pytest.mark.parametrize(
+    ("layout", "samples", "message"),
+    [
+        ("shares=3:1", 6, "shares=3:1 divide a batch of a multiple of 4 samples, not 6; change the global batch or the shares"),
+        ("shares=3:1,microbatches=3", 8, "a batch of 8 cannot be cut into microbatches=3 on dp=4: 8 is no multiple of 12"),
+    ],
+)
+def test_shares_that_do_not_divide_the_batch(layout: str, samples: int, message: str) -> None:
+    with pytest.raises(BatchError, match=f"^{re.escape(message)}"):
+        completions(Layout.parse(layout), 2, samples, "")

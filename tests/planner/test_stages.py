@@ -39,7 +39,7 @@ def chain(sizes: list[int], skips: list[tuple[int, int]]) -> Graph:
     return Graph(parameters=parameters, buffers={}, inputs={"x": x}, ops=ops, loss=last)
 
 
-def slowest(graph: Graph, seconds: list[float], ends: tuple[int, ...], limit: float | None) -> float | None:
+def slowest(graph: Graph, seconds: list[float], ends: tuple[int, ...], limit: list[float] | None, speeds: list[float]) -> float | None:
     """Seconds of the slowest stage of a cut, by hand; None where its parameters do not fit."""
     readers = graph.consumers()
     index = {op: number for number, op in enumerate(graph.ops)}
@@ -52,48 +52,54 @@ def slowest(graph: Graph, seconds: list[float], ends: tuple[int, ...], limit: fl
         return total * SECONDS_PER_BYTE if 0 < place < len(graph.ops) else 0.0
 
     worst = 0.0
-    for start, end in pairwise((0, *ends)):
-        if limit is not None and sum(graph.parameters[f"w{number}"].nbytes for number in range(start, end)) > limit:
+    for stage, (start, end) in enumerate(pairwise((0, *ends))):
+        if limit is not None and sum(graph.parameters[f"w{number}"].nbytes for number in range(start, end)) > limit[stage]:
             return None
-        worst = max(worst, sum(seconds[start:end]) + crossing(start) + crossing(end))
+        worst = max(worst, sum(seconds[start:end]) / speeds[stage] + crossing(start) + crossing(end))
     return worst
 
 
+Problem = tuple[list[int], list[tuple[int, int]], list[float], list[float], list[float] | None]
+
+
 @st.composite
-def problems(draw: st.DrawFn) -> tuple[list[int], list[tuple[int, int]], list[float], int, float | None]:
+def problems(draw: st.DrawFn) -> Problem:
+    """Sizes of the operators, who reads whose result, their seconds, and of each stage its speed and its limit."""
     count = draw(st.integers(4, 9))
     sizes = draw(st.lists(st.integers(1, 20), min_size=count, max_size=count))
     pairs = [(a, b) for a in range(count) for b in range(a + 2, count)]
     skips = draw(st.lists(st.sampled_from(pairs), max_size=3, unique=True))
     seconds = [float(each) for each in draw(st.lists(st.integers(0, 9), min_size=count, max_size=count))]
-    limit = draw(st.none() | st.floats(20, 400))
-    return sizes, skips, seconds, draw(st.integers(1, 4)), limit
+    stages = draw(st.integers(1, 4))
+    speeds = draw(st.lists(st.sampled_from([1.0, 1.0, 0.5, 3.0]), min_size=stages, max_size=stages))
+    limit = draw(st.none() | st.lists(st.floats(20, 400), min_size=stages, max_size=stages))
+    return sizes, skips, seconds, speeds, limit
 
 
 @settings(max_examples=150, deadline=None)
 @given(problems())
-def test_no_cut_is_better(problem: tuple[list[int], list[tuple[int, int]], list[float], int, float | None]) -> None:
-    sizes, skips, seconds, stages, limit = problem
-    graph = chain(sizes, skips)
+def test_no_cut_is_better(problem: Problem) -> None:
+    sizes, skips, seconds, speeds, limit = problem
+    graph, stages = chain(sizes, skips), len(speeds)
     taken = dict(zip(graph.ops, seconds, strict=True))
     costs = StageCosts(
-        seconds=taken.__getitem__,
+        seconds=lambda op, stage: taken[op] / speeds[stage],
         transfer=lambda nbytes: nbytes * SECONDS_PER_BYTE,
         state_bytes=lambda value: float(value.nbytes),
         limit_bytes=limit,
     )
     every = [(*ends, len(sizes)) for ends in combinations(range(1, len(sizes)), stages - 1)]
-    possible = [found for ends in every if (found := slowest(graph, seconds, ends, limit)) is not None]
+    possible = [found for ends in every if (found := slowest(graph, seconds, ends, limit, speeds)) is not None]
     cut = cut_stages(graph, set(), stages, costs)
     if not possible:
         assert cut is None
         return
     assert cut is not None and cut == sorted(cut) and set(cut) == set(range(stages))
     ends = tuple(number for number in range(1, len(cut)) if cut[number] != cut[number - 1])
-    assert slowest(graph, seconds, (*ends, len(cut)), limit) == pytest.approx(min(possible))
+    assert slowest(graph, seconds, (*ends, len(cut)), limit, speeds) == pytest.approx(min(possible))
 
 
 def test_more_stages_than_parts() -> None:
-    costs = StageCosts(seconds=lambda op: 1.0, transfer=lambda nbytes: 0.0, state_bytes=lambda value: 0.0)
+    costs = StageCosts(seconds=lambda op, stage: 1.0, transfer=lambda nbytes: 0.0, state_bytes=lambda value: 0.0)
     with pytest.raises(LayoutError, match=r"5 stages are more than the 4 parts that the model can be cut into; use 4 or fewer"):
         cut_stages(chain([1, 1, 1, 1], []), set(), 5, costs)

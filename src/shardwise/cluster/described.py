@@ -11,6 +11,7 @@
     # matmul_flops = { float32 = 60e12, bfloat16 = 190e12 }
     memory_bytes_per_s = 1.4e12          # streaming, reads and writes together
     call_s = 5e-6                        # fixed time of one operator
+    # speeds = [1, 1, 0.5]               # optional, of each rank, relative to these figures
 
     [link]                               # between two ranks, each direction
     latency_s = 8e-6
@@ -26,7 +27,7 @@ import tomllib
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from shardwise.cluster.rates import IMPLEMENTATIONS, CollectiveRate, Curve, MatmulRate, OptimizerRate, Rates
 from shardwise.errors import ClusterError
@@ -51,6 +52,7 @@ class DescribedRates(_Described):
     matmul_flops: Positive | dict[str, Positive]
     memory_bytes_per_s: Positive
     call_s: Annotated[float, Field(ge=0)] = 5e-6
+    speeds: tuple[Positive, ...] = ()
 
 
 class DescribedLink(_Described):
@@ -71,14 +73,29 @@ class DescribedMachine(_Described):
     rates: DescribedRates
     link: DescribedLink
 
+    @model_validator(mode="after")
+    def _speed_of_each(self) -> DescribedMachine:
+        if self.rates.speeds and len(self.rates.speeds) != self.ranks:
+            raise ValueError(f"rates.speeds has {len(self.rates.speeds)} numbers for ranks = {self.ranks}; give one for each rank")
+        if len(set(self.rates.speeds)) > 1 and self.cores is not None:
+            raise ValueError("rates.speeds differ, but the ranks share cores: leave cores out")
+        return self
+
     @property
     def memory_bytes(self) -> int:
         """Memory of one rank."""
         return int(self.memory_gb * _BYTES_PER_GB)
 
-    def described_rates(self) -> Rates:
-        """The figures as a probe would have put them."""
-        return _rates(self.rates, self.link, self.ranks)
+    def described_rates(self, speed: float = 1.0) -> Rates:
+        """The figures as a probe would have put them, of a rank that is so many times as fast."""
+        own = self.rates
+        by_dtype = own.matmul_flops if isinstance(own.matmul_flops, dict) else {"float32": own.matmul_flops}
+        faster = {
+            "matmul_flops": {dtype: flops * speed for dtype, flops in by_dtype.items()},
+            "memory_bytes_per_s": own.memory_bytes_per_s * speed,
+            "call_s": own.call_s / speed,
+        }
+        return _rates(own.model_copy(update=faster), self.link, self.ranks)
 
 
 def read_machine(path: Path) -> DescribedMachine:
@@ -97,6 +114,8 @@ def read_machine(path: Path) -> DescribedMachine:
 
 def _said(problem: Any) -> str:
     key = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] == "value_error":
+        return str(problem["ctx"]["error"])
     if problem["type"] == "missing":
         return f"key {key!r} is missing"
     if problem["type"] == "extra_forbidden":

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from bisect import bisect_right
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from itertools import accumulate
 from pathlib import Path
 
 from shardwise.cluster.described import read_machine
@@ -14,7 +17,7 @@ from shardwise.cluster.specs import machines
 from shardwise.cluster.topology import Machines
 from shardwise.errors import ClusterError
 
-__all__ = ["Cluster", "Device", "cluster_of"]
+__all__ = ["Cluster", "Device", "cluster_of", "slowest"]
 
 _ACCEPTED = (
     'accepted are a Cluster, "local:N" (N ranks sharing this machine), devices of the catalog ("h100:2048x8": 2,048 nodes of 8; '
@@ -33,11 +36,13 @@ class Device:
 
 @dataclass(frozen=True, kw_only=True)
 class Cluster:
-    """Equal ranks.
+    """Ranks.
 
     name: as it was asked for ("local:4") or as its file says. backend: torch.distributed's ("gloo", "nccl").
     cores: CPU cores that the ranks share, None where each rank has a device of its own.
-    memory_bytes: of each rank. rates: of each rank. machines: what they are and what joins them, where they are of the catalog.
+    memory_bytes, rates: of each rank, of the smallest and of the slowest where they are not alike. machines: what they are and what joins
+    them, where they are of the catalog.
+    unlike: where the ranks are not all alike, in their order (how many, what each of them computes on); () where they are.
     """
 
     name: str
@@ -47,6 +52,7 @@ class Cluster:
     memory_bytes: int
     rates: Rates
     machines: Machines | None = None
+    unlike: tuple[tuple[int, Device], ...] = ()
 
     @property
     def threads_per_rank(self) -> int:
@@ -56,7 +62,22 @@ class Cluster:
     @property
     def devices(self) -> tuple[Device, ...]:
         """The device of each rank."""
+        if self.unlike:
+            return tuple(device for count, device in self.unlike for _ in range(count))
         return tuple(Device(name=f"{self.name}/{rank}", memory_bytes=self.memory_bytes, rates=self.rates) for rank in range(self.ranks))
+
+    def seen_by(self, ranks: Iterable[int]) -> Cluster:
+        """The cluster as these ranks see it, which wait for each other: the memory of the smallest, the rates of the slowest of them."""
+        if not self.unlike:
+            return self
+        ends = list(accumulate(count for count, _ in self.unlike))
+        found = [self.unlike[number][1] for number in sorted({bisect_right(ends, rank) for rank in ranks})]
+        return replace(self, memory_bytes=min(device.memory_bytes for device in found), rates=slowest(device.rates for device in found))
+
+    def with_memory(self, memory_bytes: int) -> Cluster:
+        """The cluster, had each rank so much."""
+        unlike = tuple((count, replace(device, memory_bytes=memory_bytes)) for count, device in self.unlike)
+        return replace(self, memory_bytes=memory_bytes, unlike=unlike)
 
     @classmethod
     def parse(cls, spec: Cluster | str | Path, *, refresh: bool = False) -> Cluster:
@@ -95,31 +116,45 @@ def _local(spec: str, refresh: bool) -> Cluster:
     )
 
 
+def slowest(rates: Iterable[Rates]) -> Rates:
+    """Those of the least flop/s in large products (bfloat16's where they are known)."""
+    return min(rates, key=lambda each: each.matmul_of("bfloat16").cubes_flops.values[-1])
+
+
 def cluster_of(found: Machines, attention: str = "", fitted: bool = True) -> Cluster:
-    """Unlike devices are taken as the slowest of them: equal parts wait for it. Memory is that of the smallest.
+    """Devices of the catalog. What is equal for all ranks is that of the slowest and of the smallest of them.
 
     attention, fitted: as in `shardwise.cluster.roofline.device_rates`.
     """
-    found_rates = [device_rates(device, attention, fitted) for device in found.devices]
-    rates = min(found_rates, key=lambda each: each.matmul_of("bfloat16").cubes_flops.values[-1])
+    rates = {device: device_rates(device, attention, fitted) for device in found.devices}
+    groups = [
+        (group.ranks, Device(name=group.device.name, memory_bytes=group.device.memory_bytes, rates=rates[group.device]))
+        for group in found.groups
+    ]
     return Cluster(
         name=found.name,
         ranks=found.ranks,
         backend="nccl",
         cores=None,
-        memory_bytes=min(device.memory_bytes for device in found.devices),
-        rates=rates,
+        memory_bytes=min(device.memory_bytes for _, device in groups),
+        rates=slowest(device.rates for _, device in groups),
         machines=found,
+        unlike=tuple(groups) if len(found.devices) > 1 else (),
     )
 
 
 def _described(path: Path) -> Cluster:
     machine = read_machine(path)
+    name = machine.name or path.stem
+    speeds = machine.rates.speeds
+    rates = {speed: machine.described_rates(speed) for speed in (*speeds, 1.0)}
+    each = [(1, Device(name=f"{name}/{rank}", memory_bytes=machine.memory_bytes, rates=rates[speed])) for rank, speed in enumerate(speeds)]
     return Cluster(
-        name=machine.name or path.stem,
+        name=name,
         ranks=machine.ranks,
         backend=machine.backend,
         cores=machine.cores,
         memory_bytes=machine.memory_bytes,
-        rates=machine.described_rates(),
+        rates=rates[min(speeds, default=1.0)],
+        unlike=tuple(each) if len(set(speeds)) > 1 else (),
     )

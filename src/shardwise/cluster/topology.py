@@ -170,6 +170,11 @@ class Machines:
         return tuple(dict.fromkeys(group.device for group in self.groups))
 
     @property
+    def kinds(self) -> tuple[tuple[int, ...], ...]:
+        """The numbers of the groups that have each kind of device, in the order of `devices`."""
+        return tuple(tuple(number for number, group in enumerate(self.groups) if group.device == device) for device in self.devices)
+
+    @property
     def uniform(self) -> bool:
         """Whether all ranks have the same device and the same links."""
         return len({(group.device, group.per_node, group.levels) for group in self.groups}) == 1
@@ -195,6 +200,29 @@ class Machines:
     def peak_flops(self, dtype: str) -> float:
         """Dense flop/s of all devices."""
         return sum(group.ranks * group.device.peak(dtype) for group in self.groups)
+
+    def only(self, numbers: Sequence[int]) -> Machines:
+        """The groups with these numbers, in this order, joined as they are here: a part of the machines, or all in another order.
+
+        A level between nodes that joins all that is left becomes the outermost one. ClusterError for another order where there are
+        levels of several sizes between nodes: a node's place says there which switch it hangs on.
+        """
+        chosen = [self.groups[number] for number in numbers]
+        depths = len(self.groups[0].outside)
+        if depths > 1 and list(numbers) != sorted(numbers):
+            raise ClusterError(f"cluster {self.name!r}: nodes under several levels of switches cannot be put in another order")
+        total = sum(group.ranks for group in chosen)
+        ranks = np.concatenate([np.arange(self._firsts[number], self._firsts[number] + self.groups[number].ranks) for number in numbers])
+        first = self._inside
+        joins = next((depth for depth in range(depths) if len(set(self._blocks[first + depth][ranks])) == 1), depths)
+
+        def outside(group: Group) -> tuple[Level, ...]:
+            inner = [level for level in group.outside[:joins] if level.ranks < total]
+            return (*inner, *(replace(level, ranks=total) for level in group.outside[joins : joins + 1]))
+
+        single = sum(group.nodes for group in chosen) == 1
+        groups = tuple(replace(group, outside=() if single else outside(group)) for group in chosen)
+        return Machines(name=" + ".join(f"{group.nodes}x{group.per_node} {group.device.name}" for group in groups), groups=groups)
 
     def slowed(self, shares: Mapping[str, float]) -> Machines:
         """With levels that keep a share of their rate. Names: of a level, of a link, or "network" for all between nodes; ClusterError for

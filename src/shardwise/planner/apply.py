@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 from shardwise.capture.blocks import block_pattern
 from shardwise.capture.graph import Graph, Op, Value
-from shardwise.errors import PlanError
+from shardwise.errors import LayoutError, PlanError
 from shardwise.planner.plan import Plan, Random, looked_up, op_with_key, read_choice, read_placement
 from shardwise.program.lower import Cut
 from shardwise.sharding.assignment import Assignment, possible, set_choice, split_sizes
@@ -63,10 +63,21 @@ def analyse(graph: Graph, random: Random = "keyed", named: Mapping[str, int | No
     )
 
 
-def assign(analysis: Analysis, dp: int, microbatches: int, tp: int, cp: int = 1, *, zero: int = 0, shard: int = 0) -> Assignment:
-    """An assignment whose data and context axes are decided and whose tensor axis is not. zero, shard: as of `Assignment`."""
+def assign(
+    analysis: Analysis, dp: int, microbatches: int, tp: int, cp: int = 1, shares: Sequence[int] = (), *, zero: int = 0, shard: int = 0
+) -> Assignment:
+    """An assignment whose data and context axes are decided and whose tensor axis is not.
+
+    shares: in which proportion the data ranks divide the samples; LayoutError where an operator takes equal parts of them only.
+    zero, shard: as of `Assignment`.
+    """
+    if equal := [op for op, choice in analysis.batch.items() if shares and not analysis.signatures[op].splits[choice.factor].uneven]:
+        where = f"{equal[0].name} in {equal[0].module or 'the model'}"
+        raise LayoutError(
+            f"shares={':'.join(map(str, shares))} divides the batch unevenly, but {where} takes equal parts only; leave them out"
+        )
     mesh = {"dp": dp, "mb": microbatches, "cp": cp, "tp": tp}
-    assignment = Assignment(graph=analysis.graph, mesh=mesh, signatures=analysis.signatures, zero=zero, shard=shard)
+    assignment = Assignment(graph=analysis.graph, mesh=mesh, signatures=analysis.signatures, shares=tuple(shares), zero=zero, shard=shard)
     split_batch(assignment, analysis.batch, analysis.prelude)
     split_sequence(assignment, analysis.sequence if cp > 1 else {}, analysis.batch, analysis.prelude)
     return assignment
@@ -88,7 +99,7 @@ def apply_plan(plan: Plan, graph: Graph, *, same_fingerprint: bool = True) -> Ap
     analysis = analyse(graph, plan.random, _sequence_dims(plan, graph))
     if plan.microbatches > 1 and (obstacle := microbatch_obstacle(graph, analysis.signatures, analysis.batch, analysis.prelude)):
         raise PlanError(f"microbatches={plan.microbatches} would change the numbers: {obstacle}; use microbatches=1")
-    assignment = assign(analysis, plan.dp, plan.microbatches, plan.tp, plan.cp, zero=plan.zero, shard=plan.shard)
+    assignment = assign(analysis, plan.dp, plan.microbatches, plan.tp, plan.cp, plan.shares, zero=plan.zero, shard=plan.shard)
     for op in graph.ops:
         text = looked_up(plan.operators, op.key) or "R"
         choice = Choice("R") if op in analysis.prelude else read_choice(text, op.key)

@@ -12,7 +12,7 @@ Sources: ZeRO, Rajbhandari et al. 2020; recomputation, Chen et al. 2016 and Kort
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from shardwise.cluster.model import Cluster
@@ -23,7 +23,7 @@ from shardwise.planner.pieces import Outline, PieceCost, Work
 from shardwise.simulate.profile import EdgeProfile, Profile, StageProfile
 from shardwise.simulate.simulator import Mesh
 
-__all__ = ["Scheme", "compose", "divide", "recomputed"]
+__all__ = ["Scheme", "compose", "divide", "hop_seconds", "recomputed", "stage_profile"]
 
 _COPYING = 0.15  # of a device computes nothing while rows are copied: DeepEP's 20 of 132 multiprocessors of an H100
 _UPDATE_BYTES = 30  # read and written by the update of one number: gradient 4, states 24, new 16-bit parameter 2
@@ -194,18 +194,42 @@ def compose(shape: Outline, costs: Sequence[PieceCost], scheme: Scheme, cluster:
     return Profile(stages=[each[tuple(stage.parts)] for stage in made], edges=list(_edges(made, scheme, cluster)), cores=None)
 
 
+def stage_profile(
+    shape: Outline,
+    costs: Sequence[PieceCost],
+    parts: Sequence[tuple[int, int]],
+    scheme: Scheme,
+    cluster: Cluster,
+    *,
+    between: Cluster | None = None,
+    apart: int = 0,
+) -> StageProfile:
+    """One stage: so many of each piece (`divide`), with the costs of the devices that it is on, `cluster`.
+
+    between, apart: where the data ranks are not neighbours inside `cluster`: what joins them, and how many ranks there are from one to the
+    next; experts are not divided then (ep = 1).
+    """
+    stage = _Stage(shape=shape, costs=costs, parts=parts, scheme=scheme, cluster=cluster, between=between, apart=apart)
+    return stage.profile(splits_backward=False)
+
+
+def hop_seconds(nbytes: float, tp: int, cluster: Cluster, send: Callable[[float], float]) -> float:
+    """Of a message from stage to stage. A message that all tensor ranks have whole is sent in parts and put together beyond, where that is
+    faster (Narayanan et al. 2021, section 4.1). send: bytes → seconds from one rank to its neighbour; cluster: of the tensor ranks."""
+    return min(send(nbytes), send(nbytes / tp) + collective_cost("all_gather", nbytes, tp, cluster).seconds)
+
+
 def _edges(made: Sequence[_Stage], scheme: Scheme, cluster: Cluster) -> Iterator[EdgeProfile]:
-    """A message that all tensor ranks have whole is sent in parts and put together beyond, where that is faster (Narayanan et al. 2021,
-    section 4.1)."""
     stride = scheme.dp * scheme.cp * scheme.tp
-    sent: dict[int, float] = {}
+    sent: dict[float, float] = {}
+
+    def send(nbytes: float) -> float:
+        return collective_cost("send_recv", nbytes, 2, cluster, stride).seconds
+
     for number, stage in enumerate(made[:-1]):
         nbytes = stage.costs[stage.parts[-1][0]].sent
         if nbytes not in sent:
-            whole = collective_cost("send_recv", nbytes, 2, cluster, stride).seconds
-            gathered = collective_cost("all_gather", nbytes, scheme.tp, cluster).seconds
-            parts = collective_cost("send_recv", nbytes / scheme.tp, 2, cluster, stride).seconds + gathered
-            sent[nbytes] = min(whole, parts) if scheme.pp > 1 else 0.0
+            sent[nbytes] = hop_seconds(nbytes, scheme.tp, cluster, send) if scheme.pp > 1 else 0.0
         seconds = sent[nbytes]
         yield EdgeProfile(name=f"h→{number + 1}", source=number, target=number + 1, nbytes=nbytes, transfer_s=seconds, requires_grad=True)
 
@@ -217,6 +241,8 @@ class _Stage:
     parts: Sequence[tuple[int, int]]
     scheme: Scheme
     cluster: Cluster
+    between: Cluster | None = None
+    apart: int = 0
 
     def _each(self) -> Iterator[tuple[PieceCost, int, str]]:
         """(cost, how many, how it is recomputed)."""
@@ -276,22 +302,23 @@ class _Stage:
     def _over_data(self, kind: str, numbers: float, experts: float, item: int) -> float:
         """Of so many numbers, among them experts', over the ranks that ZeRO divides, or all replicas."""
         scheme = self.scheme
+        scheme, cluster, stride = self.scheme, self.between or self.cluster, self.apart or self.scheme.tp
         ranks, copies = (scheme.sharded, scheme.expert_sharded) if scheme.zero else (scheme.replicas, scheme.expert_copies)
-        dense = collective_cost(kind, (numbers - experts) * item, ranks, self.cluster, scheme.tp).seconds
-        return dense + (collective_cost(kind, experts * item, copies, self.cluster, scheme.expert_stride).seconds if experts else 0.0)
+        dense = collective_cost(kind, (numbers - experts) * item, ranks, cluster, stride).seconds
+        apart = self.apart or scheme.expert_stride
+        return dense + (collective_cost(kind, experts * item, copies, cluster, apart).seconds if experts else 0.0)
 
     def _across(self, numbers: float, experts: float, item: int) -> float:
         """Between replicas of what ZeRO divides."""
-        scheme, total = self.scheme, 0.0
+        scheme, cluster, total = self.scheme, self.between or self.cluster, 0.0
         if not scheme.zero:
             return total
         for part, held, shards, stride in (
-            (numbers - experts, scheme.replicas, scheme.sharded, scheme.tp),
-            (experts, scheme.expert_copies, scheme.expert_sharded, scheme.expert_stride),
+            (numbers - experts, scheme.replicas, scheme.sharded, self.apart or scheme.tp),
+            (experts, scheme.expert_copies, scheme.expert_sharded, self.apart or scheme.expert_stride),
         ):
-            total += (
-                collective_cost("all_reduce", part * item / shards, held // shards, self.cluster, stride * shards).seconds if part else 0.0
-            )
+            each = part * item / shards
+            total += collective_cost("all_reduce", each, held // shards, cluster, stride * shards).seconds if part else 0.0
         return total
 
     def _route(self, cost: PieceCost) -> float:

@@ -38,6 +38,7 @@ def explain(
         f"Layout  {plan.layout}",
         *_random(plan, applied),
         f"  {_mesh(plan)}",
+        *_devices(plan, cluster),
         *_divided(plan),
         *_recomputed(plan, graph),
         *_stages(plan, applied, graph),
@@ -79,7 +80,8 @@ def _step(plan: Plan) -> str:
 def _mesh(plan: Plan) -> str:
     parts = []
     if plan.dp > 1:
-        parts.append(f"{plan.dp} copies, each on 1/{plan.dp} of the batch (dp)")
+        each = f"in shares of {':'.join(map(str, plan.shares))}" if plan.shares else f"each on 1/{plan.dp} of the batch"
+        parts.append(f"{plan.dp} copies, {each} (dp)")
     if plan.cp > 1:
         parts.append(f"{plan.cp} ranks share each sequence (cp)")
     if plan.tp > 1:
@@ -88,6 +90,25 @@ def _mesh(plan: Plan) -> str:
         stages = f"{plan.pp} stages" if plan.chunks == 1 else f"{plan.pp} times {plan.chunks} stages"
         parts.append(f"{stages} with {plan.microbatches} microbatches, {plan.schedule} (pp)")
     return " × ".join(parts) or "one rank does everything"
+
+
+def _devices(plan: Plan, cluster: Cluster) -> list[str]:
+    """Which of unlike devices do what."""
+    lines, first = [], 0
+    each = plan.dp * plan.cp * plan.tp
+    for count, device in cluster.unlike:
+        last = min(first + count, plan.ranks) - 1
+        if last >= first:
+            ranks = f"rank {first}" if first == last else f"ranks {first} to {last}"
+            stages = sorted({first // each, last // each})
+            what = [f"stage{'s' if len(stages) > 1 else ''} {' to '.join(map(str, stages))}"] if plan.pp > 1 else []
+            copies = range(first // (plan.cp * plan.tp), last // (plan.cp * plan.tp) + 1)
+            if plan.shares:
+                samples = sum(plan.global_batch * plan.shares[copy % plan.dp] // sum(plan.shares) for copy in set(copies))
+                what += [f"{samples} of {plan.global_batch} samples"] if plan.pp == 1 else []
+            lines.append(f"  {device.name}: {ranks}" + (f", {', '.join(what)}" if what else ""))
+        first += count
+    return ["Devices", *lines] if lines else []
 
 
 def _divided(plan: Plan) -> list[str]:
@@ -202,7 +223,8 @@ def _kept_whole(plan: Plan, applied: Applied, op_seconds: Callable[[Op], float] 
 def _memory(plan: Plan, cluster: Cluster) -> list[str]:
     peak = max(range(len(plan.predicted.memory_bytes)), key=plan.predicted.memory_bytes.__getitem__)
     kinds = ", ".join(f"{name} {_bytes(size)}" for name, size in plan.predicted.by_kind[peak].items() if size)
-    return [f"  memory at most {_bytes(plan.predicted.memory_bytes[peak])} of {_bytes(cluster.memory_bytes)}, on rank {peak}: {kinds}"]
+    have = _bytes(cluster.seen_by([peak]).memory_bytes)
+    return [f"  memory at most {_bytes(plan.predicted.memory_bytes[peak])} of {have}, on rank {peak}: {kinds}"]
 
 
 def _others(plan: Plan) -> list[str]:

@@ -3,9 +3,9 @@ searched."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from math import prod
+from math import gcd, prod
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from shardwise.program.tables import NAMES, OWN, Slot, least_chunks, placement, 
 __all__ = ["Layout", "completions"]
 
 _NUMBERS = ("dp", "cp", "tp", "pp", "chunks", "microbatches")
-_NAMES = (*_NUMBERS, "schedule", "zero", "shard", "recompute")
+_NAMES = (*_NUMBERS, "schedule", "zero", "shard", "recompute", "shares")
 _MOST_ZERO = 3
 
 
@@ -28,6 +28,7 @@ class Layout:
     chunks: stages of each pipeline rank, as few as the schedule takes where not pinned. table: the text of a schedule of the user's own.
     zero: what data ranks divide (0 to 3), in groups of `shard` where that is not all of them; recompute: none, selective or full. Where
     these are not pinned they are 0 and none, and more only where memory would not do.
+    shares: in which proportion the copies divide the batch, () evenly; not pinned, evenly where all ranks are alike.
     """
 
     dp: int | None = None
@@ -41,12 +42,13 @@ class Layout:
     zero: int | None = None
     shard: int | None = None
     recompute: str | None = None
+    shares: tuple[int, ...] | None = None
 
     @classmethod
     def parse(cls, given: Layout | str | Mapping[str, Any] | None) -> Layout:
         """Reads text or a mapping; `schedule` is a name, or a file with a table. Raises LayoutError for what is not understood."""
         if given is None or isinstance(given, Layout):
-            return given or cls()
+            return _with_shares(given or cls())
         pairs: dict[str, Any] = dict(given) if isinstance(given, Mapping) else dict(_pairs(given))
         pairs = {name: _read(name, value) for name, value in pairs.items()}
         if pairs.get("shard") and not pairs.get("zero"):
@@ -55,8 +57,8 @@ class Layout:
             )
         schedule = pairs.get("schedule")
         if schedule is not None and schedule not in NAMES:
-            return _with_table(cls(**{**pairs, "schedule": OWN}), str(schedule))
-        layout = cls(**pairs)
+            return _with_table(_with_shares(cls(**{**pairs, "schedule": OWN})), str(schedule))
+        layout = _with_shares(cls(**pairs))
         if layout.schedule and layout.chunks:
             placement(layout.schedule, layout.pp or 1, layout.chunks)  # refuses a number of chunks that it does not take
         return layout
@@ -85,8 +87,9 @@ class Layout:
         return rank_tables(self.schedule, self.pp or 1, self.chunks or 1, self.microbatches)
 
     def __str__(self) -> str:
-        names = [name for name in _NAMES if name != "chunks" or (self.chunks or 1) > 1]
-        return ",".join(f"{name}={getattr(self, name)}" for name in names if getattr(self, name) is not None)
+        names = [name for name in _NAMES[:-1] if name != "chunks" or (self.chunks or 1) > 1]
+        words = [f"{name}={getattr(self, name)}" for name in names if getattr(self, name) is not None]
+        return ",".join([*words, *([f"shares={':'.join(map(str, self.shares))}"] if self.shares else [])])
 
 
 def _with_table(layout: Layout, source: str) -> Layout:
@@ -128,11 +131,31 @@ def _pairs(text: str) -> Iterator[tuple[str, str]]:
         yield name, value
 
 
+def _numbers(value: Any) -> tuple[int, ...]:
+    """`6:2` or [6, 2]."""
+    parts = value.split(":") if isinstance(value, str) else list(value) if isinstance(value, Iterable) else [value]
+    return tuple(_positive("shares", part) for part in parts)
+
+
+def _with_shares(layout: Layout) -> Layout:
+    """Its dp is that of its shares; these without common divisor, and none where they are equal."""
+    shares = layout.shares
+    if not shares:
+        return layout
+    if layout.dp not in (None, len(shares)):
+        text = ":".join(map(str, shares))
+        raise LayoutError(f"shares={text} are of {len(shares)} copies, dp={layout.dp} has {layout.dp}; give a share for each copy")
+    least = tuple(share // gcd(*shares) for share in shares)
+    return replace(layout, dp=len(shares), shares=least if len(set(least)) > 1 else ())
+
+
 def _read(name: str, value: Any) -> Any:
     """What is given for a name; a schedule as it is."""
     known = {"zero": range(_MOST_ZERO + 1), "recompute": RECOMPUTE}
     if name in (*_NUMBERS, "shard"):
         return _positive(name, value)
+    if name == "shares":
+        return _numbers(value)
     if name in known:
         if str(value) not in map(str, known[name]):
             raise LayoutError(f"{name}={value} in the layout is unknown; there are {', '.join(map(str, known[name]))}")
@@ -220,9 +243,10 @@ def _with(layout: Layout, name: str, size: int) -> Layout:
 
 def _microbatched(mesh: Layout, pinned: Layout, samples: int, obstacle: str) -> Iterator[Layout]:
     assert mesh.dp and mesh.pp
-    if samples < mesh.dp or (samples % mesh.dp and not pinned.dp):
+    parts = sum(mesh.shares or ()) or mesh.dp
+    if samples < parts or (samples % parts and (mesh.shares or not pinned.dp)):
         return
-    each = samples // mesh.dp if samples % mesh.dp == 0 else 1  # unequal shares are not cut into microbatches
+    each = samples // parts if samples % parts == 0 else 1  # what does not divide the batch is not cut into microbatches
     useful = [1] if obstacle else _useful_counts(each, mesh.pp)
     counts = [pinned.microbatches] if pinned.microbatches else useful
     for count in counts:
@@ -242,8 +266,13 @@ def _useful_counts(samples: int, stages: int) -> list[int]:
 def _explain(layout: Layout, meshes: list[Layout], samples: int, obstacle: str) -> None:
     if layout.microbatches and layout.microbatches > 1 and obstacle:
         raise LayoutError(f"microbatches={layout.microbatches} would change the numbers: {obstacle}; use microbatches=1")
+    if layout.shares and samples % sum(layout.shares):
+        shares, total = ":".join(map(str, layout.shares)), sum(layout.shares)
+        raise BatchError(
+            f"shares={shares} divide a batch of a multiple of {total} samples, not {samples}; change the global batch or the shares"
+        )
     if layout.microbatches:
-        parts = sorted({mesh.dp or 1 for mesh in meshes})
+        parts = sorted({sum(mesh.shares or ()) or mesh.dp or 1 for mesh in meshes})
         raise BatchError(
             f"a batch of {samples} cannot be cut into microbatches={layout.microbatches} on dp={' or '.join(map(str, parts))}: "
             f"{samples} is no multiple of {layout.microbatches * parts[0]}; change the global batch or the number of microbatches"

@@ -32,7 +32,7 @@ from shardwise.sharding.assignment import Assignment
 from shardwise.sharding.collectives import COLLECTIVES
 from shardwise.simulate.costs import node_seconds, sink_seconds
 
-__all__ = ["Outline", "Piece", "PieceCost", "Work", "outline", "piece_costs"]
+__all__ = ["Outline", "Piece", "PieceCost", "Work", "outline", "piece_costs", "piece_costs_on"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,13 +152,22 @@ class PieceCost:
 
 def piece_costs(shape: Outline, assignment: Assignment, prelude: set[Op], cluster: Cluster, tracer: Tracer) -> tuple[PieceCost, ...]:
     """Of every piece in the assignment, whose mesh has one data rank."""
+    (costs,) = piece_costs_on(shape, assignment, prelude, (cluster,), tracer)
+    return costs
+
+
+def piece_costs_on(
+    shape: Outline, assignment: Assignment, prelude: set[Op], clusters: Sequence[Cluster], tracer: Tracer
+) -> list[tuple[PieceCost, ...]]:
+    """For each of several clusters the costs of every piece, which are lowered once."""
     assert assignment.mesh["dp"] == 1
     cut = Cut(stage_of=shape.stage_of, prelude=frozenset(prelude))
     tp, cp = assignment.mesh["tp"], assignment.mesh["cp"]
     middle = max(0, cp // 2 - 1)  # of a causal model's sequence: what comes before it is half of what the last rank attends to
     ranks = [rank_of(stage, 0, 0, 1, tp, c=middle, cp=cp) for stage in shape.shown]
     programs = build_programs(assignment, cut, "1f1b", lambda *_: "native", device=torch.device("cpu"), tracer=tracer, ranks=ranks)
-    return tuple(_cost(programs[rank], _tied([programs[each] for each in ranks[: index + 1]]), cluster) for index, rank in enumerate(ranks))
+    ties = [_tied([programs[each] for each in ranks[: index + 1]]) for index in range(len(ranks))]
+    return [tuple(_cost(programs[rank], tied, cluster) for rank, tied in zip(ranks, ties, strict=True)) for cluster in clusters]
 
 
 def _tied(programs: Sequence[Program]) -> dict[int, int]:

@@ -44,7 +44,7 @@ class Prediction(_Strict):
     """What the simulator says of a plan. Seconds and bytes; memory_bytes and by_kind for each rank.
 
     by_kind: for each rank parameters, gradients, optimizer, saved, transient, buffers and runtime at the peak.
-    limit_bytes: what a rank has.
+    limit_bytes: what a rank has, the largest where they are not alike; limits: each of them where they are not.
     """
 
     step_time_s: float
@@ -53,6 +53,7 @@ class Prediction(_Strict):
     bubble: float = 0.0
     communication_s: float = 0.0
     limit_bytes: int | None = None
+    limits: list[int] = []
 
 
 class Candidate(_Strict):
@@ -91,6 +92,7 @@ class Plan(_Strict):
     chunks: stages of each pipeline rank. schedule: the name of one, or "table" for the user's own, whose lines `table` has.
     random: "keyed", random numbers are the same in every layout; "fast", they come from torch's generator, seeded for each part.
     sequence_dims: where cp splits the sequence, batch input → its sequence dim.
+    shares: in which proportion the data ranks divide the samples; [] evenly.
     zero: what the data ranks divide (0 nothing, 1 optimizer states, 2 gradients too, 3 parameters too), shard: in groups of how many, 0: of
     all. recompute: what the backward pass makes again (`shardwise.program.recompute`).
     operators, parameters: pattern → choice or type on the tensor axis; what is not named is whole.
@@ -119,6 +121,7 @@ class Plan(_Strict):
     shard: int = 0
     recompute: Recompute = "none"
     sequence_dims: dict[str, int] = {}
+    shares: list[int] = []
     stages: list[str]
     operators: dict[str, str] = {}
     parameters: dict[str, str] = {}
@@ -135,9 +138,14 @@ class Plan(_Strict):
         if prod(sizes.values()) != self.ranks:
             product = " × ".join(f"{name}={size}" for name, size in sizes.items())
             raise ValueError(f"{product} are {prod(sizes.values())} ranks, not ranks={self.ranks}")
+        if self.shares and (len(self.shares) != self.dp or min(self.shares) < 1 or self.global_batch % sum(self.shares)):
+            raise ValueError(f"shares={self.shares} do not divide global_batch={self.global_batch} among the ranks of dp={self.dp}")
+        each = [self.global_batch * share // sum(self.shares) for share in self.shares]
+        if any(samples % self.microbatches for samples in each):
+            raise ValueError(f"microbatches={self.microbatches} do not divide the data ranks' samples, {each}")
         if self.global_batch < self.dp:
             raise ValueError(f"a global batch of {self.global_batch} leaves some of the ranks on dp={self.dp} without a sample")
-        if self.microbatches > 1 and self.global_batch % (self.dp * self.microbatches):
+        if not self.shares and self.microbatches > 1 and self.global_batch % (self.dp * self.microbatches):
             raise ValueError(f"dp={self.dp} × microbatches={self.microbatches} do not divide global_batch={self.global_batch}")
         self._check_schedule()
         data = self.dp * self.cp
@@ -179,6 +187,7 @@ class Plan(_Strict):
         context = f"cp={self.cp}," if self.cp > 1 else ""
         chunks = f"chunks={self.chunks}," if self.chunks > 1 else ""
         more = [f",{name}={value}" for name in ("zero", "shard", "recompute") if (value := getattr(self, name)) not in (0, "none")]
+        more += [f",shares={':'.join(map(str, self.shares))}"] if self.shares else []
         schedule = f"microbatches={self.microbatches},schedule={self.schedule}{''.join(more)}"
         return f"dp={self.dp},{context}tp={self.tp},pp={self.pp},{chunks}{schedule}"
 

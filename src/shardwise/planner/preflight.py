@@ -29,6 +29,6 @@ def preflight(
     programs = build_programs(applied.assignment, applied.cut, plan.tables, plan.chooser(), device=torch.device("cpu"), tracer=tracer)
     check_programs(programs, applied.assignment, applied.cut, plan.chooser())
     limit = plan.predicted.limit_bytes if limit_bytes is None else limit_bytes
-    if limit is not None:
-        check_memory([memory_use(programs[rank], plan.optimizer).total for rank in sorted(programs)], limit)
+    limits = plan.predicted.limits if limit_bytes is None and plan.predicted.limits else [limit] * plan.ranks
+    check_memory([memory_use(programs[rank], plan.optimizer).total for rank in sorted(programs)], limits)
     return programs

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, fields, replace
 
 import torch
@@ -18,12 +18,13 @@ from shardwise.cluster.model import Cluster
 from shardwise.cost.collectives import collective_cost
 from shardwise.cost.compute import op_flops, op_seconds
 from shardwise.cost.optimizer import optimizer_seconds
-from shardwise.errors import LayoutError
+from shardwise.errors import BatchError, LayoutError
 from shardwise.planner.apply import Analysis, Applied, analyse, assign
 from shardwise.planner.estimate import reshard_seconds
 from shardwise.planner.intra import Costs, representatives, split_tensors
 from shardwise.planner.layout import Layout, completions
 from shardwise.planner.plan import Candidate, Chooser, Infeasible, Plan, Prediction, Random, by_pattern, choice_text
+from shardwise.planner.shares import batch_shares
 from shardwise.planner.stages import StageCosts, cut_stages
 from shardwise.program.buffers import far_buffer
 from shardwise.program.build import build_programs, rank_of
@@ -34,8 +35,8 @@ from shardwise.program.trace import Tracer
 from shardwise.sharding.assignment import Assignment
 from shardwise.sharding.data import microbatch_obstacle
 from shardwise.sharding.types import Shard
-from shardwise.simulate.costs import OPTIMIZER_STATES
-from shardwise.simulate.profile import Profile, profile_programs
+from shardwise.simulate.costs import OPTIMIZER_STATES, memory_use
+from shardwise.simulate.profile import Profile, computing_ranks, profile_programs
 from shardwise.simulate.simulator import Mesh, Simulation, simulate_profile
 
 __all__ = ["FULL_MEMORY", "PREFER_SPLIT", "make_plan", "search"]
@@ -77,6 +78,7 @@ class OpCosts:
     cluster: Cluster
     tracer: Tracer
     known: dict[Op, tuple[float, bool]] = field(default_factory=dict)
+    total_s: float | None = None  # of all operators, once somebody has asked
 
     def of(self, op: Op) -> tuple[float, bool]:
         """(seconds, whether it multiplies matrices)."""
@@ -157,6 +159,7 @@ class _Search:
     analysis: Analysis
     tracer: Tracer
     costs: OpCosts
+    devices: dict[int, OpCosts] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.first = representatives(self.graph)
@@ -167,7 +170,21 @@ class _Search:
         obstacle = microbatch_obstacle(self.graph, self.analysis.signatures, self.analysis.batch, self.analysis.prelude)
         self.obstacle = obstacle
         layouts = completions(self.pinned, self.cluster.ranks, self.graph.global_batch, obstacle)
-        return [_Trial(layout=layout) for layout in layouts]
+        shared = [] if self.pinned.shares is not None or not self.cluster.unlike else self._shared(layouts, obstacle)
+        return [_Trial(layout=layout) for layout in (*layouts, *shared)]
+
+    def _shared(self, layouts: Sequence[Layout], obstacle: str) -> Iterator[Layout]:
+        """The layouts whose copies are on unlike devices, with shares of the batch by their speed."""
+        samples = self.graph.global_batch
+        for dp, cp, tp, pp in dict.fromkeys(layout.mesh for layout in layouts):
+            layout = replace(self.pinned, dp=dp, cp=cp, tp=tp, pp=pp)
+            copies = [[self._costs_on(self._block(layout, pipe, d)) for d in range(dp)] for pipe in range(pp)]
+            each_s = [max(self._total_s(costs) for costs in column) for column in zip(*copies, strict=True)]
+            shares = batch_shares([0.0] * dp, each_s, samples)
+            if len(set(shares)) > 1:
+                shared = Layout.parse(replace(layout, shares=tuple(shares)))
+                with suppress(BatchError):  # pinned microbatches that do not divide the shares
+                    yield from completions(shared, self.cluster.ranks, samples, obstacle)
 
     def estimate(self, trial: _Trial) -> None:
         """Decides the tensor axis and the stages of a layout and estimates its step; where its parameters and their state do not fit, with
@@ -185,7 +202,14 @@ class _Search:
         layout = trial.layout
         assert layout.dp and layout.tp and layout.pp and layout.microbatches
         zero, shard = layout.zero or 0, layout.shard or 0
-        assignment = assign(self.analysis, layout.dp, layout.microbatches, layout.tp, layout.cp or 1, zero=zero, shard=shard)
+        shares = layout.shares or ()
+        try:
+            assignment = assign(self.analysis, layout.dp, layout.microbatches, layout.tp, layout.cp or 1, shares, zero=zero, shard=shard)
+        except LayoutError as error:
+            if self.pinned.shares:
+                raise
+            trial.note = str(error)
+            return
         trial.memory_binds = False
         tensor = split_tensors(assignment, self.analysis.batch, self.analysis.prelude, self._intra_costs(trial, assignment))
         try:
@@ -199,7 +223,7 @@ class _Search:
             trial.memory_binds = True
             state = sum(self._state_bytes(value, layout) for value in self.graph.parameters.values())
             held = f"{_gb(state)} of parameters, gradients and optimizer state"
-            trial.note = f"{held} cannot be spread so that {_gb(self._limit())} a rank hold them"
+            trial.note = f"{held} cannot be spread so that {_gb(min(self._limits(layout)))} a rank hold them"
             return
         if layout.tp > 1 and not self.pinned.tp and not any(v["tp"].choice.mode == "split" for v in assignment.variants.values()):
             trial.note = "no operator is worth splitting over tp: every rank would do all of the work"
@@ -215,11 +239,45 @@ class _Search:
         trial.applied = Applied(assignment=assignment, cut=cut)
         trial.estimate_s = self._estimate(assignment, layout, stage_of)
 
-    def _limit(self) -> float:
-        return self.cluster.memory_bytes * FULL_MEMORY
+    def _limits(self, layout: Layout) -> list[float]:
+        """Of a rank at each place of the pipeline."""
+        dp, _, _, pp = layout.mesh
+        places = [[rank for d in range(dp) for rank in self._block(layout, pipe, d)] for pipe in range(pp)]
+        return [self.cluster.seen_by(ranks).memory_bytes * FULL_MEMORY for ranks in places]
 
-    def _share(self, layout: Layout) -> float:
-        return 1 / (layout.dp * layout.microbatches)  # type: ignore[operator]
+    def _share(self, layout: Layout, d: int | None = None) -> float:
+        """Of the batch, what a microbatch is of a copy: of the copy with most where none is named."""
+        if not layout.shares:
+            return 1 / (layout.dp * layout.microbatches)  # type: ignore[operator]
+        share = max(layout.shares) if d is None else layout.shares[d]
+        return share / sum(layout.shares) / layout.microbatches  # type: ignore[operator]
+
+    # -- unlike devices ----------------------------------------------------------------------------------------------------------------
+
+    def _block(self, layout: Layout, pipe: int, d: int) -> range:
+        """The ranks at a place of the pipeline of a copy: they compute together and wait for each other in every operator."""
+        dp, cp, tp, _ = layout.mesh
+        first = rank_of(pipe, d, 0, dp, tp, cp=cp)
+        return range(first, first + cp * tp)
+
+    def _costs_on(self, ranks: Iterable[int]) -> OpCosts:
+        """What operators take the slowest of the ranks."""
+        seen = self.cluster.seen_by(ranks)
+        own = self.costs if seen.rates is self.costs.cluster.rates else OpCosts(cluster=seen, tracer=self.tracer)
+        return self.devices.setdefault(id(seen.rates), own)
+
+    def _total_s(self, costs: OpCosts) -> float:
+        """Of the whole batch on one rank."""
+        if costs.total_s is None:
+            costs.total_s = sum(costs.of(self.first[op])[0] for op in self.graph.ops)
+        return costs.total_s
+
+    def _slowest(self, layout: Layout, pipe: int) -> tuple[float, OpCosts]:
+        """(share of the batch, costs) of the copy that takes longest for a microbatch at a place of the pipeline."""
+        if not self.cluster.unlike:
+            return self._share(layout), self.costs
+        copies = [(self._share(layout, d), self._costs_on(self._block(layout, pipe, d))) for d in range(layout.mesh[0])]
+        return max(copies, key=lambda each: each[0] * self._total_s(each[1]))
 
     def _whole_s(self, op: Op) -> float:
         return self.costs.of(self.first[op])[0]
@@ -241,23 +299,30 @@ class _Search:
             collective=lambda kind, message, ranks: collective_cost(kind, message, ranks, self.cluster).seconds,
             update=self._update_s,
             state_bytes=lambda value: self._state_bytes(value, layout),
-            limit_bytes=self._limit() * (layout.pp or 1),
+            limit_bytes=sum(self._limits(layout)),
             prefer_split=PREFER_SPLIT if self.pinned.tp or trial.lean else 0.0,
         )
 
     def _stages(self, assignment: Assignment, layout: Layout) -> dict[Op, int] | None:
         body = [op for op in self.graph.ops if op not in self.analysis.prelude]
         assert layout.pp and layout.dp and layout.microbatches
-        share = self._share(layout)
-        sent = share / (layout.cp or 1)
+        sent = self._share(layout) / (layout.cp or 1)
+        home, of_rank = placed(layout.tables), self._limits(layout)
+        limits = [of_rank[home[stage]] for stage in range(layout.stages)]
+        slowest = [self._slowest(layout, home[stage]) for stage in range(layout.stages)]
+
+        def seconds(op: Op, stage: int) -> float:
+            share, each = slowest[stage]
+            return each.of(self.first[op])[0] * share * _own_share(assignment, op)
+
         costs = StageCosts(
-            seconds=lambda op: self._whole_s(op) * share * _own_share(assignment, op),
+            seconds=seconds,
             transfer=lambda nbytes: collective_cost("send_recv", nbytes * sent, 2, self.cluster).seconds if nbytes else 0.0,
             state_bytes=lambda value: self._state_bytes(value, layout) * self._kept_share(assignment, value),
-            limit_bytes=self._limit(),
+            limit_bytes=limits,
         )
         stages = [0] * len(body) if layout.stages == 1 else cut_stages(self.graph, self.analysis.prelude, layout.stages, costs)
-        if layout.stages == 1 and sum(map(costs.state_bytes, self.graph.parameters.values())) > self._limit():
+        if layout.stages == 1 and sum(map(costs.state_bytes, self.graph.parameters.values())) > limits[0]:
             return None
         return None if stages is None else dict(zip(body, stages, strict=True))
 
@@ -270,8 +335,10 @@ class _Search:
         home = placed(layout.tables)
         rank_s = [0.0] * layout.pp
         again = 4 / 3 if layout.recompute == "full" else 1.0  # of a forward and a backward pass of twice its length
+        slowest = [self._slowest(layout, pipe) for pipe in range(layout.pp)]
         for op, stage in stage_of.items():
-            rank_s[home[stage]] += self._whole_s(op) * self._share(layout) * _own_share(assignment, op) * again
+            share, costs = slowest[home[stage]]
+            rank_s[home[stage]] += costs.of(self.first[op])[0] * share * _own_share(assignment, op) * again
         talk_s = self._talk_s(assignment, layout) / layout.pp
         crowd = max(1.0, layout.ranks / self.cluster.cores) if self.cluster.cores else 1.0
         slots = layout.microbatches + (layout.pp - 1) / (layout.chunks or 1)
@@ -329,7 +396,7 @@ class _Search:
                 thrifty = replace(layout, zero=zero or None, recompute=None if recompute == "none" else recompute)
                 divided = ("optimizer", "gradients", "parameters")[layout.zero or 0 : zero]
                 saved = sum(peak[kind] for kind in divided) * (1 - 1 / ranks) + (peak["saved"] if recompute != "none" else 0)
-                if thrifty != layout and sum(peak.values()) - saved <= self._limit():
+                if thrifty != layout and sum(peak.values()) - saved <= min(self._limits(layout)):
                     found.append(thrifty)
         return found if len(found) <= _THRIFTS else [*found[: _THRIFTS - 1], found[-1]]
 
@@ -337,8 +404,9 @@ class _Search:
         assert trial.applied is not None
         mesh, applied, tables = trial.mesh, trial.applied, trial.layout.tables
         (dp, cp, tp, pp), last = trial.layout.mesh, (trial.layout.cp or 1) - 1
-        # at each place of the pipeline the rank with the largest parts, and the one whose queries have the most keys before them
-        ranks = {rank_of(pipe, 0, 0, dp, tp, c=c, cp=cp) for pipe in range(pp) for c in (0, last)}
+        # at each place of the pipeline, of each sort of copy, the rank with the largest parts, and the one whose queries have the most keys
+        # before them
+        ranks = {rank_of(pipe, d, 0, dp, tp, c=c, cp=cp) for pipe in range(pp) for d in self._sorts(trial.layout, pipe) for c in (0, last)}
         programs = build_programs(
             applied.assignment,
             applied.cut,
@@ -350,8 +418,18 @@ class _Search:
         )
         trial.profile = profile_programs(programs, self.cluster, self.optimizer)
         trial.simulation = simulate_profile(trial.profile, mesh, tables)
-        if (peak := max(trial.simulation.memory_bytes)) > self._limit():
-            trial.note = f"needs {_gb(peak)} a rank, {_gb(self._limit())} of {_gb(self.cluster.memory_bytes)} may be used"
+        for program in programs.values():
+            peak, have = memory_use(program, self.optimizer).total, self.cluster.seen_by(computing_ranks(program)).memory_bytes
+            if peak > have * FULL_MEMORY:
+                trial.note = f"needs {_gb(peak)} a rank, {_gb(have * FULL_MEMORY)} of {_gb(have)} may be used"
+
+    def _sorts(self, layout: Layout, pipe: int) -> list[int]:
+        """The first copy of each share and device."""
+        found: dict[object, int] = {}
+        for d in range(layout.mesh[0]):
+            seen = self.cluster.seen_by(self._block(layout, pipe, d))
+            found.setdefault((id(seen.rates), seen.memory_bytes, layout.shares and layout.shares[d]), d)
+        return list(found.values())
 
 
 def _data(layout: Layout) -> int:
@@ -477,7 +555,7 @@ def _infeasible(run: _Search, trials: list[_Trial]) -> Infeasible:
 
 def _least_bytes(run: _Search, trials: list[_Trial]) -> float:
     """What a rank needs in the layouts that spread the model most thinly, found with memory enough."""
-    roomy = replace(run, cluster=replace(run.cluster, memory_bytes=1 << 62))
+    roomy = replace(run, cluster=run.cluster.with_memory(1 << 62))
     thin = sorted(trials, key=lambda trial: (trial.mesh.dp, -trial.mesh.microbatches))
     again = [_Trial(layout=run.thriftiest(trial.layout), lean=True) for trial in _first_of_each(thin)[:_THIN]]
     for trial in again:
@@ -500,13 +578,15 @@ def make_plan(run: _Search, best: _Trial, trials: list[_Trial], seconds: float, 
         by_pattern((name, repr(assignment.sources[value]["tp"])) for name, value in run.graph.parameters.items()) if mesh.tp != 1 else {}
     )
     simulation = best.simulation
+    limits = [device.memory_bytes for device in run.cluster.devices[: best.layout.ranks]] if run.cluster.unlike else []
     predicted = Prediction(
         step_time_s=simulation.step_time_s,
         memory_bytes=simulation.memory_bytes,
         by_kind=simulation.memory,
         bubble=simulation.bubble,
         communication_s=simulation.communication_s,
-        limit_bytes=run.cluster.memory_bytes,
+        limit_bytes=max(limits, default=run.cluster.memory_bytes),
+        limits=limits,
     )
     plan = Plan(
         model=model,
@@ -529,6 +609,7 @@ def make_plan(run: _Search, best: _Trial, trials: list[_Trial], seconds: float, 
         shard=best.layout.shard or 0,
         recompute=best.layout.recompute or "none",  # type: ignore[arg-type]
         sequence_dims=run.analysis.sequence_dims if (best.layout.cp or 1) > 1 else {},
+        shares=list(best.layout.shares or ()),
         stages=starts,
         operators=operators,
         collectives=_choices(run.cluster, best.layout),

@@ -1,7 +1,8 @@
 """Cuts the model into stages: dynamic programming over the places where the computation may be cut.
 
 A cut may lie where the module path changes near the root (between blocks); the best cut makes the slowest stage as fast as possible,
-counting what has to be sent, among those whose states fit the memory of a rank.
+counting what has to be sent, among those whose states fit the memory of a rank. Stages may be on unlike devices: each has its own seconds
+and its own limit.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
+from itertools import accumulate
 
 from shardwise.capture.graph import Graph, Op, Value
 from shardwise.errors import LayoutError
@@ -18,13 +20,13 @@ __all__ = ["StageCosts", "cut_stages"]
 
 @dataclass(frozen=True, kw_only=True)
 class StageCosts:
-    """seconds(op): forward and backward of a microbatch; transfer(bytes): seconds of one message; state_bytes(parameter);
-    limit_bytes of a rank, None without limit."""
+    """seconds(op, stage): forward and backward of a microbatch; transfer(bytes): seconds of one message; state_bytes(parameter);
+    limit_bytes of a rank of each stage, None without limit."""
 
-    seconds: Callable[[Op], float]
+    seconds: Callable[[Op, int], float]
     transfer: Callable[[float], float]
     state_bytes: Callable[[Value], float]
-    limit_bytes: float | None = None
+    limit_bytes: Sequence[float] | None = None
 
 
 def cut_stages(graph: Graph, prelude: set[Op], stages: int, costs: StageCosts) -> list[int] | None:
@@ -38,7 +40,7 @@ def cut_stages(graph: Graph, prelude: set[Op], stages: int, costs: StageCosts) -
         raise LayoutError(
             f"{stages} stages are more than the {len(places) - 1} parts that the model can be cut into; use {len(places) - 1} or fewer"
         )
-    segments = _Segments(graph, body, places, costs)
+    segments = _Segments(graph, body, places, costs, stages)
     ends = _best(len(places) - 1, stages, segments)
     if ends is None:
         return None
@@ -59,14 +61,12 @@ def _places(body: Sequence[Op], stages: int) -> list[int]:
 
 
 class _Segments:
-    """Cost of running places[i] … places[j] as one stage."""
+    """Cost of running places[i] … places[j] as one of the stages."""
 
-    def __init__(self, graph: Graph, body: Sequence[Op], places: Sequence[int], costs: StageCosts) -> None:
+    def __init__(self, graph: Graph, body: Sequence[Op], places: Sequence[int], costs: StageCosts, stages: int) -> None:
         self.costs, self.places = costs, places
-        sums = [0.0]
-        for op in body:
-            sums.append(sums[-1] + costs.seconds(op))
-        self.seconds = [sums[place] for place in places]
+        sums = [list(accumulate((costs.seconds(op, stage) for op in body), initial=0.0)) for stage in range(stages)]
+        self.seconds = [[each[place] for place in places] for each in sums]
         self.crossing = _crossing_bytes(graph, body, places)
         index = {op: i for i, op in enumerate(body)}
         self.parameters = [
@@ -75,16 +75,16 @@ class _Segments:
             if value.kind == "parameter"
         ]
 
-    def cost(self, start: int, end: int) -> float:
+    def cost(self, start: int, end: int, stage: int) -> float:
         sent = self.costs.transfer(self.crossing[start]) + self.costs.transfer(self.crossing[end])
-        return self.seconds[end] - self.seconds[start] + sent
+        return self.seconds[stage][end] - self.seconds[stage][start] + sent
 
-    def fits(self, start: int, end: int) -> bool:
+    def fits(self, start: int, end: int, stage: int) -> bool:
         if self.costs.limit_bytes is None:
             return True
         low, high = self.places[start], self.places[end]
         held = sum(self.costs.state_bytes(value) for readers, value in self.parameters if any(low <= reader < high for reader in readers))
-        return held <= self.costs.limit_bytes
+        return held <= self.costs.limit_bytes[stage]
 
 
 def _crossing_bytes(graph: Graph, body: Sequence[Op], places: Sequence[int]) -> list[float]:
@@ -105,12 +105,14 @@ def _best(parts: int, stages: int, segments: _Segments) -> list[int] | None:
 
     @cache
     def solve(start: int, left: int) -> tuple[float, float, tuple[int, ...]] | None:
+        stage = stages - left
         if left == 1:
-            return (segments.cost(start, parts), segments.cost(start, parts), (parts,)) if segments.fits(start, parts) else None
+            seconds = segments.cost(start, parts, stage)
+            return (seconds, seconds, (parts,)) if segments.fits(start, parts, stage) else None
         best = None
         for end in range(start + 1, parts - left + 2):
-            if segments.fits(start, end) and (rest := solve(end, left - 1)) is not None:
-                here = segments.cost(start, end)
+            if segments.fits(start, end, stage) and (rest := solve(end, left - 1)) is not None:
+                here = segments.cost(start, end, stage)
                 found = (max(here, rest[0]), here + rest[1], (end, *rest[2]))
                 if best is None or found[:2] < best[:2]:
                     best = found

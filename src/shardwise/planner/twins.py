@@ -15,7 +15,7 @@ from shardwise.cluster.model import Cluster
 from shardwise.cost.collectives import collective_cost
 from shardwise.planner.apply import Analysis, analyse, assign
 from shardwise.planner.intra import Costs, representatives, split_tensors
-from shardwise.planner.pieces import Outline, PieceCost, outline, piece_costs
+from shardwise.planner.pieces import Outline, PieceCost, outline, piece_costs_on
 from shardwise.planner.search import PREFER_SPLIT, OpCosts
 from shardwise.program.trace import Tracer
 
@@ -69,6 +69,13 @@ class Twin:
 
         Raises LayoutError where the model cannot be split so.
         """
+        shape, (costs,) = self.split_on(layout, (self.cluster,), microbatches)
+        return shape, costs
+
+    def split_on(
+        self, layout: TwinLayout, clusters: Sequence[Cluster], microbatches: int = 1
+    ) -> tuple[Outline, list[tuple[PieceCost, ...]]]:
+        """As `split`, with the costs on each of several clusters: the split is the best one on the twin's own, and the same on all."""
         analysis = self.analysis
         assignment = assign(analysis, 1, microbatches, layout.tp, layout.cp)
         dear = dict.fromkeys(["all_reduce"] if layout.sequence_parallel else ["reduce_scatter", "all_gather"], _DEAR)
@@ -83,7 +90,7 @@ class Twin:
             forbidden=_forbidden(analysis, layout),
         )
         split_tensors(assignment, analysis.batch, analysis.prelude, costs)
-        return self.shape, piece_costs(self.shape, assignment, analysis.prelude, self.cluster, self.tracer)
+        return self.shape, piece_costs_on(self.shape, assignment, analysis.prelude, clusters, self.tracer)
 
 
 def split_twin(

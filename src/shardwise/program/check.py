@@ -66,12 +66,13 @@ def check_own(program: Program, assignment: Assignment, cut: Cut) -> None:
     whole.own_edges(program)
 
 
-def check_memory(predicted_bytes: Sequence[int], limit_bytes: int) -> None:
-    """predicted_bytes: of each rank. Raises CheckError when a rank needs more than it has."""
-    fullest = max(range(len(predicted_bytes)), key=predicted_bytes.__getitem__)
-    if predicted_bytes[fullest] > limit_bytes:
+def check_memory(predicted_bytes: Sequence[int], limit_bytes: Sequence[int | None]) -> None:
+    """predicted_bytes, limit_bytes: of each rank, None without limit. Raises CheckError when a rank needs more than it has."""
+    over = [need - (need if have is None else have) for need, have in zip(predicted_bytes, limit_bytes, strict=True)]
+    fullest = max(range(len(over)), key=over.__getitem__)
+    if over[fullest] > 0:
         raise CheckError(
-            f"rank {fullest} needs {predicted_bytes[fullest] / 1e9:.3g} GB, it has {limit_bytes / 1e9:.3g} GB; "
+            f"rank {fullest} needs {predicted_bytes[fullest] / 1e9:.3g} GB, it has {(limit_bytes[fullest] or 0) / 1e9:.3g} GB; "
             "plan again with more tp or pp, more microbatches or a smaller global batch"
         )
 

@@ -27,6 +27,8 @@ _SLOW = 1.3
 
 def prospect_of(outlook: Outlook, chosen: Found | None = None, explanation: Sequence[str] = ()) -> Prospect:
     """The page about one of its layouts, the best where none is named. explanation: of that one, where it is not the best."""
+    if chosen is None and not outlook.found:
+        raise LayoutError(f"only unequal parts fit {outlook.cluster.name}, which is not drawn; leave the report out")
     search, chosen = outlook.search, chosen or outlook.found[0]
     machines = search.cluster.machines
     if machines is None:

@@ -23,8 +23,9 @@ def splits(plan: Plan) -> Markup:
 def _sentences(plan: Plan) -> list[tuple[str, str]]:
     said: list[tuple[str, str]] = []
     if plan.dp > 1:
-        each = plan.global_batch // plan.dp
-        text = f"{plan.dp} copies, each on {each} of the {plan.global_batch} samples; gradients are added up once a step"
+        own = [plan.global_batch * share // sum(plan.shares) for share in plan.shares]
+        each = ", ".join(map(str, own)) if own else f"each on {plan.global_batch // plan.dp}"
+        text = f"{plan.dp} copies, {'on ' if own else ''}{each} of the {plan.global_batch} samples; gradients are added up once a step"
         said.append((f"dp {plan.dp}", text))
     if plan.cp > 1:
         dims = ", ".join(f"dim {dim} of {name}" for name, dim in plan.sequence_dims.items())

@@ -176,7 +176,7 @@ def batch_part(
 
 
 def _batch_slice(plan: Plan, program: Program) -> slice:
-    mine = part_of(plan.global_batch, Shard(0), plan.dp, program.coordinates["dp"])
+    mine = part_of(plan.global_batch, Shard(0, shares=tuple(plan.shares)), plan.dp, program.coordinates["dp"])
     return slice(mine.start, mine.stop)
 
 

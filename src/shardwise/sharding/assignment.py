@@ -22,8 +22,8 @@ AXES = ("dp", "mb", "cp", "tp")
 @dataclass(kw_only=True)
 class Assignment:
     """mesh: axis → ranks (or microbatches), outermost first. variants: operator → axis → variant. sources: parameter, buffer or input →
-    axis → the type in which a rank keeps it. zero, shard: what data ranks divide of the parameters, and in groups of how many (0: all of
-    them), as of `shardwise.sharding.division`.
+    axis → the type in which a rank keeps it. shares: in which proportion the ranks of dp divide the samples; () evenly. zero, shard: what
+    data ranks divide of the parameters, and in groups of how many (0: all of them), as of `shardwise.sharding.division`.
     """
 
     graph: Graph
@@ -31,6 +31,7 @@ class Assignment:
     signatures: Mapping[Op, Signature]
     variants: dict[Op, dict[str, Variant]] = field(default_factory=dict)
     sources: dict[Value, dict[str, Placement]] = field(default_factory=dict)
+    shares: tuple[int, ...] = ()
     zero: int = 0
     shard: int = 0
 
@@ -75,8 +76,9 @@ def _split_outside(assignment: Assignment, op: Op, axis: str) -> set[str]:
 
 
 def _lengths(choice: Choice, size: int, ranks: int) -> list[int]:
-    """How much of a factor the ranks get, the most first."""
-    return list(dict.fromkeys(factor_part(choice, size, ranks, rank).length for rank in (0, ranks - 1)))
+    """How much of a factor the ranks get, each length once, the first rank's first."""
+    some = range(ranks) if choice.shares else (0, ranks - 1)  # evenly spread, the ranks between get what the first or the last does
+    return list(dict.fromkeys(factor_part(choice, size, ranks, rank).length for rank in some))
 
 
 def possible(assignment: Assignment, op: Op, axis: str, choice: Choice) -> bool:

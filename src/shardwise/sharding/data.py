@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Mapping
+from dataclasses import replace
 from math import prod
 
 from shardwise.capture.graph import Graph, Op, Value
@@ -85,7 +86,7 @@ def split_batch(assignment: Assignment, batch: Mapping[Op, Choice], prelude: set
     graph = assignment.graph
     for name, dim in graph.batch_dims.items():
         whole = graph.inputs[name].shape[dim]
-        assignment.sources[graph.inputs[name]] = {"dp": canonical(Shard(dim), whole, assignment.mesh["dp"])}
+        assignment.sources[graph.inputs[name]] = {"dp": canonical(Shard(dim, shares=assignment.shares), whole, assignment.mesh["dp"])}
     for axis in ("dp", "mb"):
         for op in graph.ops:
             set_choice(assignment, op, axis, _choice(assignment, op, axis, batch, prelude))
@@ -96,7 +97,9 @@ def _choice(assignment: Assignment, op: Op, axis: str, batch: Mapping[Op, Choice
     if axis == "mb" and (op in prelude or assignment.mesh["mb"] == 1):
         return whole
     sig = assignment.signatures[op]
-    if op in batch and (axis == "dp" or sig.splits[batch[op].factor].microbatches):
+    if op in batch and axis == "dp":
+        return replace(batch[op], shares=assignment.shares)
+    if op in batch and sig.splits[batch[op].factor].microbatches:
         return batch[op]
     return without_split(assignment, op, axis)
 

@@ -141,8 +141,8 @@ def _text(tensor: Dims) -> str:
 
 @dataclass(frozen=True)
 class Choice:
-    """What an axis does to a call: splits `factor`, read as (blocks, pieces, unit), or gives it to the rank `owner`; or, without a
-    factor, keeps it whole.
+    """What an axis does to a call: splits `factor`, read as (blocks, pieces, unit), evenly or in proportion to `shares`, or gives it to the
+    rank `owner`; or, without a factor, keeps it whole.
 
     mode: "split", "I", "R", or "P" with the number of the set of `linear` inputs that are summands.
     """
@@ -153,6 +153,7 @@ class Choice:
     unit: int = 1
     linear: int = 0
     owner: int | None = None
+    shares: tuple[int, ...] = ()
 
     def __str__(self) -> str:
         if self.mode != "split":
@@ -233,7 +234,7 @@ def _placement(tensor: Dims, choice: Choice, sizes: Mapping[str, int], ranks: in
             whole = outer * sizes[choice.factor] * inner
             if choice.owner is not None:
                 return Shard(index, owner=choice.owner)
-            return canonical(Shard(index, outer * choice.blocks, choice.unit * inner), whole, ranks)
+            return canonical(Shard(index, outer * choice.blocks, choice.unit * inner, shares=choice.shares), whole, ranks)
     return None
 
 
@@ -258,4 +259,4 @@ def choice_for(sig: Signature, tensor: Dims, shard: Shard, sizes: Mapping[str, i
 
 def factor_part(choice: Choice, size: int, ranks: int, rank: int) -> Part:
     """The range of a factor of `size` that `rank` has under the choice."""
-    return part(size, Shard(0, choice.blocks, choice.unit, choice.owner), ranks, rank)
+    return part(size, Shard(0, choice.blocks, choice.unit, choice.owner, choice.shares), ranks, rank)

@@ -15,14 +15,15 @@ A part need not be one run of indices. A dim is read as (blocks, pieces, unit), 
     Shard(0, blocks=2)           0 1 2 3 4 5 6 7  →  0 1 4 5 | 2 3 6 7      (a fused q,k,v weight has blocks=3)
     Shard(0, unit=2), 3 pieces   0 1 2 3 | 4 5                              (heads of 2 over 2 ranks: never half a head)
     Shard(0, owner=1)            – | 0 1 2 3                                (a whole table on one rank)
+    Shard(0, shares=(3, 1))      0 1 2 3 4 5 | 6 7                          (samples by the speed of unlike devices)
 
-Pieces that the ranks do not divide are spread evenly, the first ranks getting one more.
+Pieces that the ranks do not divide are spread evenly, the first ranks getting one more; shares, where there are some, divide them exactly.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -32,16 +33,19 @@ __all__ = ["I", "Invariant", "P", "Part", "Partial", "Placement", "R", "Replicat
 
 @dataclass(frozen=True)
 class Shard:
-    """Dim `dim`, read as (blocks, pieces, unit), with its pieces divided among the ranks; or all of it on the rank `owner`."""
+    """Dim `dim`, read as (blocks, pieces, unit), with its pieces divided among the ranks, evenly or in proportion to `shares` (which have
+    no common divisor); or all of it on the rank `owner`."""
 
     dim: int
     blocks: int = 1
     unit: int = 1
     owner: int | None = None
+    shares: tuple[int, ...] = ()
 
     def __repr__(self) -> str:
         extra = "".join(f", {name}={value}" for name, value in (("blocks", self.blocks), ("unit", self.unit)) if value != 1)
         extra += "" if self.owner is None else f", owner={self.owner}"
+        extra += f", shares={':'.join(map(str, self.shares))}" if self.shares else ""
         return f"S({self.dim}{extra})"
 
 
@@ -106,6 +110,11 @@ def part(size: int, shard: Shard, ranks: int, rank: int) -> Part:
         return Part(size=size, blocks=1, start=0 if rank <= shard.owner else size, stop=0 if rank < shard.owner else size)
     pieces, rest = divmod(size, shard.blocks * shard.unit)
     assert rest == 0, f"a dim of {size} does not consist of {shard.blocks} blocks of pieces of {shard.unit}"
+    if shard.shares:
+        each, rest = divmod(pieces, sum(shard.shares))
+        assert rest == 0 and len(shard.shares) == ranks, f"{pieces} pieces in shares of {shard.shares} among {ranks} ranks"
+        start, stop = (each * sum(shard.shares[:end]) * shard.unit for end in (rank, rank + 1))
+        return Part(size=size, blocks=shard.blocks, start=start, stop=stop)
     each, more = divmod(pieces, ranks)
     start = rank * each + min(rank, more)
     stop = start + each + (rank < more)
@@ -122,7 +131,7 @@ def canonical(shard: Shard, size: int, ranks: int) -> Shard:
     if shard.owner is not None:
         return shard
     pieces = size // (shard.blocks * shard.unit)
-    return Shard(shard.dim, shard.blocks, 1) if pieces % ranks == 0 else shard
+    return replace(shard, unit=1) if shard.shares or pieces % ranks == 0 else shard
 
 
 def take(tensor: Tensor, shard: Shard, ranks: int, rank: int) -> Tensor:

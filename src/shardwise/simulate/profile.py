@@ -17,7 +17,9 @@ from shardwise.program.program import Edge, Program, StageProgram
 from shardwise.simulate.costs import Seconds, StageMemory, stage_memory, stage_times, transfer_seconds
 from shardwise.simulate.traffic import Traffic, gather_traffic, graph_traffic, reduction_traffic, traffic_seconds
 
-__all__ = ["EdgeProfile", "Profile", "StageProfile", "on_links", "profile_programs"]
+__all__ = ["EdgeProfile", "Profile", "StageProfile", "computing_ranks", "on_links", "profile_programs"]
+
+_PASSES = (Kind.FORWARD, Kind.BACKWARD, Kind.WEIGHT)
 
 
 class _Strict(BaseModel):
@@ -25,7 +27,7 @@ class _Strict(BaseModel):
 
 
 class StageProfile(_Strict):
-    """One rank of a stage (where they differ, the slowest and the fullest).
+    """One rank of a stage (where copies differ, of the slowest, and the fullest).
 
     seconds: kind of action → (computing, communicating); "backward" is the inputs' part where there is "weight", too, the whole where not.
     memory: bytes by kind at the peak, "saved" only where saved_bytes is 0. saved_bytes: what one microbatch keeps from its forward to its
@@ -72,14 +74,25 @@ def profile_programs(programs: Mapping[int, Program], cluster: Cluster, optimize
     stages: dict[int, list[_OnRank]] = {}
     edges: dict[str, EdgeProfile] = {}
     for program in programs.values():
-        times, memory = stage_times(program, cluster, optimizer), stage_memory(program, optimizer)
+        seen = cluster.seen_by(computing_ranks(program))
+        times, memory = stage_times(program, seen, optimizer), stage_memory(program, optimizer)
         for number, stage in program.stages.items():
-            sent = _traffic(program, number) if cluster.machines else {}
-            stages.setdefault(number, []).append(_OnRank(stage=stage, times=times[number], memory=memory[number], traffic=sent))
-        transfers = transfer_seconds(program, cluster)
+            talk = _traffic(program, number) if cluster.machines else {}
+            on_rank = _OnRank(stage=stage, copy=program.coordinates["dp"], times=times[number], memory=memory[number], traffic=talk)
+            stages.setdefault(number, []).append(on_rank)
+        transfers = transfer_seconds(program, seen)
         for edge in program.edges:
-            edges.setdefault(edge.name, _edge(edge, transfers[edge.name]))
+            sent = _edge(edge, transfers[edge.name])
+            if edge.name not in edges or sent.transfer_s > edges[edge.name].transfer_s:
+                edges[edge.name] = sent
     return Profile(stages=[_stage(stages[number]) for number in sorted(stages)], edges=list(edges.values()), cores=cluster.cores)
+
+
+def computing_ranks(program: Program) -> range:
+    """The ranks that compute a stage of a copy together with this one: those along cp and tp."""
+    size = program.mesh["cp"] * program.mesh["tp"]
+    first = program.rank // size * size
+    return range(first, first + size)
 
 
 def _edge(edge: Edge, transfer_s: float) -> EdgeProfile:
@@ -90,12 +103,18 @@ def _edge(edge: Edge, transfer_s: float) -> EdgeProfile:
 
 @dataclass(frozen=True, kw_only=True)
 class _OnRank:
-    """A stage on one of its ranks."""
+    """A stage on one of its ranks. copy: the rank's place along dp."""
 
     stage: StageProgram
+    copy: int
     times: dict[Kind, Seconds]
     memory: StageMemory
     traffic: dict[Kind, list[Traffic]]
+
+    @property
+    def passes_s(self) -> float:
+        """Of a microbatch, both ways."""
+        return sum(each.compute_s + each.communicate_s for kind, each in self.times.items() if kind in _PASSES)
 
 
 def _traffic(program: Program, number: int) -> dict[Kind, list[Traffic]]:
@@ -106,13 +125,15 @@ def _traffic(program: Program, number: int) -> dict[Kind, list[Traffic]]:
 
 
 def _stage(ranks: list[_OnRank]) -> StageProfile:
-    times = [rank.times for rank in ranks]
+    slowest = max(ranks, key=lambda rank: rank.passes_s).copy
+    alike = [rank for rank in ranks if rank.copy == slowest]
+    times = [rank.times for rank in alike]
     seconds = {kind.value: (max(t[kind].compute_s for t in times), max(t[kind].communicate_s for t in times)) for kind in times[0]}
     fullest = max((rank.memory for rank in ranks), key=lambda memory: memory.use.total + memory.saved_bytes)
     reduces = sorted({axis for rank in ranks for part in rank.stage.parameters for axis in part.reduce})
     held = ranks[0].stage.parameters
     tied = {other for part in held if part.requires_grad for other in part.stages} - {ranks[0].stage.stage}
-    busiest = {kind: max(ranks, key=lambda rank: rank.times[kind].communicate_s) for kind in times[0]}
+    busiest = {kind: max(alike, key=lambda rank: rank.times[kind].communicate_s) for kind in times[0]}
     return StageProfile(
         seconds=seconds,
         memory=fullest.use.by_kind(),

@@ -16,8 +16,9 @@ from __future__ import annotations
 
 import heapq
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import accumulate
 from pathlib import Path
 from typing import Literal
 
@@ -27,7 +28,7 @@ from shardwise.program.tables import Tables, check_table, in_flight, placed, ran
 from shardwise.program.transfers import rank_actions
 from shardwise.simulate.profile import Profile, StageProfile
 
-__all__ = ["Mesh", "Simulation", "Span", "simulate_profile", "trace_of"]
+__all__ = ["Column", "Mesh", "Simulation", "Span", "simulate_columns", "simulate_profile", "trace_of"]
 
 _TINY_S = 1e-12
 _ONCE = ("transient", "cached", "gathered", "runtime")  # memory that a rank's stages use in turn, or share
@@ -149,8 +150,8 @@ def simulate_profile(profile: Profile, mesh: Mesh, tables: Tables | None = None,
     shared, each = profile.cores is not None, mesh.stage_ranks
     rows = _rows(profile, mesh, tables)
     paces = _paces(mesh, slow or {}, apart=shared)
-    ranks = {pipe * each + pace.first: _placed(row, pipe, pace, mesh) for pace in paces for pipe, row in rows.items()}
-    timeline = _Clock(profile=profile, ranks=dict(sorted(ranks.items())), together=mesh.together if shared else 1).play()
+    ranks = {pipe * each + pace.first: _placed(row, pipe, pace, mesh, profile) for pace in paces for pipe, row in rows.items()}
+    timeline = _Clock(cores=profile.cores, ranks=dict(sorted(ranks.items())), together=mesh.together if shared else 1).play()
     total = max(span.end_s for span in timeline)
     crowd = max(1.0, len(ranks) / profile.cores) if profile.cores else 1.0
     waiting = 1 - min(1.0, _busy_s(rows, mesh, slow or {}) * crowd / (total * each * mesh.pp))
@@ -208,6 +209,56 @@ def _busy_s(rows: Mapping[int, _Row], mesh: Mesh, slow: Mapping[int, float]) -> 
 def _of(pace: _Pace, timeline: Iterable[Span], each: int) -> list[Span]:
     """The spans of its simulated ranks."""
     return [span for span in timeline if span.rank % each == pace.first]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Column:
+    """Copies of the pipeline that do alike: how many there are, what their stages take, and how many microbatches each of them has."""
+
+    profile: Profile
+    copies: int
+    microbatches: int
+
+
+def simulate_columns(columns: Sequence[Column], mesh: Mesh) -> Simulation:
+    """One step of copies of the pipeline that do not all do alike: those on slower devices take longer, or have fewer microbatches.
+
+    columns: in the order of the data axis; the ranks of one do alike, each with a device of its own, so that one of each stage is
+    simulated, and its timeline is that of the column's first copy. Ranks of a stage that reduce gradients wait for each other.
+    mesh: dp as many as the columns have copies; its microbatches mean nothing. LayoutError as of `simulate_profile`.
+    """
+    copies = sum(column.copies for column in columns)
+    if copies != mesh.dp or any(column.profile.cores for column in columns):
+        raise LayoutError(f"{copies} copies on devices of their own make no dp={mesh.dp}; give as many columns' copies as the mesh has")
+    folded = replace(mesh, dp=len(columns), tp=1)
+    firsts = [0, *accumulate(column.copies for column in columns)]
+    rows = [_rows(column.profile, replace(mesh, microbatches=column.microbatches), None) for column in columns]
+    ranks = {
+        pipe * folded.dp + number: _placed(row, pipe, _Pace(places=[number], factors={}), folded, column.profile)
+        for number, column in enumerate(columns)
+        for pipe, row in rows[number].items()
+    }
+    timeline = _Clock(cores=None, ranks=dict(sorted(ranks.items()))).play()
+    total = max(span.end_s for span in timeline)
+
+    def real(rank: int) -> int:
+        pipe, number = divmod(rank, folded.dp)
+        return pipe * mesh.stage_ranks + firsts[number] * mesh.tp
+
+    each = [(row, column.copies) for pipe in range(mesh.pp) for column, row in zip(columns, (r[pipe] for r in rows), strict=True)]
+    busy = sum(sum(map(sum, row.seconds)) * copies for row, copies in each)
+    return Simulation(
+        step_time_s=total,
+        timeline=[_renumbered(span, real) for span in timeline],
+        memory=[row.memory for row, copies in each for _ in range(copies * mesh.tp)],
+        bubble=1 - min(1.0, busy / (total * mesh.pp * mesh.dp)),
+        communication_s=max(sum(talk for _, talk in row.seconds) for row, _ in each),
+    )
+
+
+def _renumbered(span: Span, real: Callable[[int], int]) -> Span:
+    action = span.action if span.action.peer < 0 else replace(span.action, peer=real(span.action.peer))
+    return replace(span, rank=real(span.rank), action=action)
 
 
 def _on_rank(span: Span, offset: int) -> Span:
@@ -316,13 +367,14 @@ def _memory(stages: Sequence[StageProfile], held_bytes: int) -> dict[str, int]:
 
 @dataclass(kw_only=True)
 class _Rank:
-    """pipe: its place in the pipeline; place: in its stage; actions: with the ranks that it talks to; factor: how many times as long it
-    computes; at: that it stands at; phase: what it does there."""
+    """pipe: its place in the pipeline; place: in its stage; actions: with the ranks that it talks to; transfer_s: of what it sends, by
+    edge; factor: how many times as long it computes; at: that it stands at; phase: what it does there."""
 
     pipe: int
     place: int
     row: _Row
     actions: list[Action]
+    transfer_s: Mapping[str, float]
     factor: float = 1.0
     at: int = 0
     phase: Literal["", "computing", "waiting", "communicating"] = ""
@@ -334,13 +386,14 @@ class _Rank:
         return self.at >= len(self.actions)
 
 
-def _placed(row: _Row, pipe: int, pace: _Pace, mesh: Mesh) -> _Rank:
+def _placed(row: _Row, pipe: int, pace: _Pace, mesh: Mesh, profile: Profile) -> _Rank:
     """The rank at the pace's place; it talks to the ranks at its own place."""
     each = mesh.stage_ranks
     actions = row.actions
     if each > 1:
         actions = [replace(action, peer=action.peer * each + pace.first) if action.peer >= 0 else action for action in actions]
-    return _Rank(pipe=pipe, place=pace.first, row=row, actions=actions, factor=pace.factors.get(pipe, 1.0))
+    transfer_s = {edge.name: edge.transfer_s for edge in profile.edges}
+    return _Rank(pipe=pipe, place=pace.first, row=row, actions=actions, transfer_s=transfer_s, factor=pace.factors.get(pipe, 1.0))
 
 
 def _meets(ranks: Mapping[int, _Rank]) -> dict[int, frozenset[int]]:
@@ -374,7 +427,7 @@ class _Clock:
     sent, received: rank → until when its way out, and in, is taken; gathered: those who are there, of each group and action.
     """
 
-    profile: Profile
+    cores: int | None
     ranks: dict[int, _Rank]
     together: int = 1
     now_s: float = 0.0
@@ -389,7 +442,6 @@ class _Clock:
     made: int = 0
 
     def __post_init__(self) -> None:
-        self.transfer_s: Mapping[str, float] = {edge.name: edge.transfer_s for edge in self.profile.edges}
         self.meets = _meets(self.ranks)
 
     def play(self) -> list[Span]:
@@ -428,7 +480,7 @@ class _Clock:
         state.start_s, state.compute_s = self.now_s, state.row.seconds[state.at][0] * state.factor
         if action.sends:
             message = action.message
-            self.arrivals[action.peer, message] = self._carried(rank, action.peer, self.transfer_s[action.edge])
+            self.arrivals[action.peer, message] = self._carried(rank, action.peer, state.transfer_s[action.edge])
             other = self.ranks[action.peer]
             if other.phase == "waiting" and other.actions[other.at].receives and other.actions[other.at].message == message:
                 self._wake(action.peer, self.now_s)
@@ -441,7 +493,7 @@ class _Clock:
 
     def _compute(self, rank: int, state: _Rank) -> None:
         state.phase = "computing"
-        if self.profile.cores:
+        if self.cores:
             self.computing[rank] = state
         else:
             self._wake(rank, self.now_s + state.compute_s)
@@ -485,7 +537,7 @@ class _Clock:
 
     def _next(self) -> list[int]:
         """Lets time pass until the next end; whose."""
-        rate = min(1.0, self.profile.cores / len(self.computing)) if self.profile.cores and self.computing else 1.0
+        rate = min(1.0, self.cores / len(self.computing)) if self.cores and self.computing else 1.0
         soonest = min((state.compute_s for state in self.computing.values()), default=float("inf")) / rate
         passed = min(soonest, self.events[0][0] - self.now_s if self.events else float("inf"))
         self.now_s += max(passed, 0.0)
