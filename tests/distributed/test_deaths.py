@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import psutil
 import pytest
@@ -54,9 +55,9 @@ def trained(plan: sw.Plan, steps: int, stop: str, timeout_s: float) -> float:
     job = sw.parallelize(model, batch, plan=plan, optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.01), timeout_s=timeout_s)
     loss = job.step(batch)
     if stop == "kill 1" and dist.get_rank() == 1:
-        job.executor.forward = lambda inputs: os.kill(os.getpid(), signal.SIGKILL)
+        replace_forwards(job.executor, lambda inputs: os.kill(os.getpid(), signal.SIGKILL))
     if stop == "raise 1" and dist.get_rank() == 1:
-        job.executor.forward = lambda inputs: 1 / 0
+        replace_forwards(job.executor, lambda inputs: 1 / 0)
     if stop == "stall 0" and dist.get_rank() == 0:
         stall(job.executor)
     for _ in range(steps - 1):
@@ -64,14 +65,18 @@ def trained(plan: sw.Plan, steps: int, stop: str, timeout_s: float) -> float:
     return loss
 
 
+def replace_forwards(executor: Executor, forward: Callable[[Any], Any]) -> None:
+    executor.forward = dict.fromkeys(executor.forward, forward)
+
+
 def stall(executor: Executor) -> None:
-    forward = executor.forward
+    (forward,) = executor.forward.values()
 
     def late(inputs: list[torch.Tensor]) -> list[torch.Tensor]:
         time.sleep(60)
         return forward(inputs)
 
-    executor.forward = late
+    replace_forwards(executor, late)
 
 
 def failure(plan: sw.Plan, stop: str, timeout_s: float = 30.0) -> RankFailed:
