@@ -238,6 +238,49 @@ def test_the_end_of_the_model_is_kept_alone() -> None:
     assert list(bare.kept) == ["SelectingLoss (its end)"]
 
 
+class Counting(SelectingLoss):
+    """Whose own code and whose child change buffers before its end, and its own code one after it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8))
+        for name in ("steps", "seen"):
+            self.register_buffer(name, torch.ones(()))
+
+    def forward(self, x: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        self.steps.mul_(3.0)
+        logits = self.head(self.body(x).relu()) * self.scale * self.steps
+        valid = labels >= 0
+        self.seen += valid.sum()
+        return {"loss": F.cross_entropy(logits[valid], labels[valid]), "logits": logits}
+
+
+def test_the_end_changes_what_its_own_code_changes() -> None:
+    """Each buffer once; what a child changes is changed there, not by the end that follows it."""
+    torch.manual_seed(0)
+    batch = {"x": inputs(5, 4), "labels": torch.tensor([0, -100, 2, 1, -100])}
+    model = Loss(Counting())
+    graph = check(model, batch, kept={"model (its end)"}, opaque=1)
+    made = {name: value.producer.name for name, value in graph.updates.items() if value.producer is not None}
+    ends = {name for name, producer in made.items() if "opaque" in producer}
+    assert ends == {"model.steps", "model.seen"}
+    assert made["model.body.1.running_mean"] == "shardwise.batch_norm"
+
+
+class Both(Counting):
+    """Whose own code changes a buffer that its child changes, too."""
+
+    def forward(self, x: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        self.body[1].running_mean.add_(0.5)
+        return super().forward(x, labels)
+
+
+def test_a_buffer_that_the_end_and_a_child_change_is_refused() -> None:
+    batch = {"x": inputs(5, 4), "labels": torch.tensor([0, -100, 2, 1, -100])}
+    with pytest.raises(CaptureError, match=r"buffer body\.1\.running_mean of Both is changed by the module's own code and by a submodule"):
+        capture(Loss(Both()), batch)
+
+
 def test_another_number_of_selected_rows_still_works() -> None:
     torch.manual_seed(0)
     model = Loss(SelectingLoss())

@@ -16,14 +16,19 @@ from shardwise.planner.stages import StageCosts, cut_stages
 SECONDS_PER_BYTE = 0.01
 
 
-def chain(sizes: list[int], skips: list[tuple[int, int]]) -> Graph:
-    """Operators in modules of their own, one after the other, each with a parameter; `skips`: who else reads whose result."""
+def chain(sizes: list[int], skips: list[tuple[int, int]], touched: tuple[int, int] | None = None) -> Graph:
+    """Operators in modules of their own, one after the other, each with a parameter; `skips`: who else reads whose result.
+
+    touched: which operator reads a buffer and which one makes its new value.
+    """
+    state = Value(name="state", shape=(1,), dtype=torch.float32, kind="buffer")
     x = Value(name="x", shape=(4,), dtype=torch.float32, kind="input")
     parameters, ops, last = {}, [], x
     for number, size in enumerate(sizes):
         weight = Value(name=f"w{number}", shape=(size,), dtype=torch.float32, kind="parameter", requires_grad=True)
         parameters[weight.name] = weight
         read = [last, weight, *(ops[source].outputs[0] for source, target in skips if target == number)]
+        read += [state] if touched is not None and touched[0] == number else []
         out = Value(name=f"h{number}", shape=(size,), dtype=torch.float32, requires_grad=True)
         op = Op(
             target=torch.ops.aten.add.Tensor,
@@ -36,7 +41,8 @@ def chain(sizes: list[int], skips: list[tuple[int, int]]) -> Graph:
         )
         out.producer, last = op, out
         ops.append(op)
-    return Graph(parameters=parameters, buffers={}, inputs={"x": x}, ops=ops, loss=last)
+    updates = {} if touched is None else {"state": ops[touched[1]].outputs[0]}
+    return Graph(parameters=parameters, buffers={"state": state}, inputs={"x": x}, ops=ops, loss=last, updates=updates)
 
 
 def slowest(graph: Graph, seconds: list[float], ends: tuple[int, ...], limit: list[float] | None, speeds: list[float]) -> float | None:
@@ -59,28 +65,29 @@ def slowest(graph: Graph, seconds: list[float], ends: tuple[int, ...], limit: li
     return worst
 
 
-Problem = tuple[list[int], list[tuple[int, int]], list[float], list[float], list[float] | None]
+Problem = tuple[list[int], list[tuple[int, int]], tuple[int, int] | None, list[float], list[float], list[float] | None]
 
 
 @st.composite
 def problems(draw: st.DrawFn) -> Problem:
-    """Sizes of the operators, who reads whose result, their seconds, and of each stage its speed and its limit."""
+    """Sizes of the operators, who reads whose result, who a buffer, their seconds, and of each stage its speed and its limit."""
     count = draw(st.integers(4, 9))
     sizes = draw(st.lists(st.integers(1, 20), min_size=count, max_size=count))
     pairs = [(a, b) for a in range(count) for b in range(a + 2, count)]
     skips = draw(st.lists(st.sampled_from(pairs), max_size=3, unique=True))
+    touched = draw(st.none() | st.tuples(st.integers(0, count - 1), st.integers(0, count - 1)))
     seconds = [float(each) for each in draw(st.lists(st.integers(0, 9), min_size=count, max_size=count))]
     stages = draw(st.integers(1, 4))
     speeds = draw(st.lists(st.sampled_from([1.0, 1.0, 0.5, 3.0]), min_size=stages, max_size=stages))
     limit = draw(st.none() | st.lists(st.floats(20, 400), min_size=stages, max_size=stages))
-    return sizes, skips, seconds, speeds, limit
+    return sizes, skips, touched, seconds, speeds, limit
 
 
 @settings(max_examples=150, deadline=None)
 @given(problems())
 def test_no_cut_is_better(problem: Problem) -> None:
-    sizes, skips, seconds, speeds, limit = problem
-    graph, stages = chain(sizes, skips), len(speeds)
+    sizes, skips, touched, seconds, speeds, limit = problem
+    graph, stages = chain(sizes, skips, touched), len(speeds)
     taken = dict(zip(graph.ops, seconds, strict=True))
     costs = StageCosts(
         seconds=lambda op, stage: taken[op] / speeds[stage],
@@ -88,7 +95,13 @@ def test_no_cut_is_better(problem: Problem) -> None:
         state_bytes=lambda value: float(value.nbytes),
         limit_bytes=limit,
     )
-    every = [(*ends, len(sizes)) for ends in combinations(range(1, len(sizes)), stages - 1)]
+    allowed = [place for place in range(1, len(sizes)) if touched is None or not min(touched) < place <= max(touched)]
+    if len(allowed) + 1 < stages:
+        why = r" \(buffer state must be read where it is changed\)" if touched is not None and touched[0] != touched[1] else ""
+        with pytest.raises(LayoutError, match=rf"than the {len(allowed) + 1} parts that the model can be cut into{why}; use"):
+            cut_stages(graph, set(), stages, costs)
+        return
+    every = [(*ends, len(sizes)) for ends in combinations(allowed, stages - 1)]
     possible = [found for ends in every if (found := slowest(graph, seconds, ends, limit, speeds)) is not None]
     cut = cut_stages(graph, set(), stages, costs)
     if not possible:

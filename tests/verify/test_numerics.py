@@ -152,12 +152,8 @@ def read_and_updated() -> Example:
 @pytest.mark.parametrize(("make", "buffers"), [(moving_average, {"average", "highest", "count"}), (read_and_updated, {"scale"})])
 @pytest.mark.parametrize("layout", ["dp=2", "tp=2", "pp=2"])
 def test_buffers_that_change_are_equal_afterwards(make: Make, buffers: set[str], layout: str) -> None:
-    """Or refused, where a cut parts what reads a buffer from what changes it: the reader's copy would stay as it was."""
-    if (make, layout) == (read_and_updated, "pp=2"):
-        with pytest.raises(LayoutError, match=r"buffer scale is changed in stage 1 and read by .* in stage 0"):
-            verified(make(), layout)
-    else:
-        assert {f"buffer {name}" for name in buffers} <= compared(verified(make(), layout))
+    """What reads a buffer is in the stage of what changes it: another rank's copy would stay as it was."""
+    assert {f"buffer {name}" for name in buffers} <= compared(verified(make(), layout))
 
 
 def test_a_buffer_of_all_samples_allows_one_microbatch() -> None:

@@ -53,10 +53,7 @@ def capture(
         recording = _record(model, batch, loss, treatment) if treatment.needs_recording else Recording()
         try:
             with keeping(treatment, recording, names) as held:
-                exported = _export(model, batch, loss)
-                with _quiet():
-                    exported = functional(exported)
-                graph = _Converter(exported, model, dims).graph()
+                graph = _Converter(_functional(_export(model, batch, loss), model), model, dims).graph()
         except _NotFollowed as error:
             _treat_more(treatment, recording, error, model, names)
             continue
@@ -261,6 +258,44 @@ def _drawn(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], metas: li
     return Opaque(name=name, version=torch.__version__, code=code, results=results, random=True, number=number)
 
 
+def _check(model: nn.Module, node: torch.fx.Node) -> None:
+    """Every result is a tensor whose size is known, of an operator that can be called again."""
+    where = _module_path(node)
+    value = node.meta.get("val")
+    reason = ""
+    if not isinstance(node.target, torch._ops.OpOverload):
+        reason = f"{getattr(node.target, '__name__', node.target)} is no operator on tensors"
+    for item in value if isinstance(value, (tuple, list)) else [value]:
+        if not isinstance(item, torch.Tensor) or any(not isinstance(size, int) for size in item.shape):
+            reason = f"{node.target} makes {item!r}, whose size or value depends on the data (masks instead of boolean indexing would not)"
+    if reason:
+        question = node.target in (torch.ops.aten.item.default, torch.ops.aten._local_scalar_dense.default)
+        raise _NotFollowed(f"{where or 'the model'}: {reason}", _around(model, where), is_question=question)
+
+
+def _around(model: nn.Module, path: str) -> list[nn.Module]:
+    """The submodule of a path and those that it is in, innermost first."""
+    parts = path.split("@")[0].split(".") if path else []
+    found = [model]
+    for part in parts:
+        if not isinstance(inner := getattr(found[-1], part, None), nn.Module):
+            break
+        found.append(inner)
+    return found[::-1]
+
+
+def _functional(exported: torch.export.ExportedProgram, model: nn.Module) -> torch.export.ExportedProgram:
+    """The program without in-place operators. Raises _NotFollowed where torch fails at it since a size depends on the data."""
+    try:
+        with _quiet():
+            return functional(exported)
+    except Exception:
+        for node in exported.graph.nodes:
+            if isinstance(node.target, torch._ops.OpOverload) and node.target._schema.returns:
+                _check(model, node)
+        raise
+
+
 class _Converter:
     """Walks an exported program and builds the Graph."""
 
@@ -367,7 +402,7 @@ class _Converter:
             return None
         if operator_name_or_none(target) in NOISE:
             return None
-        self._check(node)
+        _check(self.model, node)
         if target is OPERATOR:
             return self._opaque(node, args, grad)
         if (same := passes_through(target, args, node.meta["val"])) is not None and (grad or not same.requires_grad):
@@ -394,7 +429,7 @@ class _Converter:
         reach = sum((size - 1) * stride for size, stride in zip(args[1], args[2], strict=True)) + (args[3] or 0 if len(args) > 3 else 0)
         if meta.storage_offset() or not turned.is_contiguous() or reach >= meta.numel():
             where = _module_path(node)
-            raise _NotFollowed(f"{where or 'the model'}: as_strided reads memory beside its tensor's", self._around(where))
+            raise _NotFollowed(f"{where or 'the model'}: as_strided reads memory beside its tensor's", _around(self.model, where))
         value = args[0]
         if order != list(range(meta.dim())):
             (value,) = builder.add(torch.ops.aten.permute.default, (value, order), {}, [turned])
@@ -418,7 +453,7 @@ class _Converter:
         for check in graph.checks:
             if check.value not in known:
                 where = check.module or "the model"
-                raise _NotFollowed(f"{where}: its control flow depends on values that training changes", self._around(check.module))
+                raise _NotFollowed(f"{where}: its control flow depends on values that training changes", _around(self.model, check.module))
 
     def _opaque(self, node: torch.fx.Node, args: tuple[Any, ...], grad: bool) -> tuple[Value, ...]:
         """Code kept whole: an operator of its tensors, and of the random state if it draws random numbers."""
@@ -429,32 +464,6 @@ class _Converter:
             number = builder.random_key()
             inputs, kept = (*inputs, builder.random_state()), replace(kept, number=number, name=f"{kept.name}, draw {number}")
         return builder.add(kept, inputs, {}, list(node.meta["val"]))
-
-    def _check(self, node: torch.fx.Node) -> None:
-        """Every result is a tensor whose size is known, of an operator that can be called again."""
-        where = _module_path(node)
-        value = node.meta.get("val")
-        reason = ""
-        if not isinstance(node.target, torch._ops.OpOverload):
-            reason = f"{getattr(node.target, '__name__', node.target)} is no operator on tensors"
-        for item in value if isinstance(value, (tuple, list)) else [value]:
-            if not isinstance(item, torch.Tensor) or any(not isinstance(size, int) for size in item.shape):
-                reason = (
-                    f"{node.target} makes {item!r}, whose size or value depends on the data (masks instead of boolean indexing would not)"
-                )
-        if reason:
-            question = node.target in (torch.ops.aten.item.default, torch.ops.aten._local_scalar_dense.default)
-            raise _NotFollowed(f"{where or 'the model'}: {reason}", self._around(where), is_question=question)
-
-    def _around(self, path: str) -> list[nn.Module]:
-        """The submodule of a path and those that it is in, innermost first."""
-        parts = path.split("@")[0].split(".") if path else []
-        found = [self.model]
-        for part in parts:
-            if not isinstance(inner := getattr(found[-1], part, None), nn.Module):
-                break
-            found.append(inner)
-        return found[::-1]
 
     def unique(self, name: str) -> str:
         """`name`, numbered when it is taken."""

@@ -273,12 +273,13 @@ def _tail_forward(module: nn.Module, name: str, calls: Sequence[Call], kept: lis
     def forward(*args: Any, **kwargs: Any) -> Any:
         call = next(pending)
         children = _Children(module, len(call.children))
+        every = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+        before = {each: every[each].clone() for each in call.buffers}  # the end runs the module's own code from its start
         try:
             with children:
                 return original(*args, **kwargs)
         except _Enough:
-            every = {**dict(module.named_parameters()), **dict(module.named_buffers())}
-            held = {each: every[each] for each in dict.fromkeys((*call.own, *call.buffers))}
+            held = {each: before.get(each, every[each]) for each in dict.fromkeys((*call.own, *call.buffers))}
             return _opaque_call(module, f"{name} (its end)", call, held, tuple(children.outputs), args, kwargs, kept)
 
     return forward
@@ -327,8 +328,9 @@ def _opaque_call(
     code = _module_code(module, tuple(held), call, bool(outputs))
     inner = _Whole.of(code, (list(held.values()), outputs, args, kwargs), {})
     made = list(inner.kept(name, _version(type(module)), call.results, kept, random=call.random))
+    changed = dict(module.named_buffers())
     for buffer in reversed(call.buffers):
-        held[buffer].copy_(made.pop())
+        changed[buffer].copy_(made.pop())
     given = _tensors((args, kwargs))
     for place in reversed(call.arguments):
         given[place].copy_(made.pop())

@@ -16,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from shardwise.capture.opaque import Result
+from shardwise.errors import CaptureError
 
 __all__ = ["QUESTIONS", "TENSOR", "Answer", "Call", "Recording", "record"]
 
@@ -35,7 +36,8 @@ class Call:
     """One call of a submodule on the example batch.
 
     structure, leaves: of what it returned, TENSOR for each tensor. results: those tensors, then arguments and buffers that it changed.
-    arguments: which tensors among its arguments it changed in place; buffers: which of its buffers. random: it drew random numbers.
+    arguments: which tensors among its arguments it changed in place; buffers: which of its buffers (of a tail: in its own code). random: it
+    drew random numbers.
     children: the submodules that its own code called, in their order; own: names of the parameters and buffers that this code read itself.
     """
 
@@ -59,7 +61,10 @@ class Recording:
 
 @dataclass(kw_only=True)
 class _Frame:
-    """A call under way. At the end of its last child: the generator's state and how many answers there were."""
+    """A call under way. At the end of its last child: the generator's state, how many answers there were and the buffers.
+
+    own_buffers: those that its own code changed before; theirs: those that its children changed.
+    """
 
     module: nn.Module
     tensors: list[Tensor]
@@ -69,6 +74,15 @@ class _Frame:
     answers: int
     children: list[nn.Module] = field(default_factory=list)
     own: dict[str, None] = field(default_factory=dict)
+    own_buffers: dict[str, None] = field(default_factory=dict)
+    theirs: dict[str, None] = field(default_factory=dict)
+
+    def changed(self) -> dict[str, None]:
+        """The buffers that have changed since this was last asked."""
+        now = dict(self.module.named_buffers())
+        found = {name: None for name, buffer in now.items() if not torch.equal(buffer, self.buffers[name])}
+        self.buffers |= {name: now[name].clone() for name in found}
+        return found
 
 
 class _Watch(TorchFunctionMode):
@@ -93,6 +107,8 @@ class _Watch(TorchFunctionMode):
 
     def enter(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         watched = module in self.whole or module in self.tails
+        if self.stack and self.stack[-1].module in self.tails:
+            self.stack[-1].own_buffers |= self.stack[-1].changed()
         tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)] if watched else []
         self.stack.append(
             _Frame(
@@ -112,6 +128,7 @@ class _Watch(TorchFunctionMode):
             parent.children.append(module)
             if parent.module in self.tails:
                 parent.generator, parent.answers = torch.get_rng_state(), len(self.recording.answers)
+                parent.theirs |= parent.changed()
         if module in self.recording.calls:
             if module in self.tails:
                 del self.recording.answers[frame.answers :]
@@ -121,7 +138,13 @@ class _Watch(TorchFunctionMode):
 def _finished(frame: _Frame, output: Any) -> Call:
     leaves, structure = pytree.tree_flatten(output)
     changed = [i for i, (tensor, version) in enumerate(zip(frame.tensors, frame.versions, strict=True)) if tensor._version != version]
-    buffers = {name: buffer for name, buffer in frame.module.named_buffers() if not torch.equal(buffer, frame.buffers[name])}
+    own = frame.own_buffers | frame.changed()
+    if both := own.keys() & frame.theirs.keys():
+        raise CaptureError(
+            f"buffer {min(both)} of {type(frame.module).__name__} is changed by the module's own code and by a submodule, and the end of "
+            "that code cannot be captured; let one of them change it"
+        )
+    buffers = {name: buffer for name, buffer in frame.module.named_buffers() if name in own}
     tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)] + [frame.tensors[i] for i in changed] + list(buffers.values())
     return Call(
         structure=structure,

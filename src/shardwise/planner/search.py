@@ -26,7 +26,6 @@ from shardwise.planner.layout import Layout, completions
 from shardwise.planner.plan import Candidate, Chooser, Infeasible, Plan, Prediction, Random, by_pattern, choice_text
 from shardwise.planner.shares import batch_shares
 from shardwise.planner.stages import StageCosts, cut_stages
-from shardwise.program.buffers import far_buffer
 from shardwise.program.build import build_programs, rank_of
 from shardwise.program.lower import Cut
 from shardwise.program.recompute import RECOMPUTE
@@ -227,12 +226,6 @@ class _Search:
             return
         if layout.tp > 1 and not self.pinned.tp and not any(v["tp"].choice.mode == "split" for v in assignment.variants.values()):
             trial.note = "no operator is worth splitting over tp: every rank would do all of the work"
-            return
-        home = placed(layout.tables)
-        if far := far_buffer(self.graph, stage_of, [home[stage] for stage in sorted(home)]):
-            if self.pinned.pp:
-                raise LayoutError(f"{far}, which would not see the change; use pp=1")
-            trial.note = f"{far}, which would not see the change"
             return
         trial.gap = tensor.gap
         cut = Cut(stage_of=stage_of, prelude=frozenset(self.analysis.prelude), recompute=layout.recompute or "none")  # type: ignore[arg-type]

@@ -1,19 +1,20 @@
 """Cuts the model into stages: dynamic programming over the places where the computation may be cut.
 
-A cut may lie where the module path changes near the root (between blocks); the best cut makes the slowest stage as fast as possible,
-counting what has to be sent, among those whose states fit the memory of a rank. Stages may be on unlike devices: each has its own seconds
-and its own limit.
+A cut may lie where the module path changes near the root (between blocks), but not between what reads a buffer and what changes it; the
+best cut makes the slowest stage as fast as possible, counting what has to be sent, among those whose states fit the memory of a rank.
+Stages may be on unlike devices: each has its own seconds and its own limit.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import accumulate
 
 from shardwise.capture.graph import Graph, Op, Value
 from shardwise.errors import LayoutError
+from shardwise.program.buffers import buffer_spans
 
 __all__ = ["StageCosts", "cut_stages"]
 
@@ -35,11 +36,12 @@ def cut_stages(graph: Graph, prelude: set[Op], stages: int, costs: StageCosts) -
     Raises LayoutError when the model has fewer parts than stages.
     """
     body = [op for op in graph.ops if op not in prelude]
-    places = _places(body, stages)
+    apart = buffer_spans(graph, body)
+    places = _places(body, stages, apart)
     if len(places) - 1 < stages:
-        raise LayoutError(
-            f"{stages} stages are more than the {len(places) - 1} parts that the model can be cut into; use {len(places) - 1} or fewer"
-        )
+        parts = len(places) - 1
+        why = f" (buffer {next(iter(apart.values()))} must be read where it is changed)" if apart else ""
+        raise LayoutError(f"{stages} stages are more than the {parts} parts that the model can be cut into{why}; use {parts} or fewer")
     segments = _Segments(graph, body, places, costs, stages)
     ends = _best(len(places) - 1, stages, segments)
     if ends is None:
@@ -50,14 +52,17 @@ def cut_stages(graph: Graph, prelude: set[Op], stages: int, costs: StageCosts) -
     return stage_of
 
 
-def _places(body: Sequence[Op], stages: int) -> list[int]:
-    """Indices in the body where it may be cut, its ends included: where the path of the module changes at the least depth that suffices."""
+def _places(body: Sequence[Op], stages: int, apart: Container[int]) -> list[int]:
+    """Indices in the body where it may be cut, its ends included: where the path of the module changes at the least depth that suffices.
+
+    apart: where it may not be.
+    """
     for depth in range(1, 12):
         paths = [".".join(op.module.split(".")[:depth]) for op in body]
-        places = [0, *(i for i in range(1, len(body)) if paths[i] != paths[i - 1]), len(body)]
+        places = [0, *(i for i in range(1, len(body)) if paths[i] != paths[i - 1] and i not in apart), len(body)]
         if len(places) - 1 >= 2 * stages + 2:
             return places
-    return list(range(len(body) + 1)) if len(body) <= 200 else places
+    return [0, *(i for i in range(1, len(body)) if i not in apart), len(body)] if len(body) <= 200 else places
 
 
 class _Segments:

@@ -7,7 +7,19 @@ from collections.abc import Mapping, Sequence
 
 from shardwise.capture.graph import Graph, Op
 
-__all__ = ["far_buffer"]
+__all__ = ["buffer_spans", "far_buffer"]
+
+
+def buffer_spans(graph: Graph, body: Sequence[Op]) -> dict[int, str]:
+    """Indices in the body between what reads a buffer and what changes it → the buffer: a cut there would part them."""
+    index = {op: i for i, op in enumerate(body)}
+    readers = graph.consumers()
+    spans: dict[int, str] = {}
+    for name, value in graph.updates.items():
+        if value.producer in index:
+            touching = [index[value.producer], *(index[op] for op, _ in readers.get(graph.buffers[name], ()) if op in index)]
+            spans |= dict.fromkeys(range(min(touching) + 1, max(touching) + 1), name)
+    return spans
 
 
 def far_buffer(graph: Graph, stage_of: Mapping[Op, int], placement: Sequence[int]) -> str:
