@@ -5,13 +5,37 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Callable
-from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.console import Console
 
+from shardwise.commands.options import (
+    DEFAULT_CLUSTER,
+    BudgetOption,
+    ClusterOption,
+    GlobalBatchOption,
+    JsonOption,
+    LayoutOption,
+    ModelOption,
+    ObjectiveOption,
+    PlannedClusterOption,
+    PlanOption,
+    Precision,
+    PriceOption,
+    RandomOption,
+    RecomputeOption,
+    RunnableOption,
+    ScheduleOption,
+    SequenceOption,
+    SlowLinkOption,
+    SlowRankOption,
+    SlowStageOption,
+    WithinOption,
+)
+from shardwise.commands.shared import DIFFERS, feasible, pinned_layout, reported, required, show
+from shardwise.commands.train import train
 from shardwise.errors import PlanError, ShardwiseError
 
 if TYPE_CHECKING:
@@ -24,9 +48,6 @@ if TYPE_CHECKING:
 
 __all__ = ["app", "main"]
 
-DIFFERS, WRONG_INPUT, INFEASIBLE = 1, 2, 3
-DEFAULT_CLUSTER = "local:2"
-
 app = typer.Typer(
     help="Runs an ordinary single-device PyTorch model split over many devices, with the same numbers.",
     no_args_is_help=True,
@@ -34,71 +55,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
-_P = ParamSpec("_P")
-_R = TypeVar("_R")
-
-ModelOption = Annotated[
-    str | None,
-    typer.Option("--model", help="hf:CONFIG.json, or FILE.py:FUNCTION, a function that returns the model and an example batch."),
-]
-ClusterOption = Annotated[str, typer.Option("--cluster", help="local:N, N ranks on this machine, or a cluster file (.toml).")]
-LayoutOption = Annotated[
-    str | None, typer.Option("--layout", help="What to pin, such as tp=2,pp=2,microbatches=4 or dp=4,zero=3. The rest is searched.")
-]
-ScheduleOption = Annotated[
-    str | None,
-    typer.Option("--schedule", help="gpipe, 1f1b, interleaved, zb-h1, zb-2p, zb-v, or a file with a table of your own."),
-]
-RecomputeOption = Annotated[
-    Literal["none", "selective", "full"] | None,
-    typer.Option("--recompute", help="What the backward pass computes again, to save memory. Default: none where that fits."),
-]
-GlobalBatchOption = Annotated[int | None, typer.Option("--global-batch", min=1, help="Examples in a step, over all ranks.")]
-SequenceOption = Annotated[int | None, typer.Option("--sequence", min=1, help="Tokens in an example, for hf: language models.")]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for programs instead of text for people.")]
-RandomOption = Annotated[
-    Literal["keyed", "fast"] | None,
-    typer.Option("--random", help="keyed: one device's random numbers; fast: torch's own on each rank. Default: keyed."),
-]
-PlannedClusterOption = Annotated[
-    str | None,
-    typer.Option("--cluster", help="local:N, N ranks on this machine, or a cluster file (.toml). Default: local:2, or the plan's."),
-]
-RunnableOption = Annotated[bool, typer.Option("--runnable", help="Only layouts that can be run today.")]
-BudgetOption = Annotated[
-    float | None,
-    typer.Option("--budget", help="Seconds to search; the best found so far and how much may be left. Default: a fixed effort."),
-]
-ObjectiveOption = Annotated[
-    str,
-    typer.Option(
-        "--objective", help="throughput on all devices; latency, cost of a step, on all or fewer; devices, the fewest nodes that do."
-    ),
-]
-WithinOption = Annotated[float | None, typer.Option("--within", help="Seconds that a step may take, for --objective devices.")]
-PriceOption = Annotated[float | None, typer.Option("--price", help="Dollars for a device and hour, instead of the catalog's list price.")]
-PlanOption = Annotated[Path | None, typer.Option("--plan", help="Use this plan.json instead of searching for one.")]
-SlowRankOption = Annotated[
-    list[str] | None,
-    typer.Option("--slow-rank", help="RANK=FACTOR or FIRST-LAST=FACTOR: computes so many times as long; may be repeated."),
-]
-SlowStageOption = Annotated[
-    list[str] | None, typer.Option("--slow-stage", help="STAGE=FACTOR: all its ranks compute so many times as long; may be repeated.")
-]
-SlowLinkOption = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--slow-link",
-        help="NAME=SHARE: keeps this share of its rate; a level of links (network, node), or 0-1 between two stages. May be repeated.",
-    ),
-]
-
-
-class Precision(StrEnum):
-    """The precision that `verify` compares in."""
-
-    FLOAT64 = "float64"
-    FLOAT32 = "float32"
 
 
 def main() -> None:
@@ -106,22 +62,8 @@ def main() -> None:
     app()
 
 
-def _reported(command: Callable[_P, _R]) -> Callable[_P, _R]:
-    """A wrong input prints one message and exits with 2, without a traceback."""
-
-    @functools.wraps(command)
-    def wrapper(*args: _P.args, **kwargs: _P.kwargs) -> _R:
-        try:
-            return command(*args, **kwargs)
-        except ShardwiseError as error:
-            Console(stderr=True).print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
-            raise typer.Exit(WRONG_INPUT) from None
-
-    return wrapper
-
-
 @app.command()
-@_reported
+@reported
 def plan(
     model: ModelOption = None,
     cluster: ClusterOption = DEFAULT_CLUSTER,
@@ -165,12 +107,12 @@ def plan(
 
     shardwise plan --model llama3-70b --cluster h100:32x8 --objective devices --within 20
     """
-    pinned = _pinned(layout, schedule=schedule, recompute=recompute)
+    pinned = pinned_layout(layout, schedule=schedule, recompute=recompute)
     wished: Any = {"runnable": runnable, "budget": budget, "objective": objective, "within": within, "price": price}
     chosen: Plan | Proposal
     unlike = False
     if _proposes(model, cluster, whole=whole, random=random):
-        found = _outlook(_required(model), cluster, pinned, global_batch, sequence, **wished)
+        found = _outlook(required(model), cluster, pinned, global_batch, sequence, **wished)
         from shardwise.whatif import usual_changes, with_what_ifs
 
         changes = [each for text in what_if or [] for each in (usual_changes(found.cluster) if text == "usual" else [text])]
@@ -187,65 +129,11 @@ def plan(
             typer.echo("the devices are not alike, their parts here are: `shardwise layouts` compares unequal ones, --whole plans them")
 
 
-@app.command()
-@_reported
-def train(
-    model: ModelOption = None,
-    data: Annotated[Path | None, typer.Option("--data", help="A text file, read as bytes. Default: Python's own sources.")] = None,
-    steps: Annotated[int, typer.Option("--steps", min=1, help="Optimizer steps.")] = 100,
-    learning_rate: Annotated[float, typer.Option("--lr", min=0.0, help="AdamW's learning rate.")] = 1e-3,
-    seed: Annotated[int, typer.Option("--seed", min=0, help="Of the weights and the order of the data.")] = 0,
-    cluster: PlannedClusterOption = None,
-    layout: LayoutOption = None,
-    schedule: ScheduleOption = None,
-    global_batch: GlobalBatchOption = None,
-    sequence: SequenceOption = None,
-    random: RandomOption = None,
-    recompute: RecomputeOption = None,
-    plan_file: PlanOption = None,
-    port: Annotated[int, typer.Option("--port", min=0, max=65535, help="For the ranks to meet at; 0 takes a free one.")] = 0,
-    out: Annotated[Path, typer.Option("--out", help="A directory for plan.json, training.json, report.html and trace.json.")] = Path(
-        "out/train"
-    ),
-    as_json: JsonOption = False,
-) -> None:
-    """Train a language model on the bytes of a text, split over local ranks, which this command starts itself.
-
-    Started by torchrun it is one of the ranks instead; then --cluster or --plan must describe all nodes.
-
-    [bold]Examples[/bold]
-
-    shardwise train --model hf:config.json --data book.txt --steps 200 --cluster local:4
-
-    shardwise train --model hf:config.json --plan plan.json
-
-    torchrun --nnodes 2 --nproc-per-node 4 ... -m shardwise train --model hf:config.json --plan plan.json
-    """
-    from shardwise.training import TrainRequest, run_training
-
-    request = TrainRequest(
-        model=_required(model),
-        data=data,
-        steps=steps,
-        learning_rate=learning_rate,
-        seed=seed,
-        cluster=cluster if plan_file else cluster or DEFAULT_CLUSTER,
-        layout=_pinned(layout, schedule=schedule, recompute=recompute),
-        global_batch=global_batch,
-        sequence=sequence,
-        random=random,
-        plan_file=plan_file,
-        port=port,
-        out=out,
-        shown=not as_json,
-    )
-    summary = _feasible(run_training(request))
-    if summary is not None:  # None on all ranks but the first
-        _show(summary, as_json)
+app.command()(reported(train))
 
 
 @app.command()
-@_reported
+@reported
 def verify(
     model: ModelOption = None,
     cluster: ClusterOption = DEFAULT_CLUSTER,
@@ -270,9 +158,9 @@ def verify(
     import shardwise as sw
     from shardwise.models import load_model
 
-    module, batch = load_model(_required(model), batch_size=global_batch, sequence=sequence)
-    pinned = _pinned(layout, schedule=schedule, recompute=recompute)
-    report = _feasible(sw.verify(module, batch, cluster=cluster, layout=pinned, dtype=getattr(torch, dtype.value)))
+    module, batch = load_model(required(model), batch_size=global_batch, sequence=sequence)
+    pinned = pinned_layout(layout, schedule=schedule, recompute=recompute)
+    report = feasible(sw.verify(module, batch, cluster=cluster, layout=pinned, dtype=getattr(torch, dtype.value)))
     if as_json:
         names = ("ok", "max_relative_error", "first_difference", "layout")
         typer.echo(json.dumps({name: _plain(getattr(report, name)) for name in names}, indent=2))
@@ -283,7 +171,7 @@ def verify(
 
 
 @app.command()
-@_reported
+@reported
 def coverage(
     model: ModelOption = None,
     all_layouts: Annotated[bool, typer.Option("--all-layouts", help="Also 3 ranks, 4 on each axis alone, and more mixes.")] = False,
@@ -310,7 +198,7 @@ def coverage(
     from shardwise.verify.coverage import ALL_LAYOUTS, LAYOUTS
     from shardwise.verify.coverage import coverage as cover
 
-    module, batch = load_model(_required(model), batch_size=global_batch, sequence=sequence)
+    module, batch = load_model(required(model), batch_size=global_batch, sequence=sequence)
     layouts = layout or (ALL_LAYOUTS if all_layouts else LAYOUTS)
     with Console(stderr=True).status("") as status:
         found = cover(
@@ -327,7 +215,7 @@ def coverage(
 
 
 @app.command()
-@_reported
+@reported
 def simulate(
     model: ModelOption = None,
     plan_file: PlanOption = None,
@@ -370,16 +258,16 @@ def simulate(
 
     times = {"mtbf": mtbf, "job-mtbf": job_mtbf, "checkpoint": checkpoint, "checkpoint-every": checkpoint_every, "restart": restart}
     scenario = Scenario.parse(ranks=slow_rank or (), stages=slow_stage or (), links=slow_link or (), times=times)
-    simulated = _simulated(plan_file, model, cluster, _pinned(layout, schedule=schedule), global_batch, sequence)
+    simulated = _simulated(plan_file, model, cluster, pinned_layout(layout, schedule=schedule), global_batch, sequence)
     step = simulated(scenario.slow)
     outcome = scenario.outcome(step, simulated(Slow()) if scenario.slow else step)
     out.parent.mkdir(parents=True, exist_ok=True)
     step.save_trace(out)
-    _show((outcome.as_json() if as_json else outcome.lines()) | {"trace": str(out)}, as_json)
+    show((outcome.as_json() if as_json else outcome.lines()) | {"trace": str(out)}, as_json)
 
 
 @app.command()
-@_reported
+@reported
 def layouts(
     model: Annotated[str, typer.Option("--model", help="A known model, such as gpt3-175b; `python -m shardwise.presets` lists them.")],
     cluster: Annotated[str, typer.Option("--cluster", help='Devices of the catalog, such as h100:128x8; "shardwise cluster" lists them.')],
@@ -424,7 +312,7 @@ def layouts(
 
 
 @app.command()
-@_reported
+@reported
 def report(
     plan_file: Annotated[Path, typer.Argument(help="A plan file.", metavar="PLAN")],
     out: Annotated[Path, typer.Option("--out", help="Where the page goes.")] = Path("report.html"),
@@ -444,7 +332,7 @@ def report(
 
 
 @app.command()
-@_reported
+@reported
 def compare(
     first: Annotated[Path, typer.Argument(help="A plan file.")],
     second: Annotated[Path, typer.Argument(help="Another one.")],
@@ -469,7 +357,7 @@ def compare(
 
 
 @app.command()
-@_reported
+@reported
 def cluster(
     machines: Annotated[
         str | None,
@@ -495,7 +383,7 @@ def cluster(
 
 
 @app.command()
-@_reported
+@reported
 def doctor(
     as_json: JsonOption = False,
     measure: Annotated[bool, typer.Option(help="Also measure how fast this machine computes and communicates (once; then cached).")] = True,
@@ -520,7 +408,7 @@ def doctor(
 
 
 @app.command()
-@_reported
+@reported
 def rules(
     operator: Annotated[
         str | None, typer.Argument(help="aten.linear.default, linear, mylib::op, or how names begin; all where none is given.")
@@ -557,18 +445,6 @@ def rules(
 # ---- shared ------------------------------------------------------------------------------------------------------------------------
 
 
-def _required(model: str | None) -> str:
-    if model is None:
-        raise ShardwiseError("no model was given: add --model hf:CONFIG.json or --model FILE.py:FUNCTION.")
-    return model
-
-
-def _pinned(layout: str | None, **options: str | None) -> str | None:
-    """The layout with what options of their own name."""
-    named = [f"{name}={value}" for name, value in options.items() if value is not None]
-    return ",".join(filter(None, (layout, *named))) or None
-
-
 def _plan(
     model: str | None,
     cluster: str,
@@ -580,8 +456,8 @@ def _plan(
     import shardwise as sw
     from shardwise.models import load_model
 
-    module, batch = load_model(_required(model), batch_size=global_batch, sequence=sequence, device="meta")
-    return _feasible(sw.plan(module, batch, cluster=cluster, layout=layout, global_batch=global_batch, random=random or "keyed"))
+    module, batch = load_model(required(model), batch_size=global_batch, sequence=sequence, device="meta")
+    return feasible(sw.plan(module, batch, cluster=cluster, layout=layout, global_batch=global_batch, random=random or "keyed"))
 
 
 def _simulated(
@@ -599,7 +475,7 @@ def _simulated(
         machines = cluster or DEFAULT_CLUSTER
         if not _proposes(model, machines, whole=False, random=None):
             return functools.partial(sw.simulate, _plan(model, machines, layout, global_batch, sequence))
-        found = _outlook(_required(model), machines, layout, global_batch, sequence)
+        found = _outlook(required(model), machines, layout, global_batch, sequence)
     else:
         asked = Asked(cluster=cluster, layout=layout, global_batch=global_batch)
         read = load_plan(plan_file)
@@ -650,7 +526,7 @@ def _outlook(
     machine = Cluster.parse(cluster)
     with Console(stderr=True).status(f"costing layouts of {model} on {cluster} …"):
         study = Study.of(model, sequence, wish.pins.microbatch)
-        return _feasible(study.outlook(machine, wish, unlike=unlike))
+        return feasible(study.outlook(machine, wish, unlike=unlike))
 
 
 def _without_effect(**given: Any) -> None:
@@ -676,31 +552,9 @@ def _planned(path: Path, model: str | None, asked: Asked, sequence: int | None) 
     return plan
 
 
-def _feasible(result: Any) -> Any:
-    import shardwise as sw
-
-    if isinstance(result, sw.Infeasible):
-        _give_up(str(result))
-    return result
-
-
-def _give_up(reasons: str) -> None:
-    Console(stderr=True).print(reasons, style="yellow", markup=False, highlight=False, soft_wrap=True)
-    raise typer.Exit(INFEASIBLE)
-
-
 def _save(chosen: Plan | Proposal, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     chosen.save(path)
-
-
-def _show(values: dict[str, Any], as_json: bool) -> None:
-    if as_json:
-        typer.echo(json.dumps(values, indent=2))
-        return
-    width = max(len(name) for name in values)
-    for name, value in values.items():
-        typer.echo(f"{name.replace('_', ' '):{width}}  {value}")
 
 
 def _plain(value: Any) -> Any:
