@@ -78,12 +78,14 @@ def parallelize(
 ) -> Any:
     """This rank's Job of a plan; call it on every rank, under torchrun or in a process group of your own.
 
-    optimizer: a function of (name, parameter) pairs that returns a torch optimizer; it gets this rank's parts of the parameters.
+    optimizer: a function of (name, parameter) pairs that returns a torch optimizer, or a list of them. It gets this rank's parts of the
+    parameters, whole ones where the optimizer needs them whole and this rank updates them, empty ones for what other ranks update.
     clip_norm: gradients are scaled down to this norm over all parameters, as torch.nn.utils.clip_grad_norm_ does on one device.
     check_finite: a step whose loss or gradients are infinite or not numbers raises NotFiniteError before the optimizer sees them.
     The job takes the weights over: parameters that it keeps whole go on living in the model, those that it splits are emptied there.
     Raises PlanError when the plan is for another model, batch or number of ranks; CaptureError for weights on the meta device; LayoutError
-    for an optimizer that cannot run on shards; ClusterError outside a job; CheckError when the programs would not fit together.
+    for an optimizer that cannot give one device's numbers in this layout; ClusterError outside a job; CheckError when the programs would
+    not fit together.
     """
     from shardwise.runtime.group import join_group
     from shardwise.runtime.job import Job

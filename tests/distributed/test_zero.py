@@ -10,7 +10,6 @@ from tests.clusters import made_up
 from tests.models import Example, gpt2, mlp, unet
 
 import shardwise as sw
-from shardwise.errors import LayoutError, RankFailed
 from shardwise.planner.layout import Layout
 from shardwise.runtime.launch import launch
 from shardwise.verify.verify import Report
@@ -85,13 +84,3 @@ def test_a_second_run_is_the_same_bit_by_bit() -> None:
     one, other = (run("dp=2,microbatches=2,zero=3,recompute=full") for _ in range(2))
     assert [rank[0] for rank in one] == [rank[0] for rank in other]
     assert all(torch.equal(one[rank][1][name], other[rank][1][name]) for rank in (0, 1) for name in one[rank][1])
-
-
-def with_adafactor(plan: sw.Plan) -> None:
-    sw.parallelize(*mlp(), plan=plan, optimizer=lambda named: torch.optim.Adafactor([p for _, p in named], lr=1e-2))
-
-
-def test_an_optimizer_of_whole_matrices_is_refused() -> None:
-    plan = sw.plan(*mlp(), made_up(2), layout="dp=2,zero=1")
-    with pytest.raises((LayoutError, RankFailed), match=r"Adafactor does not treat each element alone.*zero=0"):
-        launch(with_adafactor, (plan,), ranks=2, timeout_s=60.0)

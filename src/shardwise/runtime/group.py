@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
@@ -91,15 +92,21 @@ def port_in_use(host: str, port: int) -> ClusterError:
     )
 
 
+_created: WeakKeyDictionary[dist.ProcessGroup | None, set[str]] = WeakKeyDictionary()  # the world → names, as torch's own registry has them
+
+
 def create_groups(groups: Sequence[tuple[str, tuple[int, ...]]], timeout_s: float = 300.0) -> None:
     """Creates the process groups of the whole job, in the same order on every rank.
 
-    groups: (axis, ranks) of all ranks' programs, each once. timeout_s: how long a wait in them may take; torch's default is half an hour.
+    groups: (axis, ranks) of all ranks' programs, each once; those that an earlier job of this process has created are used again.
+    timeout_s: how long a wait in them may take; torch's default is half an hour.
     """
+    known = _created.setdefault(dist.group.WORLD, set())
     for axis, ranks in groups:
-        if len(ranks) == 1:
-            continue
         name = group_name(axis, ranks)
+        if len(ranks) == 1 or name in known:
+            continue
+        known.add(name)
         group = dist.new_group(list(ranks), timeout=timedelta(seconds=timeout_s), group_desc=name)
         if dist.get_rank() in ranks:
             register_group(name, group)

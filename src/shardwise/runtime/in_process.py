@@ -167,6 +167,12 @@ class InProcess:
         self.sum_in_place(x, group, impl)
         return lambda: None
 
+    def swap(self, sends: Sequence[tuple[Tensor, int]], receives: Sequence[tuple[Tensor, int]]) -> None:
+        for x, peer in sends:
+            self.send(x, peer)
+        for x, peer in receives:
+            self.receive(x, peer).wait()
+
     def send(self, x: Tensor, peer: int) -> _Sent:
         self.meetings.box(self.rank, peer).put(x.clone())
         return _Sent()

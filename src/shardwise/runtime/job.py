@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from math import prod
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from shardwise.capture.graph import Graph
-from shardwise.errors import BatchError, PlanError
+from shardwise.errors import BatchError, LayoutError, PlanError
 from shardwise.planner.apply import Applied
 from shardwise.planner.plan import Plan
 from shardwise.program.build import Places, build_programs
@@ -21,16 +21,16 @@ from shardwise.program.reductions import DATA_AXES, joined_ranks
 from shardwise.runtime.executor import Event, Executor
 from shardwise.runtime.gradients import Gradients
 from shardwise.runtime.group import create_groups
+from shardwise.runtime.needs import Need, needs
 from shardwise.runtime.norm import GradientNorm
-from shardwise.runtime.optimizer import prefer_fused, refuse_unless_elementwise
+from shardwise.runtime.optimizer import OptimizerFactory, absent, make_on_parts, make_optimizers, prefer_fused
 from shardwise.runtime.parameters import Parameters
 from shardwise.runtime.transport import Distributed
+from shardwise.runtime.whole import WholeParameters, is_split
 from shardwise.sharding.types import Shard, take
 from shardwise.sharding.types import part as part_of
 
-__all__ = ["Job", "OptimizerFactory", "batch_part", "local_part", "own_part", "step_key"]
-
-OptimizerFactory = Callable[[Iterable[tuple[str, nn.Parameter]]], torch.optim.Optimizer]
+__all__ = ["Job", "batch_part", "local_part", "own_part", "step_key"]
 
 
 class Job:
@@ -38,7 +38,7 @@ class Job:
 
     batch_slice: which samples of the global batch this rank works on. program: what it performs; print it to read it.
     events: the last step's actions with their times. grad_norm: of all gradients of the last step, before they were clipped; nan where
-    neither clip_norm nor check_finite asks for it.
+    neither clip_norm nor check_finite asks for it. optimizers: what `optimizer` made, with the same groups on every rank.
     """
 
     def __init__(
@@ -69,7 +69,7 @@ class Job:
         self.state = {part.name: own_part(state[part.name], part, self.program, device) for part in parts}
         self.gradients = Gradients(self.program, transport, choose, device)
         self.parameters = Parameters(self.program, self.state, self.gradients.parts, transport, choose)
-        self.optimizer = self._optimizer(optimizer)
+        self.whole, self.optimizers = self._optimizers(optimizer, transport)
         self.executor = Executor(self.program, self.state, self.gradients, transport, device)
         self.norm = self._norm(clip_norm) if clip_norm is not None or check_finite else None
         self.loss = self.grad_norm = math.nan
@@ -78,12 +78,29 @@ class Job:
         sizes = {name: prod(value.shape) for name, value in self.graph.parameters.items() if value.requires_grad}
         return GradientNorm({name: each for name, each in self.gradients.parts.items() if name in sizes}, sizes, most, self.device)
 
-    def _optimizer(self, factory: OptimizerFactory) -> torch.optim.Optimizer | None:
-        """The user's optimizer over this rank's parts; None for a rank without parameters."""
-        parts = self.program.parameters
-        if any(part.division or isinstance(each, Shard) for part in parts for each in part.type.values()):
-            refuse_unless_elementwise(factory)
-        return prefer_fused(factory(self.parameters.trained)) if self.parameters.trained else None
+    def _optimizers(self, factory: OptimizerFactory, transport: Distributed) -> tuple[WholeParameters, list[torch.optim.Optimizer]]:
+        """The user's optimizers of this rank's parts of parameters, and of those that it updates whole for others."""
+        shapes = {name: value.shape for name, value in self.graph.parameters.items() if value.requires_grad}
+        split = {part.name for part in self.program.parameters if part.requires_grad and is_split(part)}
+        need = needs(factory, shapes) if self.plan.ranks > 1 else {}
+        if self.plan.pp > 1 or split:
+            _refuse_coupled(need)
+        gathered = {name for name in split if need[name] == "parameter"}
+        whole = WholeParameters(self.program, self.parameters.of, gathered, transport, self.device)
+        here = {name: each for name, each in self.parameters.of.items() if name not in gathered} | whole.of
+        dtypes = {name: value.dtype for name, value in self.graph.parameters.items()}
+        mine = [(name, here[name] if name in here else absent(shape, dtypes[name], self.device)) for name, shape in shapes.items()]
+        made = make_on_parts(factory, shapes, mine) if self.plan.ranks > 1 else make_optimizers(factory, mine)
+        whole.release()
+        return whole, [prefer_fused(optimizer) for optimizer in made]
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer:
+        """The optimizer, for a schedule of its learning rate. Raises LayoutError where there are several (`optimizers`)."""
+        if len(self.optimizers) > 1:
+            kinds = ", ".join(type(optimizer).__name__ for optimizer in self.optimizers)
+            raise LayoutError(f"the job has {len(self.optimizers)} optimizers ({kinds}): take one of job.optimizers")
+        return self.optimizers[0]
 
     @property
     def batch_slice(self) -> slice:
@@ -112,8 +129,10 @@ class Job:
     def _update(self) -> None:
         if self.norm is not None:
             self.loss, self.grad_norm = self.norm.apply(self.executor.loss if self.program.counts_loss else 0.0, self.steps)
-        if self.optimizer is not None:
-            self.optimizer.step()
+        self.whole.collect()
+        for optimizer in self.optimizers:
+            optimizer.step()
+        self.whole.spread()
         self.parameters.gather()
 
     def evaluate(self, batch: Mapping[str, Tensor], *, local: bool = False) -> float:
@@ -178,6 +197,16 @@ def batch_part(
 def _batch_slice(plan: Plan, program: Program) -> slice:
     mine = part_of(plan.global_batch, Shard(0, shares=tuple(plan.shares)), plan.dp, program.coordinates["dp"])
     return slice(mine.start, mine.stop)
+
+
+def _refuse_coupled(need: Mapping[str, Need]) -> None:
+    coupled = [name for name, each in need.items() if each == "all"]
+    if coupled:
+        raise LayoutError(
+            f"the optimizer does not treat {coupled[0]} alone: its step depends on the gradients of other parameters, some of which are on "
+            "other ranks in this layout. Use dp alone (tp=1, pp=1, zero=0) or another optimizer; to clip by the norm of all "
+            "gradients pass clip_norm to parallelize"
+        )
 
 
 def _checked_rank(plan: Plan) -> int:

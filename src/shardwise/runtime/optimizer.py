@@ -1,49 +1,113 @@
-"""The user's optimizer on a rank's parts: whether it may run on shards (it must treat every element alone), and its fastest form."""
+"""The user's optimizers: made over all of the model's trained parameters on every rank, and run in their fastest form."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import inspect
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import nn
 
 from shardwise.errors import LayoutError
 
-__all__ = ["is_elementwise", "prefer_fused", "refuse_unless_elementwise"]
+__all__ = ["OptimizerFactory", "absent", "make_on_parts", "make_optimizers", "prefer_fused"]
 
-Factory = Callable[[Iterable[tuple[str, nn.Parameter]]], torch.optim.Optimizer]
-
-
-def is_elementwise(factory: Factory) -> bool:
-    """Whether three steps on two halves of a matrix give the same numbers as on the whole, in float64."""
-    generator = torch.Generator().manual_seed(0)
-    start = torch.randn(6, 4, dtype=torch.float64, generator=generator)
-    gradients = [torch.randn(6, 4, dtype=torch.float64, generator=generator) for _ in range(3)]
-    whole = _run(factory, start, gradients)
-    for dim, size in ((0, 3), (1, 2)):
-        halves = [_run(factory, start.narrow(dim, i * size, size), [g.narrow(dim, i * size, size) for g in gradients]) for i in range(2)]
-        if not torch.allclose(torch.cat(halves, dim), whole, rtol=1e-12, atol=1e-14):
-            return False
-    return True
+Named = Iterable[tuple[str, nn.Parameter]]
+OptimizerFactory = Callable[[Named], torch.optim.Optimizer | Sequence[torch.optim.Optimizer]]
 
 
-def _run(factory: Factory, start: torch.Tensor, gradients: list[torch.Tensor]) -> torch.Tensor:
-    parameter = nn.Parameter(start.clone())
-    optimizer = factory([("probe", parameter)])
-    for gradient in gradients:
-        parameter.grad = gradient.clone()
-        optimizer.step()
-    return parameter.detach()
+def make_optimizers(factory: OptimizerFactory, named: Sequence[tuple[str, nn.Parameter]]) -> list[torch.optim.Optimizer]:
+    """What the factory makes of the parameters: one optimizer, or several (Muon for matrices, AdamW for the rest).
+
+    Raises LayoutError where it makes something else, has one parameter updated twice, or wants a closure.
+    """
+    made = factory(iter(named))
+    found = [made] if isinstance(made, torch.optim.Optimizer) else list(made) if isinstance(made, Sequence) else []
+    if not found or not all(isinstance(each, torch.optim.Optimizer) for each in found):
+        raise LayoutError(f"`optimizer` must return a torch.optim.Optimizer or a sequence of them, not {type(made).__name__}")
+    names = {id(parameter): name for name, parameter in named}
+    seen: set[int] = set()
+    for optimizer in found:
+        _refuse_closures(optimizer)
+        for parameter in (each for group in optimizer.param_groups for each in group["params"]):
+            if id(parameter) not in names:
+                raise LayoutError(
+                    f"{type(optimizer).__name__} has a parameter of {list(parameter.shape)} that it was not given: each rank has parts of "
+                    "its own; make the optimizer of the (name, parameter) pairs that the function gets"
+                )
+            if id(parameter) in seen:
+                raise LayoutError(f"{names[id(parameter)]} is in two optimizers, which would both update it; give it to one")
+            seen.add(id(parameter))
+    return found
 
 
-def refuse_unless_elementwise(factory: Factory) -> None:
-    """Raises LayoutError for an optimizer that needs whole matrices."""
-    name = type(factory([("probe", nn.Parameter(torch.zeros(2, 2)))])).__name__
-    if not is_elementwise(factory):
+def _refuse_closures(optimizer: torch.optim.Optimizer) -> None:
+    closure = inspect.signature(optimizer.step).parameters.get("closure")
+    if closure is not None and closure.default is inspect.Parameter.empty:
         raise LayoutError(
-            f"{name} does not treat each element alone: on the shards of a split parameter it gives other numbers than on the whole; "
-            "use an elementwise optimizer (Adam, AdamW, SGD, …) or a layout with tp=1 and zero=0"
+            f"{type(optimizer).__name__} cannot be used: its step() calls a closure to evaluate the loss several times in a step, where a "
+            "job's step computes it and the gradients once; use an optimizer that needs the gradients alone (AdamW, SGD, Muon, …)"
         )
+
+
+def absent(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> nn.Parameter:
+    """What stands for a parameter that this rank does not update: as many dims, no elements, never a gradient.
+
+    So an optimizer has the same groups on every rank, and a rank without parameters has one, too.
+    """
+    return nn.Parameter(torch.empty((0, *shape[1:]) if shape else (), dtype=dtype, device=device))
+
+
+def make_on_parts(
+    factory: OptimizerFactory, shapes: Mapping[str, Sequence[int]], mine: Sequence[tuple[str, nn.Parameter]]
+) -> list[torch.optim.Optimizer]:
+    """The optimizers of this rank's parameters. shapes: of the whole parameters.
+
+    Raises LayoutError where the factory's groups depend on sizes: those of parts would lead it elsewhere than one device.
+    """
+    expected = _groups_on_wholes(factory, shapes, {name: parameter.dtype for name, parameter in mine})
+    optimizers = make_optimizers(factory, mine)
+    found = _groups(optimizers, mine)
+    for name in shapes:
+        if differing := _differing(expected.get(name, {}), found.get(name, {})):
+            raise LayoutError(
+                f"the optimizer's options of {name} depend on its size: {differing}, where this rank has a part of it. Take sizes from the "
+                "model before parallelize: `sizes = {name: p.shape for name, p in model.named_parameters()}`"
+            )
+    return optimizers
+
+
+Groups = dict[str, dict[str, Any]]  # name → its optimizer, its group, and the group's options
+
+
+def _groups_on_wholes(factory: OptimizerFactory, shapes: Mapping[str, Sequence[int]], dtypes: Mapping[str, torch.dtype]) -> Groups:
+    """As one device would make them; no tensor takes memory."""
+    meta = [(name, nn.Parameter(torch.empty(tuple(shape), dtype=dtypes[name], device="meta"))) for name, shape in shapes.items()]
+    try:
+        return _groups(make_optimizers(factory, meta), meta)
+    except RuntimeError:  # `fused=True` refuses the meta device: each size in the memory of one element
+        spread = [(name, nn.Parameter(torch.zeros((), dtype=dtypes[name]).expand(tuple(shape)))) for name, shape in shapes.items()]
+        return _groups(make_optimizers(factory, spread), spread)
+
+
+def _groups(optimizers: Sequence[torch.optim.Optimizer], named: Sequence[tuple[str, nn.Parameter]]) -> Groups:
+    names = {id(parameter): name for name, parameter in named}
+    return {
+        names[id(parameter)]: {"optimizer": number, "group": place} | {k: v for k, v in group.items() if k not in ("params", "param_names")}
+        for number, optimizer in enumerate(optimizers)
+        for place, group in enumerate(optimizer.param_groups)
+        for parameter in group["params"]
+    }
+
+
+def _differing(whole: Mapping[str, Any], part: Mapping[str, Any]) -> str:
+    """The first difference in words."""
+    for key in sorted({*whole, *part}):
+        one, other = whole.get(key), part.get(key)
+        if not (callable(one) and callable(other)) and not bool(one == other):
+            return f"{key} is {one} on one device and {other} here"
+    return ""
 
 
 _FUSED = (torch.optim.AdamW, torch.optim.Adam, torch.optim.SGD)

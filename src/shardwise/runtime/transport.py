@@ -47,6 +47,9 @@ class Transport(Protocol):
     def begin_sum(self, x: Tensor, group: str, impl: str, number: int) -> Callable[[], object]:
         """Begins to make x the sum over the group; the returned function waits for it. number: tells sums under way apart."""
 
+    def swap(self, sends: Sequence[tuple[Tensor, int]], receives: Sequence[tuple[Tensor, int]]) -> None:
+        """Sends and receives (contiguous tensor, peer), all at once; between two ranks both sides name them in one order."""
+
     def send(self, x: Tensor, peer: int) -> Work:
         """Begins to send x, which must not change before the end."""
 
@@ -76,6 +79,11 @@ class Distributed:
 
     def begin_sum(self, x: Tensor, group: str, impl: str, number: int) -> Callable[[], object]:
         return collectives.start_all_reduce(x, find_group(group), impl, number)
+
+    def swap(self, sends: Sequence[tuple[Tensor, int]], receives: Sequence[tuple[Tensor, int]]) -> None:
+        operations = [dist.P2POp(dist.irecv, x, peer) for x, peer in receives] + [dist.P2POp(dist.isend, x, peer) for x, peer in sends]
+        for work in dist.batch_isend_irecv(operations) if operations else []:
+            work.wait()
 
     def send(self, x: Tensor, peer: int) -> Any:
         return dist.isend(x, peer)
