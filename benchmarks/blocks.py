@@ -1,4 +1,4 @@
-"""The parts of the transformers models that the peers cut at: embedding, blocks, head."""
+"""The parts of the models that the peers cut at: embedding, blocks, head; of a U-Net, which cannot be cut in two, the blocks alone."""
 
 from __future__ import annotations
 
@@ -10,13 +10,19 @@ from torch import Tensor, nn
 
 from benchmarks.workloads import Batch, Workload
 
+_BLOCKS = {
+    "gpt2": ("transformer.h",),
+    "llama": ("model.layers",),
+    "vit": ("vit.layers",),
+    "bert": ("bert.encoder.layer",),
+    "unet": ("unet.down_blocks", "unet.up_blocks"),
+    "moe": ("model.layers",),
+}
+
 
 def blocks(model: nn.Module, workload: Workload) -> nn.ModuleList:
-    """Return the list of the model's equal blocks."""
-    path = {"gpt2": "transformer.h", "llama": "model.layers", "vit": "vit.layers"}[workload.family]
-    found = model.get_submodule(path)
-    assert isinstance(found, nn.ModuleList)
-    return found
+    """Return the model's blocks, in their order."""
+    return nn.ModuleList(block for path in _BLOCKS[workload.family] for block in model.get_submodule(path).children())
 
 
 def input_of(batch: Batch) -> Tensor:
@@ -24,9 +30,9 @@ def input_of(batch: Batch) -> Tensor:
     return batch["pixel_values"] if "pixel_values" in batch else batch["input_ids"]
 
 
-def target_of(batch: Batch) -> Tensor:
-    """Return the labels, those of language models moved by one; the last position is ignored."""
-    if "pixel_values" in batch:
+def target_of(batch: Batch, workload: Workload) -> Tensor:
+    """Return the labels, those of models of the next token moved by one; the last position is ignored."""
+    if workload.family in ("vit", "bert"):
         return batch["labels"]
     return F.pad(batch["labels"], (0, 1), value=-100)[:, 1:].contiguous()
 
@@ -73,11 +79,28 @@ def parts(model: nn.Module, workload: Workload) -> Parts:
     get = model.get_submodule
     if workload.family == "gpt2":
         return Parts(embedding=Gpt2Embedding(model), blocks=inner, head=nn.Sequential(get("transformer.ln_f"), get("lm_head")))
-    if workload.family == "llama":
+    if workload.family == "bert":
+        return Parts(embedding=get("bert.embeddings"), blocks=inner, head=get("cls"))
+    if workload.family in ("llama", "moe"):
         head = nn.Sequential(get("model.norm"), get("lm_head"))
         return Parts(embedding=get("model.embed_tokens"), blocks=inner, head=head, rotary=get("model.rotary_emb"))
     head = nn.Sequential(get("vit.layernorm"), FirstPosition(), get("classifier"))
     return Parts(embedding=get("vit.embeddings"), blocks=inner, head=head)
+
+
+def ends(workload: Workload, stages: int) -> list[int]:
+    """Return the block before which each of so many stages ends, so that all multiply about equally much; each has a block.
+
+    The head counts as part of a block.
+    """
+    matrices = {"llama": 3, "moe": 6}.get(workload.family, 2)
+    block = 4 * workload.hidden**2 + matrices * workload.hidden * workload.ffn
+    head = 0 if workload.family == "vit" else workload.hidden * workload.vocabulary
+    each = (workload.layers + head / block) / stages
+    found = [round(each * (stage + 1)) for stage in range(stages - 1)] + [workload.layers]
+    for stage in range(stages):
+        found[stage] = min(max(found[stage], stage + 1), workload.layers - (stages - 1 - stage))
+    return found
 
 
 class Stage(nn.Module):
@@ -86,7 +109,7 @@ class Stage(nn.Module):
     def __init__(self, cut: Parts, first: int, end: int) -> None:
         super().__init__()
         self.embedding = cut.embedding if first == 0 else nn.Identity()
-        self.blocks = cut.blocks[first:end]
+        self.blocks = nn.ModuleList(cut.blocks[first:end])
         self.head = cut.head if end == len(cut.blocks) else nn.Identity()
         self.rotary = cut.rotary
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
@@ -27,39 +27,97 @@ class Recording(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class RankContext:
-    """One rank's place: `plan_path` is the saved plan for ours, and None for the peers."""
+    """One rank's place: `plan_path` is the saved plan for ours, and None for the peers; `compiled`: with torch.compile."""
 
     rank: int
     world_size: int
     workload: Workload
     plan_path: Path | None = None
+    compiled: bool = False
 
-    def part(self, batch: Batch) -> Batch:
-        """Return this rank's slice of the global batch."""
-        return {name: value.chunk(self.world_size)[self.rank] for name, value in batch.items()}
+    def part(self, batch: Batch, rank: int | None = None, ranks: int | None = None) -> Batch:
+        """Return this rank's slice of the global batch, or that of one of so many."""
+        parts, own = ranks or self.world_size, self.rank if rank is None else rank
+        return {name: value.chunk(parts)[own] for name, value in batch.items()}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Contestant:
-    """One way to train the model: `builder` is `module:function`, called in each rank with its context."""
+    """One way to train the model: `builder` is `module:function`, called in each rank with its context.
+
+    layout: ours that divides the model alike, with {n} ranks or {h}, half of them ("" none). ranks, threads: 0 as many as the race is for.
+    least: it needs so many ranks. families: that it can train, () all.
+    """
 
     name: str
     title: str
     builder: str
-    ranks: int = 2
+    layout: str = ""
+    ranks: int = 0
     threads: int = 1
+    least: int = 2
+    families: tuple[str, ...] = ()
+    compiled: bool = False
     is_peer: bool = True
+
+    def at(self, ranks: int) -> Contestant:
+        """The same in a race of so many ranks."""
+        return replace(self, ranks=self.ranks or ranks, threads=self.threads or ranks, layout=self.layout.format(n=ranks, h=ranks // 2))
+
+    def divides_as(self, layout: str) -> bool:
+        """Whether it divides the model as this layout does."""
+        return set(self.layout.split(",")) == set(layout.split(","))
 
 
 OURS = "ours"
+_BLOCKS = ("gpt2", "llama", "vit", "bert", "moe")
+"""Families that are a chain of blocks: torch's pipelines and plans for tensors need that."""
 CONTESTANTS = {
     contestant.name: contestant
     for contestant in (
         Contestant(name=OURS, title="shardwise", builder="benchmarks.ours:build", is_peer=False),
-        Contestant(name="ddp", title="torch DDP", builder="benchmarks.peers:ddp"),
-        Contestant(name="fsdp2", title="torch FSDP2", builder="benchmarks.peers:fsdp2"),
-        Contestant(name="tp", title="torch tensor-parallel", builder="benchmarks.peers:tensor_parallel"),
-        Contestant(name="1f1b", title="torch 1F1B pipeline", builder="benchmarks.peers:pipeline"),
-        Contestant(name="single", title="one process, 2 threads", builder="benchmarks.peers:single", ranks=1, threads=2, is_peer=False),
+        Contestant(name="ddp", title="torch DDP", builder="benchmarks.peers:ddp", layout="dp={n}"),
+        Contestant(name="fsdp2", title="torch FSDP2", builder="benchmarks.peers:fsdp2", layout="dp={n},zero=3"),
+        Contestant(name="tp", title="torch tensor-parallel", builder="benchmarks.peers:tensor_parallel", layout="tp={n}", families=_BLOCKS),
+        Contestant(name="1f1b", title="torch 1F1B pipeline", builder="benchmarks.peers:pipeline", layout="pp={n}", families=_BLOCKS),
+        Contestant(
+            name="interleaved",
+            title="torch interleaved 1F1B",
+            builder="benchmarks.peers:interleaved",
+            layout="pp={n},chunks=2,schedule=interleaved",
+            families=_BLOCKS,
+        ),
+        Contestant(
+            name="fsdp2+tp",
+            title="torch FSDP2 × tensor-parallel",
+            builder="benchmarks.peers:fsdp2_tensor_parallel",
+            layout="dp={h},tp=2,zero=3",
+            least=4,
+            families=_BLOCKS,
+        ),
+        Contestant(
+            name="ddp+1f1b",
+            title="torch DDP × 1F1B",
+            builder="benchmarks.peers:ddp_pipeline",
+            layout="dp={h},pp=2",
+            least=4,
+            families=_BLOCKS,
+        ),
+        Contestant(
+            name="single", title="one process, a thread a rank", builder="benchmarks.peers:single", ranks=1, threads=0, is_peer=False
+        ),
     )
 }
+
+
+def contestants(workload: Workload, ranks: int, *, compiled: Sequence[str] = ()) -> dict[str, Contestant]:
+    """All that can train this model on so many ranks, by name; those named also as `NAME+compile`, with torch.compile."""
+    found: dict[str, Contestant] = {}
+    for each in CONTESTANTS.values():
+        if each.least > ranks or (each.families and workload.family not in each.families):
+            continue
+        found[each.name] = each.at(ranks)
+        if each.name in compiled:
+            more = replace(found[each.name], name=f"{each.name}+compile", title=f"{each.title}, compiled", compiled=True)
+            found[more.name] = more
+    return found

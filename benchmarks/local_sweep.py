@@ -71,7 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Predicted and measured seconds of a step in every layout of this machine.")
-    parser.add_argument("--models", type=_models, default=sorted(FULL), help=f"comma-separated, of {', '.join(sorted(FULL))}")
+    parser.add_argument("--models", type=_models, default=["gpt2", "llama", "vit"], help=f"comma-separated, of {', '.join(sorted(FULL))}")
     parser.add_argument("--ranks", type=int, default=4, help="local ranks (default %(default)s)")
     parser.add_argument("--size", choices=list(SIZES), default="medium", help="of the models (default %(default)s); small measures nothing")
     parser.add_argument("--steps", type=int, default=9, help="quiet steps wanted of each layout (default %(default)s)")

@@ -10,8 +10,6 @@ from typing import Any
 from benchmarks.context import RankContext
 from benchmarks.workloads import Batch, Workload, optimizer
 
-RANKS = 2
-
 
 @dataclass(frozen=True, kw_only=True)
 class Prediction:
@@ -22,20 +20,20 @@ class Prediction:
     memory_bytes: tuple[float, ...]
 
 
-def make_plan(workload: Workload, layout: str | None, path: Path) -> Prediction:
+def make_plan(workload: Workload, ranks: int, layout: str | None, path: Path) -> Prediction:
     """Plan as a user does, on one process before any rank starts; save the plan for the ranks."""
     import shardwise as sw
 
-    plan = sw.plan(workload.build(), workload.batch(0), cluster=f"local:{RANKS}", layout=layout)
+    plan = sw.plan(workload.build(), workload.batch(0), cluster=f"local:{ranks}", layout=layout)
     if not isinstance(plan, sw.Plan):
         raise RuntimeError(f"no plan for this workload: {plan}")
     plan.save(path)
     predicted = plan.predicted
-    return Prediction(text=str(plan), step_time_s=float(predicted.step_time_s), memory_bytes=_per_rank(predicted.memory_bytes))
+    return Prediction(text=str(plan), step_time_s=float(predicted.step_time_s), memory_bytes=_per_rank(predicted.memory_bytes, ranks))
 
 
-def _per_rank(memory: float | Sequence[float]) -> tuple[float, ...]:
-    return tuple(float(size) for size in memory) if isinstance(memory, Sequence) else (float(memory),) * RANKS
+def _per_rank(memory: float | Sequence[float], ranks: int) -> tuple[float, ...]:
+    return tuple(float(size) for size in memory) if isinstance(memory, Sequence) else (float(memory),) * ranks
 
 
 @dataclass(frozen=True)

@@ -1,42 +1,63 @@
-"""Torch's own ways to train on two ranks, each written as its documentation advises, and one process as the reference."""
+"""Torch's own ways to train on several ranks, each written as its documentation advises, and one process as the reference."""
 
 from __future__ import annotations
+
+from collections.abc import Iterable
 
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.pipelining import PipelineStage, Schedule1F1B
+from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleInterleaved1F1B
+from torch.distributed.pipelining.schedules import PipelineScheduleMulti, PipelineScheduleSingle
 from torch.distributed.tensor.parallel import loss_parallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
 from benchmarks import blocks, tensor_plans
 from benchmarks.context import RankContext, StepFunction
-from benchmarks.workloads import Batch, Workload, optimizer
+from benchmarks.workloads import Batch, optimizer
 
 MICROBATCHES = 4
+Schedule = PipelineScheduleSingle | PipelineScheduleMulti
+
+
+# -- each rank a part of the batch ---------------------------------------------------------------------------------------------------------
 
 
 def single(context: RankContext) -> StepFunction:
     """The ordinary training loop on one device."""
-    return _data_parallel_loop(context.workload.build(), context)
+    model = context.workload.build()
+    _compile([model], context)
+    return _data_parallel_loop(model, context)
 
 
 def ddp(context: RankContext) -> StepFunction:
     """DistributedDataParallel; gradients live in its buckets, which saves it a copy."""
-    model = DistributedDataParallel(context.workload.build(), gradient_as_bucket_view=True)
-    return _data_parallel_loop(model, context)
+    model = context.workload.build()
+    _compile([model], context)
+    return _data_parallel_loop(DistributedDataParallel(model, gradient_as_bucket_view=True), context)
 
 
 def fsdp2(context: RankContext) -> StepFunction:
     """FSDP2: each block's parameters are gathered when needed."""
     model = context.workload.build()
-    mesh = init_device_mesh("cpu", (context.world_size,))
-    for block in blocks.blocks(model, context.workload):
+    _fully_shard(model, context, init_device_mesh("cpu", (context.world_size,)))
+    return _data_parallel_loop(model, context)
+
+
+def _fully_shard(model: nn.Module, context: RankContext, mesh: DeviceMesh) -> None:
+    inner = blocks.blocks(model, context.workload)
+    _compile(inner, context)
+    for block in inner:
         fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)
-    return _data_parallel_loop(model, context)
+
+
+def _compile(modules: Iterable[nn.Module], context: RankContext) -> None:
+    if context.compiled:
+        for module in modules:
+            module.compile()
 
 
 def _data_parallel_loop(model: nn.Module, context: RankContext) -> StepFunction:
@@ -53,32 +74,51 @@ def _data_parallel_loop(model: nn.Module, context: RankContext) -> StepFunction:
     return step
 
 
+# -- each rank a part of every matrix ------------------------------------------------------------------------------------------------------
+
+
 def tensor_parallel(context: RankContext) -> StepFunction:
     """DTensor: attention and MLP split by columns, then rows; embedding, head and loss split over the vocabulary."""
     model = context.workload.build()
-    mesh = init_device_mesh("cpu", (context.world_size,))
-    tensor_plans.prepare(model, context.workload, context.world_size)
+    _split_tensors(model, context, init_device_mesh("cpu", (context.world_size,)))
+    _compile(blocks.blocks(model, context.workload), context)
+    return _split_loss_loop(model, context, rank=0, copies=1)
+
+
+def fsdp2_tensor_parallel(context: RankContext) -> StepFunction:
+    """DTensor's tensor parallelism on pairs of ranks, FSDP2 over the pairs."""
+    model = context.workload.build()
+    copies = context.world_size // 2
+    mesh = init_device_mesh("cpu", (copies, 2), mesh_dim_names=("dp", "tp"))
+    _split_tensors(model, context, mesh["tp"])
+    _fully_shard(model, context, mesh["dp"])
+    return _split_loss_loop(model, context, rank=context.rank // 2, copies=copies)
+
+
+def _split_tensors(model: nn.Module, context: RankContext, mesh: DeviceMesh) -> None:
+    tensor_plans.prepare(model, context.workload, mesh.size())
     parallelize_module(model, mesh, tensor_plans.plan(context.workload))
     tensor_plans.tie_again(model, context.workload)
-    return _whole_batch_loop(model, split_logits=context.workload.family != "vit")
 
 
-def _whole_batch_loop(model: nn.Module, *, split_logits: bool) -> StepFunction:
-    """Every rank works on the whole batch, with its part of the weights."""
+def _split_loss_loop(model: nn.Module, context: RankContext, *, rank: int, copies: int) -> StepFunction:
+    """Every rank works on the whole batch of its copy of the model, with its part of the weights."""
     adam = optimizer(model.parameters())
+    workload = context.workload
 
     def losses(batch: Batch) -> torch.Tensor:
         logits = model(blocks.input_of(batch)).logits
-        loss = blocks.loss_of(logits, blocks.target_of(batch))
+        loss = blocks.loss_of(logits, blocks.target_of(batch, workload))
         loss.backward()
         return loss.detach()
 
     def step(batch: Batch) -> float:
-        if split_logits:
-            with loss_parallel():
-                loss = losses(batch)
+        own = context.part(batch, rank, copies)
+        if workload.family == "vit":
+            loss = losses(own)
         else:
-            loss = losses(batch)
+            with loss_parallel():
+                loss = losses(own)
         adam.step()
         adam.zero_grad()
         return float(loss)
@@ -86,45 +126,79 @@ def _whole_batch_loop(model: nn.Module, *, split_logits: bool) -> StepFunction:
     return step
 
 
+# -- each rank a part of the layers --------------------------------------------------------------------------------------------------------
+
+
 def pipeline(context: RankContext) -> StepFunction:
-    """Two stages, 1F1B. `pipeline()` cannot split Llama (its rotary tables reach every block), so the stages are ours."""
-    stage = _stage(context)
-    runtime = PipelineStage(stage, context.rank, context.world_size, torch.device("cpu"))
-    schedule = Schedule1F1B(runtime, n_microbatches=MICROBATCHES, loss_fn=blocks.loss_of)
-    adam = optimizer(stage.parameters())
-    tied = _tied_weight(stage, context)
+    """A stage a rank, 1F1B. `pipeline()` cannot split Llama (its rotary tables reach every block), so the stages are ours."""
+    return _Pipe(context, copies=1, chunks=1).step
 
-    def step(batch: Batch) -> float | None:
+
+def interleaved(context: RankContext) -> StepFunction:
+    """Two stages a rank, interleaved 1F1B."""
+    return _Pipe(context, copies=1, chunks=2).step
+
+
+def ddp_pipeline(context: RankContext) -> StepFunction:
+    """Two stages, 1F1B, each with a copy for half of the batch; DDP averages the copies' gradients."""
+    return _Pipe(context, copies=context.world_size // 2, chunks=1).step
+
+
+class _Pipe:
+    """The pipelines of a [copies, ranks of a pipeline] mesh, seen from one rank."""
+
+    def __init__(self, context: RankContext, *, copies: int, chunks: int) -> None:
+        self.context, self.copies = context, copies
+        length = context.world_size // copies
+        mesh = init_device_mesh("cpu", (copies, length), mesh_dim_names=("dp", "pp"))
+        self.copy, self.place, self.last = context.rank // length, context.rank % length, length - 1
+        self.parts = self._stages(length, chunks)
+        stages = []
+        for number, part in self.parts.items():
+            part = (
+                part if copies == 1 else DistributedDataParallel(part, process_group=mesh["dp"].get_group(), gradient_as_bucket_view=True)
+            )
+            stages.append(PipelineStage(part, number, length * chunks, torch.device("cpu"), group=mesh["pp"].get_group()))
+        self.schedule = self._schedule(stages, max(MICROBATCHES, length))
+        self.adam = optimizer([parameter for part in self.parts.values() for parameter in part.parameters()])
+        self.ends = [dist.new_group([copy * length, (copy + 1) * length - 1]) for copy in range(copies)][self.copy]
+        self.tied = self._tied_weight(length * chunks)
+
+    def _stages(self, length: int, chunks: int) -> dict[int, blocks.Stage]:
+        """This rank's stages by number: every `length`-th from its place on."""
+        workload = self.context.workload
+        ends = [0, *blocks.ends(workload, length * chunks)]
+        cut = blocks.parts(workload.build(), workload)
+        found = {
+            number: blocks.Stage(cut, ends[number], ends[number + 1]) for number in range(length * chunks) if number % length == self.place
+        }
+        _compile(found.values(), self.context)
+        return found
+
+    def _schedule(self, stages: list[PipelineStage], microbatches: int) -> Schedule:
+        if len(stages) == 1:
+            return Schedule1F1B(stages[0], n_microbatches=microbatches, loss_fn=blocks.loss_of)
+        return ScheduleInterleaved1F1B(stages, n_microbatches=microbatches, loss_fn=blocks.loss_of)  # type: ignore[arg-type]
+
+    def _tied_weight(self, stages: int) -> nn.Parameter | None:
+        """The weight of which both ends have a copy, whose gradients must be added; None for models without, and between the ends."""
+        names = {
+            "gpt2": ("embedding.wte.weight", "head.1.weight"),
+            "bert": ("embedding.word_embeddings.weight", "head.predictions.decoder.weight"),
+        }
+        if self.context.workload.family not in names or self.place not in (0, self.last):
+            return None
+        first, last = names[self.context.workload.family]
+        return self.parts[0].get_parameter(first) if self.place == 0 else self.parts[stages - 1].get_parameter(last)
+
+    def step(self, batch: Batch) -> float | None:
+        own = self.context.part(batch, self.copy, self.copies)
         losses: list[torch.Tensor] = []
-        if context.rank == 0:
-            schedule.step(blocks.input_of(batch), return_outputs=False)
-        else:
-            schedule.step(target=blocks.target_of(batch), losses=losses, return_outputs=False)
-        if tied is not None:
-            dist.all_reduce(tied.grad)
-        adam.step()
-        adam.zero_grad()
+        given = {"target": blocks.target_of(own, self.context.workload), "losses": losses} if self.place == self.last else {}
+        inputs = (blocks.input_of(own),) if self.place == 0 else ()
+        self.schedule.step(*inputs, **given, return_outputs=False)  # type: ignore[arg-type]
+        if self.tied is not None:
+            dist.all_reduce(self.tied.grad, group=self.ends)
+        self.adam.step()
+        self.adam.zero_grad()
         return float(torch.stack(losses).detach().mean()) if losses else None
-
-    return step
-
-
-def _stage(context: RankContext) -> blocks.Stage:
-    cut = blocks.parts(context.workload.build(), context.workload)
-    middle = first_stage_blocks(context.workload)
-    return blocks.Stage(cut, *((0, middle) if context.rank == 0 else (middle, len(cut.blocks))))
-
-
-def first_stage_blocks(workload: Workload) -> int:
-    """Return how many blocks the first of two stages gets, so that both multiply equally much; the head counts as part of a block."""
-    matrices = 3 if workload.family == "llama" else 2
-    block = 4 * workload.hidden**2 + matrices * workload.hidden * workload.ffn
-    head = 0 if workload.family == "vit" else workload.hidden * workload.vocabulary
-    return min(workload.layers - 1, max(1, round((workload.layers + head / block) / 2)))
-
-
-def _tied_weight(stage: blocks.Stage, context: RankContext) -> nn.Parameter | None:
-    """Return the weight of which GPT-2 has a copy at both ends, whose gradients must be added; None for other models."""
-    if context.workload.family != "gpt2":
-        return None
-    return stage.get_parameter("embedding.wte.weight" if context.rank == 0 else "head.1.weight")

@@ -13,19 +13,24 @@ import transformers
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.context import CONTESTANTS, OURS
+from benchmarks.context import OURS, Contestant
 from benchmarks.ours import Prediction
 from benchmarks.race import Record
 from benchmarks.verdict import (
+    MAX_MEMORY_ALIKE,
     MAX_MEMORY_ERROR,
     MAX_TIME_ERROR,
     MIN_QUIET_STEPS,
+    MIN_SPEED,
+    MIN_SPEED_ALIKE,
+    MIN_SPEED_IDEAL,
     Finding,
     Outcome,
     Timing,
     best_peer,
     enough,
     error_finding,
+    memory_finding,
     overall,
     speed_finding,
     timing,
@@ -38,11 +43,13 @@ MIB = 2**20
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """Measurements of all contestants of one workload; `prediction` where ours took part."""
+    """Measurements of all contestants of one workload; `prediction` where ours took part; `layout` where it was pinned."""
 
     workload: Workload
+    contestants: dict[str, Contestant]
     records: dict[str, Record]
     prediction: Prediction | None
+    layout: str | None = None
 
     @property
     def timings(self) -> dict[str, Timing | None]:
@@ -51,8 +58,15 @@ class Result:
 
     @property
     def best_peer(self) -> str | None:
-        """The fastest of torch's own."""
-        return best_peer(self.timings, [name for name in self.records if CONTESTANTS[name].is_peer])
+        """The fastest of torch's own; where our layout is pinned, of those that divide the model alike."""
+        peers = [name for name, each in self.contestants.items() if each.is_peer and (self.layout is None or each.divides_as(self.layout))]
+        return best_peer(self.timings, peers)
+
+    @property
+    def best_of_ours(self) -> str:
+        """Ours as it is, or compiled where that took part and is faster."""
+        found = {name: timing.median_s for name, timing in self.timings.items() if name.split("+")[0] == OURS and timing is not None}
+        return min(found, key=found.__getitem__, default=OURS)
 
     def findings(self) -> list[Finding]:
         """Judge ours; nothing to judge gives an empty list."""
@@ -62,12 +76,21 @@ class Result:
         if ours is None or not enough(self.timings):
             text = f"fewer than {MIN_QUIET_STEPS} quiet steps for some contestant"
             return [Finding(text=text, outcome=Outcome.INCONCLUSIVE)]
-        return [*self._speed(ours), *_prediction(self.prediction, ours, self.records[OURS])]
+        return [*self._speed(), *_prediction(self.prediction, ours, self.records[OURS])]
 
-    def _speed(self, ours: Timing) -> list[Finding]:
-        best = self.best_peer
-        peer = self.timings[best] if best else None
-        return [speed_finding(ours, CONTESTANTS[best].title, peer)] if best and peer else []
+    def _speed(self) -> list[Finding]:
+        ours, best, ideal = self.timings[self.best_of_ours], self.best_peer, self.timings.get("single")
+        assert ours is not None, "there are enough steps"
+        found = []
+        if best and (peer := self.timings[best]):
+            title = self.contestants[best].title
+            found.append(speed_finding(ours, title, peer, MIN_SPEED_ALIKE if self.layout else MIN_SPEED))
+            if self.layout:
+                peaks = self.records[OURS].peak_bytes, self.records[best].peak_bytes
+                found.append(memory_finding(peaks[0], title, peaks[1], MAX_MEMORY_ALIKE))
+        if ideal is not None and not self.layout:
+            found.append(speed_finding(ours, self.contestants["single"].title, ideal, MIN_SPEED_IDEAL))
+        return found
 
     def outcome(self) -> Outcome:
         """The verdict over all findings."""
@@ -94,14 +117,15 @@ def show(result: Result, console: Console) -> None:
 
 
 def _table(result: Result) -> Table:
-    family, batch = result.workload.family, result.workload.batch_size
-    table = Table(title=f"{family}, {result.workload.layers} layers, hidden {result.workload.hidden}, batch {batch}: one training step")
+    shape, ranks = result.workload, max(each.ranks for each in result.contestants.values())
+    size = f"channels {list(shape.channels)}" if shape.channels else f"{shape.layers} layers, hidden {shape.hidden}"
+    table = Table(title=f"{shape.family}, {size}, batch {shape.batch_size}: one training step, {ranks} ranks")
     columns = ("contestant", "median s", "min – max s", "speed × best torch", "quiet steps", "peak MiB a rank", "set-up MiB", "loss")
     for column in columns:
         table.add_column(column, justify="left" if column == "contestant" else "right")
     peer = result.timings[result.best_peer] if result.best_peer else None
     for name, found in result.timings.items():
-        table.add_row(CONTESTANTS[name].title, *_speed_cells(found, peer), *_other_cells(result.records[name], found))
+        table.add_row(result.contestants[name].title, *_speed_cells(found, peer), *_other_cells(result.records[name], found))
     return table
 
 

@@ -1,10 +1,12 @@
-"""How fast is one training step, ours against torch's own ways, on two ranks of this machine?
+"""How fast is one training step, ours against torch's own ways, on the ranks of this machine?
 
-    python benchmarks/step_time.py --workload gpt2 [--steps 8] [--json out.json] [--check]
+    python benchmarks/step_time.py --workload gpt2 [--ranks 2] [--steps 8] [--json out.json] [--check]
+    python benchmarks/step_time.py --workload gpt2 --layout tp=2 --check     our tp=2 against torch's tensor parallelism alone
+    python benchmarks/step_time.py --workload gpt2 --compiled ours,ddp       these two also with torch.compile
 
-Runs our chosen layout, DDP, FSDP2, tensor parallelism, 1F1B pipelining and one process with two threads on the same model and
-batches, in turn (see race.py), and prints a table. Exit codes: 0 done; with --check also 1 a bound is broken and 75 inconclusive
-(too few quiet steps); 2 an error, wrong losses included.
+Runs our chosen layout, DDP, FSDP2, tensor parallelism, 1F1B and interleaved pipelining (with four ranks FSDP2 × tensor parallelism and
+DDP × 1F1B, too) and one process with a thread for each rank on the same model and batches, in turn (see race.py), and prints a table.
+Exit codes: 0 done; with --check also 1 a bound is broken and 75 inconclusive (too few quiet steps); 2 an error, wrong losses included.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ from benchmarks import (
     ours,
     peers,  # noqa: F401  imported before the ranks fork, so that they need not
 )
-from benchmarks.context import CONTESTANTS, OURS, Contestant, RankContext
+from benchmarks.context import CONTESTANTS, OURS, Contestant, RankContext, contestants
 from benchmarks.processes import Child, ChildFailed, receive
 from benchmarks.race import Record, race
 from benchmarks.ranks import Team
@@ -60,11 +62,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Seconds of one training step: ours and torch's own ways, on two local ranks.")
+    parser = argparse.ArgumentParser(description="Seconds of one training step: ours and torch's own ways, on local ranks.")
     parser.add_argument("--workload", choices=sorted(FULL), required=True)
+    parser.add_argument("--ranks", type=int, choices=(2, 4), default=2, help="of every contestant (default %(default)s)")
     parser.add_argument("--steps", type=int, default=8, help="quiet steps wanted of each contestant (default %(default)s)")
     parser.add_argument("--only", type=_names, default=list(CONTESTANTS), help=f"comma-separated, of {', '.join(CONTESTANTS)}")
-    parser.add_argument("--layout", help="pin the layout of ours, as in tp=2")
+    parser.add_argument("--compiled", type=_names, default=[], help="contestants that take part a second time, with torch.compile")
+    parser.add_argument("--layout", help="pin the layout of ours, as in tp=2; --check then compares with torch's own way of the same")
     parser.add_argument("--time-limit", type=float, default=480.0, metavar="S", help="end the race after S seconds (default %(default)g)")
     parser.add_argument("--small", action="store_true", help="tiny models: tries the benchmark, measures nothing")
     parser.add_argument("--json", type=Path, help="write everything measured to this file")
@@ -91,30 +95,48 @@ def _refuse_useless(parser: argparse.ArgumentParser, options: argparse.Namespace
         parser.error(f"--check needs at least {MIN_QUIET_STEPS} quiet steps: --steps {options.steps} cannot suffice")
     if options.layout and OURS not in options.only:
         parser.error("--layout pins the layout of ours, which --only leaves out")
+    if missing := sorted(set(options.compiled) - set(options.only)):
+        parser.error(f"--compiled names {', '.join(missing)}, which --only leaves out")
 
 
 def run(options: argparse.Namespace, console: Console) -> Result:
     """Plan, start all contestants, race them, end them."""
     workload = (SMALL if options.small else FULL)[options.workload]
-    records = {name: Record() for name in options.only}
+    field = _field(workload, options)
+    records = {name: Record() for name in field}
     teams: dict[str, Team] = {}
     with tempfile.TemporaryDirectory() as folder:
         plan_path = Path(folder) / "plan.json"
         try:
-            prediction = _plan(workload, options.layout, plan_path, console) if OURS in options.only else None
-            for name in options.only:
-                teams[name] = Team(CONTESTANTS[name], _contexts(CONTESTANTS[name], workload, plan_path))
+            prediction = _plan(workload, options, plan_path, console) if OURS in field else None
+            for name, contestant in field.items():
+                teams[name] = Team(contestant, _contexts(contestant, workload, plan_path))
                 records[name].set_up_peak_bytes = teams[name].wait_ready()
             race(teams, records, steps=options.steps, limit_s=options.time_limit, report=console.print)
         finally:
             for team in teams.values():
                 team.end()
-    return Result(workload=workload, records=records, prediction=prediction)
+    return Result(workload=workload, contestants=field, records=records, prediction=prediction, layout=options.layout)
 
 
-def _plan(workload: Workload, layout: str | None, path: Path, console: Console) -> ours.Prediction:
+def _field(workload: Workload, options: argparse.Namespace) -> dict[str, Contestant]:
+    """Who takes part; where a layout is pinned to be judged, ours and who divides the model alike."""
+    found = contestants(workload, options.ranks, compiled=options.compiled)
+    alike = options.check and options.layout
+    return {
+        name: each
+        for name, each in found.items()
+        if _base(name) in options.only and (not alike or _base(name) == OURS or each.divides_as(options.layout))
+    }
+
+
+def _base(name: str) -> str:
+    return name.removesuffix("+compile")
+
+
+def _plan(workload: Workload, options: argparse.Namespace, path: Path, console: Console) -> ours.Prediction:
     """Plan in a process of its own, which leaves no memory or threads behind in this one."""
-    planner = Child("the planner", _send_plan, workload, layout, path)
+    planner = Child("the planner", _send_plan, workload, options.ranks, options.layout, path)
     try:
         prediction: ours.Prediction = receive([planner], PLAN_TIMEOUT_S, "the plan")[0]
     finally:
@@ -123,14 +145,16 @@ def _plan(workload: Workload, layout: str | None, path: Path, console: Console) 
     return prediction
 
 
-def _send_plan(pipe: Connection, workload: Workload, layout: str | None, path: Path) -> None:
-    pipe.send(ours.make_plan(workload, layout, path))
+def _send_plan(pipe: Connection, workload: Workload, ranks: int, layout: str | None, path: Path) -> None:
+    pipe.send(ours.make_plan(workload, ranks, layout, path))
 
 
 def _contexts(contestant: Contestant, workload: Workload, plan_path: Path) -> list[RankContext]:
-    path = plan_path if contestant.name == OURS else None
+    path = plan_path if _base(contestant.name) == OURS else None
     ranks = contestant.ranks
-    return [RankContext(rank=rank, world_size=ranks, workload=workload, plan_path=path) for rank in range(ranks)]
+    return [
+        RankContext(rank=rank, world_size=ranks, workload=workload, plan_path=path, compiled=contestant.compiled) for rank in range(ranks)
+    ]
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""DTensor plans for the transformers models: which matrix is split by column, which by row.
+"""DTensor plans for the transformers models: which matrix is split by column, which by row. Mixtral's experts stay whole.
 
 GPT-2 multiplies by `Conv1D` (a transposed linear) with query, key and value in one matrix. Both are put into the form that
 DTensor's styles understand: a `Linear`, its rows reordered so that an even split gives each rank its own heads.
@@ -21,13 +21,28 @@ _COLUMNS = {
     "gpt2": ("transformer.h.*.attn.c_attn", "transformer.h.*.mlp.c_fc"),
     "llama": tuple(f"model.layers.*.{name}_proj" for name in ("self_attn.q", "self_attn.k", "self_attn.v", "mlp.gate", "mlp.up")),
     "vit": tuple(f"vit.layers.*.{name}" for name in ("attention.q_proj", "attention.k_proj", "attention.v_proj", "mlp.fc1")),
+    "bert": tuple(
+        f"bert.encoder.layer.*.{name}"
+        for name in ("attention.self.query", "attention.self.key", "attention.self.value", "intermediate.dense")
+    ),
+    "moe": tuple(f"model.layers.*.self_attn.{name}_proj" for name in "qkv"),
 }
 _ROWS = {
     "gpt2": ("transformer.h.*.attn.c_proj", "transformer.h.*.mlp.c_proj"),
     "llama": ("model.layers.*.self_attn.o_proj", "model.layers.*.mlp.down_proj"),
     "vit": ("vit.layers.*.attention.o_proj", "vit.layers.*.mlp.fc2"),
+    "bert": ("bert.encoder.layer.*.attention.output.dense", "bert.encoder.layer.*.output.dense"),
+    "moe": ("model.layers.*.self_attn.o_proj",),
 }
-_EMBEDDING = {"gpt2": "transformer.wte", "llama": "model.embed_tokens"}
+_EMBEDDING = {
+    "gpt2": "transformer.wte",
+    "llama": "model.embed_tokens",
+    "bert": "bert.embeddings.word_embeddings",
+    "moe": "model.embed_tokens",
+}
+_HEAD = {"gpt2": "lm_head", "llama": "lm_head", "bert": "cls.predictions.decoder", "moe": "lm_head"}
+TIED = ("gpt2", "bert")
+"""Families whose head has the embedding's weight."""
 
 
 def plan(workload: Workload) -> dict[str, ParallelStyle]:
@@ -36,7 +51,7 @@ def plan(workload: Workload) -> dict[str, ParallelStyle]:
     styles |= {name: RowwiseParallel() for name in _ROWS[workload.family]}
     if workload.family in _EMBEDDING:
         styles[_EMBEDDING[workload.family]] = RowwiseParallel(input_layouts=Replicate())
-        styles["lm_head"] = ColwiseParallel(output_layouts=Shard(-1), use_local_output=False)
+        styles[_HEAD[workload.family]] = ColwiseParallel(output_layouts=Shard(-1), use_local_output=False)
     return styles
 
 
@@ -53,9 +68,9 @@ def prepare(model: nn.Module, workload: Workload, ranks: int) -> None:
 
 
 def tie_again(model: nn.Module, workload: Workload) -> None:
-    """Give GPT-2's head the embedding's weight again: both are split over the vocabulary."""
-    if workload.family == "gpt2":
-        head, embedding = model.get_submodule("lm_head"), model.get_submodule("transformer.wte")
+    """Give a tied head the embedding's weight again: both are split over the vocabulary."""
+    if workload.family in TIED:
+        head, embedding = model.get_submodule(_HEAD[workload.family]), model.get_submodule(_EMBEDDING[workload.family])
         head.weight = embedding.weight
 
 

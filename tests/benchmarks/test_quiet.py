@@ -94,7 +94,11 @@ class TestVerdict:
 
     @pytest.mark.parametrize(("ours_s", "outcome"), [(0.9, Outcome.PASS), (1 / 0.971, Outcome.PASS), (1 / 0.969, Outcome.FAIL)])
     def test_speed_bound(self, ours_s, outcome):
-        assert verdict.speed_finding(timing(ours_s), "torch DDP", timing(1.0)).outcome is outcome
+        assert verdict.speed_finding(timing(ours_s), "torch DDP", timing(1.0), 0.97).outcome is outcome
+
+    @pytest.mark.parametrize(("ours", "outcome"), [([104, 50], Outcome.PASS), ([50, 106], Outcome.FAIL)])
+    def test_memory_bound_is_of_the_fullest_rank(self, ours, outcome):
+        assert verdict.memory_finding(ours, "torch DDP", [10, 100], 1.05).outcome is outcome
 
     @pytest.mark.parametrize(
         ("error", "outcome"), [(0.25, Outcome.PASS), (-0.25, Outcome.PASS), (0.26, Outcome.FAIL), (-0.26, Outcome.FAIL)]
