@@ -1,0 +1,116 @@
+"""Verifies random mixes of everything that a layout can say, on random models of the matrix.
+
+    python benchmarks/mixes.py [--models 20] [--layouts 6] [--seed 0] [--only decoders,vit] [--jobs 2] [--check]
+
+A mix is a mesh of data, context, tensor and pipeline ranks with a ZeRO stage, a policy of recomputation, a schedule and a number of
+microbatches; one step of each is compared in float64 with one device's: loss, every gradient, their norm (docs/concepts/numbers.md).
+Prints each model's mixes and how many were verified, and how many refused with a reason. With --check it exits with 1 where one differs or
+fails, or where fewer than half could run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import random
+import sys
+import time
+import warnings
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+
+from benchmarks.matrix import load, models
+from shardwise.program.recompute import RECOMPUTE
+from shardwise.program.tables import NAMES, least_chunks
+from shardwise.verify.coverage import Row, coverage
+
+MESHES = tuple((dp, cp, tp, pp) for dp in (1, 2, 4) for cp in (1, 2) for tp in (1, 2, 3) for pp in (1, 2, 3) if 2 <= dp * cp * tp * pp <= 8)
+LEAST_RUN = 0.5
+"""Of the mixes, how many must not be refused."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mixed:
+    """One model's mixes, and what became of them."""
+
+    model: str
+    rows: list[Row]
+    seconds: float
+
+
+def draw(source: random.Random) -> str:
+    """A layout, as one would write it."""
+    dp, cp, tp, pp = source.choice(MESHES)
+    mesh = {"dp": dp, "cp": cp, "tp": tp, "pp": pp}
+    parts = [f"{name}={size}" for name, size in mesh.items() if size > 1]
+    if dp > 1 and (zero := source.randrange(4)):
+        parts.append(f"zero={zero}")
+        if dp == 4 and source.random() < 0.3:
+            parts.append("shard=2")
+    parts.append(f"recompute={source.choice(RECOMPUTE)}")
+    microbatches = source.choice((1, 2, 4))
+    if pp > 1:
+        schedule = source.choice(NAMES)
+        chunks = least_chunks(schedule)
+        parts += [f"schedule={schedule}"] + ([f"chunks={chunks}"] if chunks > 1 else [])
+        microbatches = pp * source.choice((1, 2))
+    return ",".join([*parts, f"microbatches={microbatches}"])
+
+
+def examine(family: str, name: str, layouts: tuple[str, ...]) -> Mixed:
+    """Verifies one model in these layouts."""
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    start = time.perf_counter()
+    model, batch = getattr(load(family), name)()
+    rows = coverage(model, batch, layouts=layouts).rows
+    return Mixed(model=f"{family}.{name}", rows=rows, seconds=time.perf_counter() - start)
+
+
+def summary(found: list[Mixed]) -> tuple[str, bool]:
+    """One line, and whether all is well."""
+    counts = Counter(row.status for each in found for row in each.rows)
+    total, refused = counts.total(), counts["infeasible"]
+    worst = max((row.error for each in found for row in each.rows if row.error is not None), default=0.0)
+    wrong = total - refused - counts["verified"]
+    text = f"{counts['verified']} of {total} mixes verified, largest relative error {worst:.1e}; {refused} refused, {wrong} wrong"
+    return text, not wrong and counts["verified"] >= LEAST_RUN * total
+
+
+def _examined(task: tuple[str, str, tuple[str, ...]]) -> Mixed:
+    found = examine(*task)
+    print(f"{found.model} {found.seconds:.0f} s", flush=True)
+    for row in found.rows:
+        told = f"{row.error:.0e}" if row.error is not None else f"{row.status}: {row.why}"
+        print(f"    {row.layout}: {told}", flush=True)
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", type=int, default=20, help="how many models (default %(default)s)")
+    parser.add_argument("--layouts", type=int, default=6, help="how many mixes of each (default %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of what is drawn (default %(default)s)")
+    parser.add_argument("--only", default="", help="names of files or models, separated by commas; a beginning is enough")
+    parser.add_argument("--jobs", type=int, default=2, help="models at a time (default %(default)s)")
+    parser.add_argument("--check", action="store_true", help="exit with 1 where one differs or fails, or most are refused")
+    options = parser.parse_args()
+    source = random.Random(options.seed)
+    known = models([each for each in options.only.split(",") if each])
+    chosen = source.sample(known, min(options.models, len(known)))
+    tasks = [(*each, tuple(draw(source) for _ in range(options.layouts))) for each in chosen]
+    with multiprocessing.get_context("spawn").Pool(options.jobs, maxtasksperchild=8) as pool:
+        found = list(pool.imap_unordered(_examined, tasks))
+    text, fine = summary(found)
+    print(text)
+    if options.check and not fine:
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()
