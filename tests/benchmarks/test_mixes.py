@@ -6,9 +6,9 @@ import random
 from dataclasses import replace
 
 import pytest
+from benchmarks.mixes import Mixed, draw, examine, summary
 
 from benchmarks import mixes
-from benchmarks.mixes import Mixed, draw, examine, summary
 from shardwise.planner.layout import Layout
 from shardwise.program.recompute import RECOMPUTE
 from shardwise.program.tables import NAMES
