@@ -8,12 +8,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 from benchmarks.matrix import BEGIN, END, LAYOUTS, Entry
-from tests.clusters import made_up
 
 from benchmarks import matrix
-from shardwise.cluster.model import Cluster
 
 
 def entry(family: str, name: str, *, shares: tuple[float, float] | None = (0.5, 0.5), **changed: str) -> Entry:
@@ -133,15 +130,6 @@ def fails():
     """No model."""
     raise ValueError("no such model")
 '''
-
-
-@pytest.fixture
-def made_up_machine(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Nothing is measured; torch has as many threads afterwards as before."""
-    threads = torch.get_num_threads()
-    monkeypatch.setattr(Cluster, "parse", lambda text: made_up(int(text.removeprefix("local:"))))
-    yield
-    torch.set_num_threads(threads)
 
 
 def test_a_model_is_examined(folder: Path, made_up_machine: None) -> None:
