@@ -46,7 +46,7 @@ class Contestant:
     """One way to train the model: `builder` is `module:function`, called in each rank with its context.
 
     layout: ours that divides the model alike, with {n} ranks or {h}, half of them ("" none). ranks, threads: 0 as many as the race is for.
-    least: it needs so many ranks. families: that it can train, () all.
+    least: it needs so many ranks; chunks: and so many blocks for each. families: that it can train, () all.
     """
 
     name: str
@@ -56,6 +56,7 @@ class Contestant:
     ranks: int = 0
     threads: int = 1
     least: int = 2
+    chunks: int = 0
     families: tuple[str, ...] = ()
     compiled: bool = False
     is_peer: bool = True
@@ -79,12 +80,15 @@ CONTESTANTS = {
         Contestant(name="ddp", title="torch DDP", builder="benchmarks.peers:ddp", layout="dp={n}"),
         Contestant(name="fsdp2", title="torch FSDP2", builder="benchmarks.peers:fsdp2", layout="dp={n},zero=3"),
         Contestant(name="tp", title="torch tensor-parallel", builder="benchmarks.peers:tensor_parallel", layout="tp={n}", families=_BLOCKS),
-        Contestant(name="1f1b", title="torch 1F1B pipeline", builder="benchmarks.peers:pipeline", layout="pp={n}", families=_BLOCKS),
+        Contestant(
+            name="1f1b", title="torch 1F1B pipeline", builder="benchmarks.peers:pipeline", layout="pp={n}", chunks=1, families=_BLOCKS
+        ),
         Contestant(
             name="interleaved",
             title="torch interleaved 1F1B",
             builder="benchmarks.peers:interleaved",
             layout="pp={n},chunks=2,schedule=interleaved",
+            chunks=2,
             families=_BLOCKS,
         ),
         Contestant(
@@ -103,9 +107,7 @@ CONTESTANTS = {
             least=4,
             families=_BLOCKS,
         ),
-        Contestant(
-            name="single", title="one process, a thread a rank", builder="benchmarks.peers:single", ranks=1, threads=0, is_peer=False
-        ),
+        Contestant(name="single", title="one process, all threads", builder="benchmarks.peers:single", ranks=1, threads=0, is_peer=False),
     )
 }
 
@@ -114,7 +116,7 @@ def contestants(workload: Workload, ranks: int, *, compiled: Sequence[str] = ())
     """All that can train this model on so many ranks, by name; those named also as `NAME+compile`, with torch.compile."""
     found: dict[str, Contestant] = {}
     for each in CONTESTANTS.values():
-        if each.least > ranks or (each.families and workload.family not in each.families):
+        if each.least > ranks or (each.families and workload.family not in each.families) or each.chunks * ranks > workload.layers:
             continue
         found[each.name] = each.at(ranks)
         if each.name in compiled:

@@ -7,12 +7,15 @@ shape, strides and dtype.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import fx
 
 from shardwise.cost.memory import bases
 
-__all__ = ["reuse_memory"]
+__all__ = ["into_fresh_memory", "reuse_memory"]
 
 aten = torch.ops.aten
 
@@ -27,6 +30,7 @@ _IN_PLACE = {
     aten.add.Scalar: aten.add_.Scalar,
     aten.mul.Scalar: aten.mul_.Scalar,
 }
+_FRESH = {changed: target for target, changed in _IN_PLACE.items()}
 _COMMUTES = (aten.add.Tensor, aten.mul.Tensor)
 
 
@@ -41,6 +45,11 @@ def reuse_memory(graph: fx.Graph) -> None:
     for node in graph.nodes:
         if node.op == "call_function" and node.target in _IN_PLACE:
             _reuse(node, base, last, position)
+
+
+def into_fresh_memory(target: Callable[..., Any]) -> Callable[..., Any]:
+    """The operator that leaves its inputs as they are, of one that `reuse_memory` put in; others as they are."""
+    return _FRESH.get(target, target)  # type: ignore[call-overload]
 
 
 def _reuse(node: fx.Node, base: dict[fx.Node, fx.Node], last: dict[fx.Node, int], position: dict[fx.Node, int]) -> None:

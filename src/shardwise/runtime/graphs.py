@@ -11,6 +11,7 @@ from torch import Tensor, fx
 
 from shardwise._torch import BoxedCodeGen
 from shardwise.program.program import Binding, StageProgram
+from shardwise.program.reuse import into_fresh_memory
 
 __all__ = ["Prelude", "accumulating", "callable_of"]
 
@@ -42,7 +43,10 @@ class Prelude:
 
 
 def _fold(graph: fx.Graph, bindings: Sequence[Binding], buffers: Mapping[str, Tensor]) -> tuple[fx.Graph, list[Tensor]]:
-    """The graph with what does not depend on the batch computed: its inputs are the batch's, then the constants returned."""
+    """The graph with what does not depend on the batch computed: its inputs are the batch's, then the constants returned.
+
+    Nothing writes over what is computed here: it is read in every step.
+    """
     placeholders = [node for node in graph.nodes if node.op == "placeholder"]
     known: dict[fx.Node, Any] = {n: buffers[b.name] for n, b in zip(placeholders, bindings, strict=True) if b.kind == "buffer"}
     folded, copies = fx.Graph(), {}
@@ -62,9 +66,11 @@ def _fold(graph: fx.Graph, bindings: Sequence[Binding], buffers: Mapping[str, Te
     for node in graph.nodes:
         if node.op == "call_function" and all(parent in known for parent in node.all_input_nodes):
             args, kwargs = fx.node.map_arg((node.args, node.kwargs), known.__getitem__)
-            known[node] = node.target(*args, **kwargs)
+            known[node] = into_fresh_memory(node.target)(*args, **kwargs)
         elif node.op == "call_function":
             copies[node] = folded.node_copy(node, copy_of)
+            if node.args and node.args[0] in known:
+                copies[node].target = into_fresh_memory(node.target)
     outputs: Any = graph.output_node().args[0]
     folded.output([copy_of(node) for node in outputs])
     return folded, constants

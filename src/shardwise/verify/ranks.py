@@ -119,6 +119,8 @@ def _thread(program: Program, work: Work, transport: Transport) -> tuple[float |
 
     executor = Executor(program, state, gradients, transport, _CPU)
     batch = batch_part(work.graph, work.plan, program, work.batch, _CPU)
+    for prelude in executor.preludes.values():
+        prelude.run(batch)  # a step leaves nothing behind that changes the next
     loss = executor.step(batch, step_key(work.seed, 1), update)
     return (loss if program.counts_loss else None), lambda total: _part(program, work, total, state, gradients.parts)
 

@@ -1,0 +1,65 @@
+"""What a step computes from its batch alone: equal in every step, whatever memory the step before wrote over."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import fx
+
+from shardwise.program.program import Binding, Crossing, StageProgram
+from shardwise.program.reuse import reuse_memory
+from shardwise.runtime.graphs import Prelude
+
+aten = torch.ops.aten
+OPERATORS = (aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor)
+
+
+@st.composite
+def recipes(draw: st.DrawFn) -> list[tuple[int, int, int]]:
+    """(operator, operand, operand) of each result; operands 0 and 1 are constants, 2 the batch, others earlier results."""
+    count = draw(st.integers(1, 8))
+    return [(draw(st.integers(0, 2)), draw(st.integers(0, 2 + n)), draw(st.integers(0, 2 + n))) for n in range(count)]
+
+
+def traced(recipe: list[tuple[int, int, int]]) -> fx.Graph:
+    """Constants are made in the graph, as code that calls torch.ones does; the last result is returned."""
+    graph = fx.Graph()
+    like = torch.zeros(3)
+    batch = graph.placeholder("batch")
+    values = [graph.call_function(aten.full.default, ([3], 2.0)), graph.call_function(aten.full.default, ([3], 0.5)), batch]
+    for operator, first, second in recipe:
+        values.append(graph.call_function(OPERATORS[operator], (values[first], values[second])))
+    graph.output([values[-1]])
+    for node in graph.nodes:
+        node.meta["val"] = like
+    graph.eliminate_dead_code()
+    return graph
+
+
+def stage(prelude: fx.Graph) -> StageProgram:
+    """One that has nothing but a prelude, which is given the batch."""
+    empty = {name: fx.Graph() for name in ("forward", "backward")}
+    lists: dict[str, Any] = {f"{name}_{end}": [] for name in empty for end in ("inputs", "outputs")}
+    inputs = [Binding(kind="crossing", name="batch")]
+    crossings = [Crossing(name="result", split=None)]
+    return StageProgram(
+        stage=0, parameters=[], buffers=[], crossings=crossings, prelude=prelude, prelude_inputs=inputs, saved=0, **empty, **lists
+    )
+
+
+@settings(max_examples=200, deadline=None)
+@given(recipes())
+def test_a_prelude_gives_the_same_every_time(recipe: list[tuple[int, int, int]]) -> None:
+    batch = torch.tensor([1.0, -2.0, 3.0])
+    values = [torch.full((3,), 2.0), torch.full((3,), 0.5), batch.clone()]
+    for operator, first, second in recipe:
+        values.append(OPERATORS[operator](values[first], values[second]))
+    graph = traced(recipe)
+    reuse_memory(graph)
+    prelude = Prelude(stage(graph), {})
+    for _ in range(3):
+        torch.testing.assert_close(prelude.run({"batch": batch})["result"], values[-1], rtol=0, atol=0)
+    assert torch.equal(batch, torch.tensor([1.0, -2.0, 3.0]))
