@@ -76,8 +76,9 @@ def test_contradictory_pins_are_named(pins: str, names: str, why: str) -> None:
 
 
 def test_what_does_not_run_contradicts_runnable() -> None:
-    with pytest.raises(sw.LayoutError, match=r"ep=4 and --runnable contradict each other: the runtime lacks experts divided"):
-        replace(SPACE, routing=Routing(experts=8, chosen=2), pins=Pins.parse("ep=4,pp=2"), runnable=True).check()
+    with pytest.raises(sw.LayoutError, match=r"tp=2 and ep=4 and --runnable contradict each other: the runtime lacks experts divided"):
+        replace(SPACE, routing=Routing(experts=8, chosen=2), pins=Pins.parse("tp=2,ep=4,pp=2"), runnable=True).check()
+    replace(SPACE, routing=Routing(experts=8, chosen=2), pins=Pins.parse("ep=4,pp=2"), runnable=True).check()
 
 
 @pytest.mark.parametrize(

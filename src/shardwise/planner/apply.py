@@ -11,8 +11,9 @@ from shardwise.capture.graph import Graph, Op, Value
 from shardwise.errors import LayoutError, PlanError
 from shardwise.planner.plan import Plan, Random, looked_up, op_with_key, read_choice, read_placement
 from shardwise.program.lower import Cut
-from shardwise.sharding.assignment import Assignment, possible, set_choice, split_sizes
+from shardwise.sharding.assignment import Assignment, possible, routed_rows, set_choice, split_sizes
 from shardwise.sharding.data import batch_choices, microbatch_obstacle, prelude_of, split_batch
+from shardwise.sharding.experts import Experts, experts_of, split_experts
 from shardwise.sharding.rules import signature_of
 from shardwise.sharding.rules.random import fast
 from shardwise.sharding.sequence import sequence_choices, sequence_dims, split_sequence
@@ -36,6 +37,11 @@ class Analysis:
     def sequence(self) -> dict[Op, Choice]:
         """The operators that hold the sequence, with the factor that it is in them."""
         return sequence_choices(self.graph, self.signatures, self.sequence_dims)
+
+    @cached_property
+    def experts(self) -> Experts:
+        """What there is for the expert axis to divide."""
+        return experts_of(self.graph, self.signatures, self.batch)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,10 +70,20 @@ def analyse(graph: Graph, random: Random = "keyed", named: Mapping[str, int | No
 
 
 def assign(
-    analysis: Analysis, dp: int, microbatches: int, tp: int, cp: int = 1, shares: Sequence[int] = (), *, zero: int = 0, shard: int = 0
+    analysis: Analysis,
+    dp: int,
+    microbatches: int,
+    tp: int,
+    cp: int = 1,
+    shares: Sequence[int] = (),
+    *,
+    ep: int = 1,
+    zero: int = 0,
+    shard: int = 0,
 ) -> Assignment:
-    """An assignment whose data and context axes are decided and whose tensor axis is not.
+    """An assignment whose data, expert and context axes are decided and whose tensor axis is not.
 
+    ep: of the dp data ranks so many neighbours divide the experts; LayoutError where there are none, or ep does not divide them.
     shares: in which proportion the data ranks divide the samples; LayoutError where an operator takes equal parts of them only.
     zero, shard: as of `Assignment`.
     """
@@ -76,9 +92,11 @@ def assign(
         raise LayoutError(
             f"shares={':'.join(map(str, shares))} divides the batch unevenly, but {where} takes equal parts only; leave them out"
         )
-    mesh = {"dp": dp, "mb": microbatches, "cp": cp, "tp": tp}
+    mesh = {"dp": dp // ep, "mb": microbatches} | ({"ep": ep} if ep > 1 else {}) | {"cp": cp, "tp": tp}
     assignment = Assignment(graph=analysis.graph, mesh=mesh, signatures=analysis.signatures, shares=tuple(shares), zero=zero, shard=shard)
     split_batch(assignment, analysis.batch, analysis.prelude)
+    if ep > 1:
+        split_experts(assignment, analysis.experts, analysis.batch, analysis.prelude)
     split_sequence(assignment, analysis.sequence if cp > 1 else {}, analysis.batch, analysis.prelude)
     return assignment
 
@@ -99,7 +117,7 @@ def apply_plan(plan: Plan, graph: Graph, *, same_fingerprint: bool = True) -> Ap
     analysis = analyse(graph, plan.random, _sequence_dims(plan, graph))
     if plan.microbatches > 1 and (obstacle := microbatch_obstacle(graph, analysis.signatures, analysis.batch, analysis.prelude)):
         raise PlanError(f"microbatches={plan.microbatches} would change the numbers: {obstacle}; use microbatches=1")
-    assignment = assign(analysis, plan.dp, plan.microbatches, plan.tp, plan.cp, plan.shares, zero=plan.zero, shard=plan.shard)
+    assignment = assign(analysis, plan.dp, plan.microbatches, plan.tp, plan.cp, plan.shares, ep=plan.ep, zero=plan.zero, shard=plan.shard)
     for op in graph.ops:
         text = looked_up(plan.operators, op.key) or "R"
         choice = Choice("R") if op in analysis.prelude else read_choice(text, op.key)
@@ -147,6 +165,10 @@ def _check_choice(assignment: Assignment, op: Op, choice: Choice) -> None:
     if split is None:
         reason = sig.reasons.get(choice.factor, "it is none of its splittable factors")
         raise PlanError(f"{op.key} cannot be split over {choice.factor!r}: {reason}; it can over {', '.join(sig.splits) or 'nothing'}")
+    if choice.factor == routed_rows(assignment, op):
+        raise PlanError(
+            f"{op.key}: {choice.factor} are the rows that ep takes to their experts: tp cannot split them; choose another, I or R"
+        )
     size, ranks = split_sizes(assignment, op, "tp")[choice.factor], assignment.mesh["tp"]
     pieces, rest = divmod(size, choice.blocks * choice.unit)
     if choice.owner is not None and not split.allows(pieces, 1, ranks, choice.owner):

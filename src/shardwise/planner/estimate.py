@@ -32,7 +32,7 @@ def share_left(assignment: Assignment, value: Value, axis: str) -> float:
 
 
 def reshard_seconds(assignment: Assignment, axis: str, share: float, cluster: Cluster) -> float:
-    """share: of a batch-sized value that one microbatch on one data rank has."""
+    """share: of a batch-sized value that one microbatch on one data rank has, or on those that divide the experts where it is of these."""
     ranks = assignment.mesh[axis]
     if ranks == 1:
         return 0.0

@@ -7,12 +7,14 @@ from collections import Counter, defaultdict
 from collections.abc import Callable
 
 from shardwise.capture.blocks import block_pattern
-from shardwise.capture.graph import Graph, Op
+from shardwise.capture.experts import expert_mm
+from shardwise.capture.graph import Graph, Op, Value
 from shardwise.cluster.model import Cluster
 from shardwise.planner.apply import Applied
 from shardwise.planner.estimate import reshards
 from shardwise.planner.plan import Candidate, Plan
 from shardwise.program.recompute import blocks_of
+from shardwise.sharding.experts import BATCHED
 from shardwise.sharding.reshard import collective_of
 from shardwise.sharding.rules.random import FAST
 from shardwise.sharding.types import Shard
@@ -42,6 +44,7 @@ def explain(
         *_divided(plan),
         *_recomputed(plan, graph),
         *_stages(plan, applied, graph),
+        *_experts(plan, applied),
         *_context(plan, applied),
         *_tensor(plan, applied, graph),
         "Predicted",
@@ -82,6 +85,8 @@ def _mesh(plan: Plan) -> str:
     if plan.dp > 1:
         each = f"in shares of {':'.join(map(str, plan.shares))}" if plan.shares else f"each on 1/{plan.dp} of the batch"
         parts.append(f"{plan.dp} copies, {each} (dp)")
+    if plan.ep > 1:
+        parts[-1] += f", of which {plan.ep} divide the experts (ep)"
     if plan.cp > 1:
         parts.append(f"{plan.cp} ranks share each sequence (cp)")
     if plan.tp > 1:
@@ -174,6 +179,33 @@ def _talk(applied: Applied, axis: str) -> str:
         if collective_of(made, wanted) and value.kind == "result" and value.producer not in applied.cut.prelude
     )
     return ", ".join(f"{count} {kind}s" for kind, count in moves.items()) or "nothing"
+
+
+def _experts(plan: Plan, applied: Applied) -> list[str]:
+    """What the expert axis divides, and how tokens get to their experts."""
+    if plan.ep == 1:
+        return []
+    assignment = applied.assignment
+    parameters = assignment.graph.parameters.values()
+    split = [value for value in parameters if isinstance(assignment.produced(value)["ep"], Shard)]
+    share = sum(value.numel for value in split) / max(1, sum(value.numel for value in parameters))
+    chosen = {op: assignment.variants[op]["ep"].choice for op in applied.cut.stage_of}
+    experts = sorted({value.shape[assignment.produced(value)["ep"].dim] for value in split})  # type: ignore[union-attr]
+    routed = sum(op.target is expert_mm and choice.mode == "route" for op, choice in chosen.items())
+    batched = sum(op.target in BATCHED and any(_source(value) in split for value in op.inputs) for op in chosen)
+    ways = [f"{routed} products with rows at their experts, as many as there are"] * (routed > 0)
+    ways += [f"{batched} batched over experts"] * (batched > 0)
+    return [
+        f"Experts ({' and '.join(map(str, experts))}) divided over {plan.ep} ranks: {share:.0%} of the parameters; {', '.join(ways)}",
+        f"  each microbatch's forward pass communicates {_talk(applied, 'ep')} over ep",
+    ]
+
+
+def _source(value: Value) -> Value:
+    """What a value is another view of."""
+    while value.producer is not None and len(value.producer.inputs) == 1:
+        value = value.producer.inputs[0]
+    return value
 
 
 def _context(plan: Plan, applied: Applied) -> list[str]:

@@ -102,8 +102,8 @@ class _Intra:
         self.graph: Graph = self.assignment.graph
         self.ranks = self.assignment.mesh["tp"]
         self.microbatches = self.assignment.mesh["mb"]
-        self.share = 1 / (self.assignment.mesh["dp"] * self.microbatches)
-        self.first = representatives(self.graph, lambda op: self.assignment.variants[op]["cp"])
+        self.share = 1 / (self.assignment.mesh["dp"] * self.assignment.mesh.get("ep", 1) * self.microbatches)
+        self.first = representatives(self.graph, self._decided)
         self.readers = self.graph.consumers()
         self.count: dict[Op, int] = defaultdict(int)
         for op in self.graph.ops:
@@ -112,6 +112,11 @@ class _Intra:
         self.parameter_of = parameter_representatives(self.graph, self.first)
         self.owners = table_owners(self.graph, self.assignment.signatures, self.ranks)
         self.variants = candidates(self.assignment, self.ops, self.batch, self.first.__getitem__, self.owners, self.costs.forbidden)
+
+    def _decided(self, op: Op) -> object:
+        """What the axes outside do to an operator, but for which tensor names the experts of its rows."""
+        variants = self.assignment.variants[op]
+        return variants["cp"], replace(variants["ep"].choice, routed=None) if "ep" in variants else None
 
     def solve(self) -> Tensor | None:
         self._operators()

@@ -8,7 +8,13 @@ from shardwise.planner.compose import Scheme
 
 __all__ = ["lacking"]
 
-_LACKS: tuple[tuple[Callable[[Scheme], bool], str], ...] = ((lambda scheme: scheme.ep > 1, "experts divided over data ranks (ep={0.ep})"),)
+_LACKS: tuple[tuple[Callable[[Scheme], bool], str], ...] = (
+    (
+        lambda scheme: scheme.ep > 1 and (scheme.tp > 1 or scheme.cp > 1),
+        "experts divided over tensor and context ranks, too, and whole there (ep={0.ep} with tp={0.tp}, cp={0.cp})",
+    ),
+    (lambda scheme: scheme.ep > 1 and scheme.dp % scheme.ep > 0, "experts divided over a part of the data ranks (ep={0.ep}, dp={0.dp})"),
+)
 
 
 def lacking(scheme: Scheme) -> list[str]:

@@ -15,7 +15,7 @@ from shardwise.program.tables import NAMES, OWN, Slot, least_chunks, placement, 
 
 __all__ = ["Layout", "completions"]
 
-_NUMBERS = ("dp", "cp", "tp", "pp", "chunks", "microbatches")
+_NUMBERS = ("dp", "cp", "tp", "ep", "pp", "chunks", "microbatches")
 _NAMES = (*_NUMBERS, "schedule", "zero", "shard", "recompute", "shares")
 _MOST_ZERO = 3
 
@@ -23,7 +23,8 @@ _MOST_ZERO = 3
 @dataclass(frozen=True, kw_only=True)
 class Layout:
     """dp × cp × tp × pp ranks: copies of the model on parts of the batch, ranks that share each sequence, ranks that share each operator,
-    ranks of the pipeline; None: not pinned. cp is not searched: it is 1 where it is not pinned.
+    ranks of the pipeline; None: not pinned. ep: how many of the data ranks divide the experts. cp and ep are not searched: they are 1 where
+    they are not pinned.
 
     chunks: stages of each pipeline rank, as few as the schedule takes where not pinned. table: the text of a schedule of the user's own.
     zero: what data ranks divide (0 to 3), in groups of `shard` where that is not all of them; recompute: none, selective or full. Where
@@ -34,6 +35,7 @@ class Layout:
     dp: int | None = None
     cp: int | None = None
     tp: int | None = None
+    ep: int | None = None
     pp: int | None = None
     chunks: int | None = None
     microbatches: int | None = None
@@ -189,6 +191,7 @@ def completions(layout: Layout, ranks: int, samples: int, obstacle: str) -> list
     if free and ranks % pinned:
         raise LayoutError(f"layout {layout} takes {pinned} ranks, which do not divide the cluster's {ranks}; pin sizes whose product does")
     meshes = [layout] if not free else list(_fill(layout, free, ranks // pinned))
+    meshes = _with_experts(layout, meshes)
     meshes = [_in_groups(mesh) for mesh in meshes if _divides(mesh)] or _refuse_zero(layout, meshes)
     found = [complete for mesh in meshes for complete in _microbatched(mesh, layout, samples, obstacle)]
     if not found:
@@ -201,8 +204,27 @@ def _without_defaults(layout: Layout) -> Layout:
     return replace(
         layout,
         cp=None if layout.cp == 1 else layout.cp,
+        ep=None if layout.ep == 1 else layout.ep,
         zero=layout.zero or None,
         recompute=None if layout.recompute == "none" else layout.recompute,
+    )
+
+
+def _with_experts(layout: Layout, meshes: list[Layout]) -> list[Layout]:
+    """Those whose data ranks ep divides. Raises LayoutError where there are none, and where something does not go with ep."""
+    if not layout.ep:
+        return meshes
+    for name, value in (("shares", layout.shares), ("shard", layout.shard)):
+        if value:
+            raise LayoutError(
+                f"{name} in layout {layout} is not possible with ep={layout.ep}: experts' ranks take equal parts; leave it out"
+            )
+    counts = sorted({mesh.dp or 1 for mesh in meshes})
+    if found := [mesh for mesh in meshes if (mesh.dp or 1) % layout.ep == 0]:
+        return found
+    raise LayoutError(
+        f"ep={layout.ep} divides the experts among data ranks, of which layout {layout} has {', '.join(map(str, counts))}; "
+        f"pin dp={layout.ep} or a multiple of it"
     )
 
 
@@ -244,7 +266,7 @@ def _with(layout: Layout, name: str, size: int) -> Layout:
 def _microbatched(mesh: Layout, pinned: Layout, samples: int, obstacle: str) -> Iterator[Layout]:
     assert mesh.dp and mesh.pp
     parts = sum(mesh.shares or ()) or mesh.dp
-    if samples < parts or (samples % parts and (mesh.shares or not pinned.dp)):
+    if samples < parts or (samples % parts and (mesh.shares or mesh.ep or not pinned.dp)):
         return
     each = samples // parts if samples % parts == 0 else 1  # what does not divide the batch is not cut into microbatches
     useful = [1] if obstacle else _useful_counts(each, mesh.pp)

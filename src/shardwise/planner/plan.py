@@ -98,6 +98,7 @@ class Plan(_Strict):
     operators, parameters: pattern → choice or type on the tensor axis; what is not named is whole.
     collectives: "kind/ranks" → (up to so many bytes, implementation), measured on the cluster.
     profile: what the stages take, for the simulator.
+    ep: of the dp data ranks so many neighbours divide the experts.
     """
 
     format_version: Literal[1] = 1
@@ -109,6 +110,7 @@ class Plan(_Strict):
     dp: int
     cp: int = 1
     tp: int
+    ep: int = 1
     pp: int
     chunks: int = 1
     microbatches: int
@@ -147,6 +149,12 @@ class Plan(_Strict):
             raise ValueError(f"a global batch of {self.global_batch} leaves some of the ranks on dp={self.dp} without a sample")
         if not self.shares and self.microbatches > 1 and self.global_batch % (self.dp * self.microbatches):
             raise ValueError(f"dp={self.dp} × microbatches={self.microbatches} do not divide global_batch={self.global_batch}")
+        equal = self.dp % self.ep == 0 and self.global_batch % self.dp == 0 and not (self.shares or self.shard) if self.ep > 0 else False
+        if self.ep != 1 and not equal:
+            raise ValueError(
+                f"ep={self.ep} must divide dp={self.dp} data ranks with equal parts of global_batch={self.global_batch}, without shares or "
+                "shard"
+            )
         self._check_schedule()
         data = self.dp * self.cp
         if self.zero and data == 1:
@@ -185,11 +193,12 @@ class Plan(_Strict):
     def layout(self) -> str:
         """The plan in a layout's words."""
         context = f"cp={self.cp}," if self.cp > 1 else ""
+        experts = f"ep={self.ep}," if self.ep > 1 else ""
         chunks = f"chunks={self.chunks}," if self.chunks > 1 else ""
         more = [f",{name}={value}" for name in ("zero", "shard", "recompute") if (value := getattr(self, name)) not in (0, "none")]
         more += [f",shares={':'.join(map(str, self.shares))}"] if self.shares else []
         schedule = f"microbatches={self.microbatches},schedule={self.schedule}{''.join(more)}"
-        return f"dp={self.dp},{context}tp={self.tp},pp={self.pp},{chunks}{schedule}"
+        return f"dp={self.dp},{context}tp={self.tp},{experts}pp={self.pp},{chunks}{schedule}"
 
     @property
     def tables(self) -> list[list[Slot]]:
@@ -212,8 +221,9 @@ class Plan(_Strict):
 
     @property
     def _coupled(self) -> int:
-        """Neighbouring ranks that do each microbatch together: on the tensor and context axes, and those that gather parameters."""
-        return self.tp * (max(self.cp, self.shard or self.dp * self.cp) if self.zero == 3 else self.cp)
+        """Neighbouring ranks that do each microbatch together: on the tensor, context and expert axes, and those that gather parameters."""
+        near = self.cp * self.ep
+        return self.tp * (max(near, self.shard or self.dp * self.cp) if self.zero == 3 else near)
 
     def chooser(self) -> Chooser:
         """(kind, message bytes, ranks) → implementation."""

@@ -33,6 +33,7 @@ from shardwise.program.tables import placed
 from shardwise.program.trace import Tracer
 from shardwise.sharding.assignment import Assignment
 from shardwise.sharding.data import microbatch_obstacle
+from shardwise.sharding.experts import refuse_experts
 from shardwise.sharding.types import Shard
 from shardwise.simulate.costs import OPTIMIZER_STATES, memory_use
 from shardwise.simulate.profile import Profile, computing_ranks, profile_programs
@@ -53,7 +54,9 @@ FULL_MEMORY = 0.92  # of a rank's memory that a plan may take; the rest is for t
 def _choices(cluster: Cluster, layout: Layout) -> dict[str, list[tuple[float, str]]]:
     """For the groups that a layout has."""
     dp, cp, tp, _ = layout.mesh
+    ep = layout.ep or 1
     groups = {layout.shard, dp * cp // layout.shard} if layout.shard else set()
+    groups |= {ep, dp // ep, dp // ep * cp} if ep > 1 else set()
     return measured_choices(cluster, {dp, cp, dp * cp, tp, 2} | groups if layout.ranks > 1 else set())
 
 
@@ -164,12 +167,14 @@ class _Search:
         self.first = representatives(self.graph)
         if (self.pinned.cp or 1) > 1:
             _check_sequence(self.analysis, self.pinned)
+        if (self.pinned.ep or 1) > 1:
+            refuse_experts(self.graph, self.analysis.experts, self.pinned.ep or 1)
 
     def trials(self) -> list[_Trial]:
         obstacle = microbatch_obstacle(self.graph, self.analysis.signatures, self.analysis.batch, self.analysis.prelude)
         self.obstacle = obstacle
         layouts = completions(self.pinned, self.cluster.ranks, self.graph.global_batch, obstacle)
-        shared = [] if self.pinned.shares is not None or not self.cluster.unlike else self._shared(layouts, obstacle)
+        shared = [] if self.pinned.shares is not None or self.pinned.ep or not self.cluster.unlike else self._shared(layouts, obstacle)
         return [_Trial(layout=layout) for layout in (*layouts, *shared)]
 
     def _shared(self, layouts: Sequence[Layout], obstacle: str) -> Iterator[Layout]:
@@ -203,7 +208,9 @@ class _Search:
         zero, shard = layout.zero or 0, layout.shard or 0
         shares = layout.shares or ()
         try:
-            assignment = assign(self.analysis, layout.dp, layout.microbatches, layout.tp, layout.cp or 1, shares, zero=zero, shard=shard)
+            assignment = assign(
+                self.analysis, layout.dp, layout.microbatches, layout.tp, layout.cp or 1, shares, ep=layout.ep or 1, zero=zero, shard=shard
+            )
         except LayoutError as error:
             if self.pinned.shares:
                 raise
@@ -277,9 +284,14 @@ class _Search:
 
     def _state_bytes(self, value: Value, layout: Layout) -> float:
         """Of a parameter on each of the ranks that share its data axes."""
-        ranks, zero = layout.shard or _data(layout), layout.zero or 0
+        ep = self._expert_ranks(value, layout)
+        ranks, zero = layout.shard or _data(layout) // ep, layout.zero or 0
         kinds = (OPTIMIZER_STATES.get(self.optimizer, 2), 1, 1) if value.requires_grad else (0, 0, 1)
-        return value.nbytes * sum(count / ranks if zero >= level else count for level, count in enumerate(kinds, start=1))
+        return value.nbytes / ep * sum(count / ranks if zero >= level else count for level, count in enumerate(kinds, start=1))
+
+    def _expert_ranks(self, value: Value, layout: Layout) -> int:
+        """Over how many data ranks a parameter is split because it is of experts."""
+        return layout.ep if layout.ep and value in self.analysis.experts.parameters else 1
 
     def _update_s(self, nbytes: float) -> float:
         return optimizer_seconds(int(nbytes) // 4, torch.float32, self.optimizer, self.cluster)
@@ -336,7 +348,11 @@ class _Search:
         crowd = max(1.0, layout.ranks / self.cluster.cores) if self.cluster.cores else 1.0
         slots = layout.microbatches + (layout.pp - 1) / (layout.chunks or 1)
         work = crowd * (sum(rank_s) / layout.pp * layout.microbatches) if crowd > 1 else max(rank_s) * slots
-        kept = sum(value.nbytes * self._kept_share(assignment, value) for value in self.graph.parameters.values()) / layout.pp
+        held = (
+            value.nbytes * self._kept_share(assignment, value) / self._expert_ranks(value, layout)
+            for value in self.graph.parameters.values()
+        )
+        kept = sum(held) / layout.pp
         updated = kept / (layout.shard or _data(layout)) if layout.zero else kept
         return work + talk_s * layout.microbatches + self._data_s(layout, kept) + crowd * self._update_s(updated)
 
@@ -351,8 +367,10 @@ class _Search:
         return scatter + gather + collective_cost("all_reduce", kept / ranks, data // ranks, self.cluster).seconds
 
     def _talk_s(self, assignment: Assignment, layout: Layout) -> float:
-        """In one microbatch, over the context and the tensor axis."""
-        return sum(reshard_seconds(assignment, axis, self._share(layout), self.cluster) for axis in ("cp", "tp"))
+        """In one microbatch, over the expert, the context and the tensor axis."""
+        share, ep = self._share(layout), layout.ep or 1
+        inside = sum(reshard_seconds(assignment, axis, share, self.cluster) for axis in ("cp", "tp"))
+        return inside + (reshard_seconds(assignment, "ep", share * ep, self.cluster) if ep > 1 else 0.0)
 
     def simulate(self, trial: _Trial) -> None:
         """Lowers a layout and simulates it; where it does not fit, once more with everything split that can be, then with more divided over
@@ -589,6 +607,7 @@ def make_plan(run: _Search, best: _Trial, trials: list[_Trial], seconds: float, 
         ranks=best.layout.ranks,
         dp=best.layout.dp or 1,
         cp=best.layout.cp or 1,
+        ep=best.layout.ep or 1,
         tp=mesh.tp,
         pp=mesh.pp,
         microbatches=mesh.microbatches,

@@ -1,7 +1,8 @@
 """Assignment, cut, schedule ──▶ every rank's Program
 
 Ranks are numbered along the pipeline, then along dp, then along cp, then along tp: rank = ((pipe · dp + d) · cp + c) · tp + t, so that
-tensor-parallel neighbours are nearest to each other, and next those that share a sequence. A rank of the pipeline has one stage, or
+tensor-parallel neighbours are nearest to each other, and next those that share a sequence. Of the data ranks ep neighbours divide the
+experts (d = outer · ep + e); the mesh has them as an axis of its own, and as many fewer on dp. A rank of the pipeline has one stage, or
 several, as the schedule's table places them.
 """
 
@@ -62,17 +63,19 @@ def build_programs(
 
 @dataclass(frozen=True, kw_only=True)
 class Places:
-    """The ranks' places: (d, c, t) at each of the pipeline's."""
+    """The ranks' places: (d, c, t) at each of the pipeline's. dp: all data ranks, of which `ep` neighbours divide experts."""
 
     dp: int
     cp: int
     tp: int
     pp: int
+    ep: int = 1
 
     @staticmethod
     def of(assignment: Assignment, pp: int) -> Places:
         mesh = assignment.mesh
-        return Places(dp=mesh["dp"], cp=mesh["cp"], tp=mesh["tp"], pp=pp)
+        ep = mesh.get("ep", 1)
+        return Places(dp=mesh["dp"] * ep, cp=mesh["cp"], tp=mesh["tp"], pp=pp, ep=ep)
 
     @property
     def ranks(self) -> int:
@@ -89,11 +92,25 @@ class Places:
     def groups(self, pipe: int, place: Place) -> dict[str, tuple[int, ...]]:
         """Axis → the ranks along it through a place."""
         d, c, t = place
-        return {
-            "dp": tuple(self.rank(pipe, (i, c, t)) for i in range(self.dp)),
+        outer, e = divmod(d, self.ep)
+        found = {
+            "dp": tuple(self.rank(pipe, (i, c, t)) for i in range(e, self.dp, self.ep)),
+            "ep": tuple(self.rank(pipe, (outer * self.ep + i, c, t)) for i in range(self.ep)),
             "cp": tuple(self.rank(pipe, (d, i, t)) for i in range(self.cp)),
             "tp": tuple(self.rank(pipe, (d, c, i)) for i in range(self.tp)),
         }
+        return {axis: ranks for axis, ranks in found.items() if axis != "ep" or self.ep > 1}
+
+    def coordinates(self, place: Place) -> dict[str, int]:
+        """Axis → where on it a place is."""
+        d, c, t = place
+        data = {"dp": d // self.ep, "ep": d % self.ep} if self.ep > 1 else {"dp": d}
+        return data | {"cp": c, "tp": t}
+
+    def place(self, number: int) -> Place:
+        """Of the rank with this number among those at one of the pipeline's."""
+        rest, t = divmod(number, self.tp)
+        return (*divmod(rest, self.cp), t)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,7 +140,7 @@ class _Column:
 
     def _program(self, pipe: int, placement: tuple[int, ...]) -> Program:
         """Without its actions."""
-        coordinates = dict(zip(("dp", "cp", "tp"), self.place, strict=True))
+        coordinates = self.mesh.coordinates(self.place)
         groups = self.mesh.groups(pipe, self.place)
         axes = {
             axis: Axis(name=axis, group=group_name(axis, groups[axis]), ranks=ranks, rank=coordinates[axis])

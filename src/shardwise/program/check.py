@@ -28,6 +28,7 @@ from shardwise.capture.graph import Graph, Op, Value
 from shardwise.errors import CheckError
 from shardwise.program.actions import COMPUTES, Action, Kind
 from shardwise.program.buffers import far_buffer
+from shardwise.program.build import Places
 from shardwise.program.edges import edge_type
 from shardwise.program.lower import Cut
 from shardwise.program.order import check_order, drawn
@@ -249,14 +250,14 @@ class _Whole:
 
     def ranks(self) -> None:
         """There is one program for each place, and its number is the place's."""
-        cp, tp = self.mesh["cp"], self.mesh["tp"]
-        each = self.mesh["dp"] * cp * tp
+        places = Places.of(self.assignment, self.pipes)
+        each = places.dp * places.cp * places.tp
         count = each * self.pipes
         if missing := [rank for rank in range(count) if rank not in self.programs]:
             raise CheckError(f"rank {missing[0]} of {count} has no program")
         for rank, program in self.programs.items():
             pipe, place = divmod(rank, each)
-            expected = {"dp": place // (cp * tp), "cp": place // tp % cp, "tp": place % tp, "pp": pipe}
+            expected = places.coordinates(places.place(place)) | {"pp": pipe}
             if program.rank != rank or dict(program.coordinates) != expected:
                 raise CheckError(f"rank {rank} must be at {expected}, its program is rank {program.rank}'s at {dict(program.coordinates)}")
             own = [stage for stage, home in enumerate(program.placement) if home == pipe]
@@ -459,9 +460,12 @@ def _range(size: int, splits: tuple[tuple[Shard, int, int], ...]) -> tuple[int, 
     """(blocks, first, last) of what one rank has of a dim."""
     if not splits:
         return 1, 0, size
-    assert len(splits) == 1, "parameters are split over one axis a dim"
-    mine = part(size, *splits[0])
-    return mine.blocks, mine.start, mine.stop
+    mine, start = part(size, *splits[0]), 0
+    for inner in splits[1:]:
+        assert mine.blocks == inner[0].blocks == 1, "parts of blocks are not split further"
+        start += mine.start
+        mine = part(mine.length, *inner)
+    return mine.blocks, start + mine.start, start + mine.stop
 
 
 def _overlap(one: tuple[int, int, int], other: tuple[int, int, int]) -> bool:

@@ -17,7 +17,7 @@ from torch import fx
 
 from shardwise.capture.graph import Op, Value
 from shardwise.capture.normalize import RANDOM_STATE
-from shardwise.program.edges import edge_type
+from shardwise.program.edges import at_home, edge_type
 from shardwise.program.gather import Gathering, gatherings
 from shardwise.program.joint import JointGraph
 from shardwise.program.program import Binding, Crossing, Edge, ParameterPart, StageProgram
@@ -27,9 +27,11 @@ from shardwise.program.trace import Tracer
 from shardwise.sharding.assignment import Assignment, over_microbatches
 from shardwise.sharding.collectives import group_ranks
 from shardwise.sharding.division import Division, division_of
+from shardwise.sharding.experts import local_code
 from shardwise.sharding.reshard import Axis, Reshard, moves, reshard
+from shardwise.sharding.routes import Journey, Route
 from shardwise.sharding.signature import AxisSplit, Call, Signature, factor_part
-from shardwise.sharding.types import I, P, Placement, R, Shard, local_shape
+from shardwise.sharding.types import I, P, Placement, R, Routed, Shard, local_shape
 
 __all__ = ["Cut", "lower_stage", "parameter_part"]
 
@@ -104,6 +106,7 @@ class _Stage:
     crossings: dict[str, tuple[Crossing, fx.Node]] = field(default_factory=dict)
     edges: list[Edge] = field(default_factory=list)
     scattered: list[tuple[Value, fx.Node, fx.Node]] = field(default_factory=list)  # parameter, its part, what was gathered
+    routes: dict[tuple[Routed, Any], list[fx.Node]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.graph = self.assignment.graph
@@ -112,6 +115,7 @@ class _Stage:
         self.prelude = JointGraph(tracer=self.tracer)
         self.ops = [op for op in self.graph.ops if self.cut.stage_of.get(op) == self.stage]
         self.readers = self.graph.consumers()
+        self.values = {value.name: value for value in self.readers}
         self.blocks = blocks_of(self.graph) if self.cut.recompute != "none" or self.assignment.zero > 1 else {}
 
     def lower(self) -> tuple[StageProgram, list[Edge], tuple[str, ...]]:
@@ -140,17 +144,17 @@ class _Stage:
 
     def _call(self, op: Op, joint: JointGraph, read: Callable[[Op, int], fx.Node]) -> None:
         sig = self.assignment.signatures[op]
-        call = self._local_call(op, sig)
+        call, local = self._local_call(op, sig), local_code(self.assignment, op)
         key = (
             op.name,
-            _name(sig.local),
+            _name(local),
             repr((op.args, op.kwargs)),
             tuple(value.shape for value in op.inputs),
             call.shapes,
             repr(call.splits),
         )
         inputs = [read(op, index) for index in range(len(op.inputs))]
-        results = joint.apply(lambda tensors: sig.local(call, tensors), key, inputs, grad=op.requires_grad, module=op.module)
+        results = joint.apply(lambda tensors: local(call, tensors), key, inputs, grad=op.requires_grad, module=op.module)
         store = self.early if joint is self.prelude else self.nodes
         for value, node, shape in zip(op.outputs, results, call.shapes, strict=True):
             assert tuple(node.meta["val"].shape) == shape, (
@@ -162,8 +166,8 @@ class _Stage:
         sizes = dict(sig.sizes)
         splits: dict[str, list[AxisSplit]] = {}
         for name, axis in self.axes.items():
-            choice = self.assignment.variants[op][name].choice
-            if choice.mode != "split" or axis.ranks == 1:
+            choice = self.assignment.variants[op][name].choice.parts
+            if choice is None or axis.ranks == 1:
                 continue
             held = factor_part(choice, sizes[choice.factor], axis.ranks, axis.rank)
             split = AxisSplit(axis=name, group=axis.group, ranks=axis.ranks, rank=None if name == "mb" else axis.rank, part=held)
@@ -197,20 +201,25 @@ class _Stage:
         return self._resharded(self.prelude, self.early, value, made, wanted, "")
 
     def _body_input(self, op: Op, index: int) -> fx.Node:
-        value, wanted = op.inputs[index], self.assignment.wanted(op, index)
+        return self._body_value(op.inputs[index], self.assignment.wanted(op, index), op.module)
+
+    def _body_value(self, value: Value, wanted: Type, module: str) -> fx.Node:
+        """A value in the type in which it is wanted."""
         if value.name == RANDOM_STATE:
             return self._placeholder(value, self.assignment.produced(value), Binding("random"))
         if value.kind == "input" or (value.producer in self.cut.prelude):
-            return self._crossing(value, wanted)
+            home = at_home(wanted)
+            node = self._crossing(value, home)
+            return node if home == wanted else self._resharded(self.body, self.nodes, value, home, wanted, module)
         made = self.assignment.produced(value)
         if value.kind == "parameter":
-            self._parameter(value, made, op.module)
+            self._parameter(value, made, module)
         elif value.producer is None:
             self._placeholder(value, made, Binding("buffer", value.name))
         elif self.cut.stage_of[value.producer] != self.stage:
             made = self._edge_type(value, self.stage)
             self._receive(value, made)
-        return self._resharded(self.body, self.nodes, value, made, wanted, op.module)
+        return self._resharded(self.body, self.nodes, value, made, wanted, module)
 
     def _placeholder(self, value: Value, type_: Type, binding: Binding) -> fx.Node:
         key = self._named(value, type_)
@@ -306,6 +315,9 @@ class _Stage:
                 store[key] = before
                 continue
             assert name != "mb", f"{value.name} is {source} over microbatches, {target} is wanted"
+            if isinstance(source, Routed) or isinstance(target, Routed):
+                store[key] = self._journey(value, before, now, name, source, target, module)
+                continue
             step = Reshard(
                 source=source,
                 target=target,
@@ -317,6 +329,26 @@ class _Stage:
             described = (source, target, self.axes[name], step.source_size, step.target_size, self.choose)
             (store[key],) = joint.apply(_move(step), described, [before], grad=value.requires_grad, module=module)
         return store[self._named(value, now)]
+
+    def _journey(self, value: Value, before: fx.Node, type_: Type, axis: str, source: Placement, target: Placement, module: str) -> fx.Node:
+        """Rows on their way to their experts or back. type_: what they become."""
+        routed = target if isinstance(target, Routed) else source
+        assert isinstance(routed, Routed), f"{value.name} is not routed"
+        rows = self._local_shape(value, type_)[0]
+        journey = Journey(axis=self.axes[axis], there=routed is target, rows=rows, choose=self.choose)
+        route = self._route(routed, type_ | {axis: routed.home}, axis, module)
+        (node,) = self.body.apply(journey, journey, [before, *route], grad=value.requires_grad, module=module)
+        return node
+
+    def _route(self, routed: Routed, type_: Type, axis: str, module: str) -> list[fx.Node]:
+        """Of rows that lie as type_ says; the same for all tensors with these rows."""
+        rows = {name: each if isinstance(each, Shard) and each.dim == 0 else R for name, each in type_.items()}
+        key = (routed, tuple(rows.items()))
+        if key not in self.routes:
+            expert = self._body_value(self.values[routed.by], rows, module)
+            make = Route(axis=self.axes[axis], experts=routed.experts, choose=self.choose)
+            self.routes[key] = self.body.apply(make, make, [expert], grad=False, module=module)
+        return self.routes[key]
 
     def _size_over(self, value: Value, type_: Type, axis: str, placement: Placement) -> int:
         """How long the placement's dim is over all ranks of the axis."""
@@ -419,11 +451,11 @@ class _Stage:
     def _held_part(self, value: Value) -> ParameterPart:
         part = parameter_part(self.assignment, value, self.coordinates, self._stages_of(value))
         zero = self.assignment.zero if value.kind == "parameter" and (value.requires_grad or self.assignment.zero == 3) else 0
-        division = self._division(part.local) if zero else None
+        division = self._division(part.local, part.type) if zero else None
         return replace(part, division=division, zero=zero) if division else part
 
-    def _division(self, local: Sequence[int]) -> Division | None:
-        data = [axis for axis in DATA_AXES if self.axes[axis].ranks > 1]
+    def _division(self, local: Sequence[int], type_: Mapping[str, Placement]) -> Division | None:
+        data = [axis for axis in DATA_AXES if axis in self.axes and self.axes[axis].ranks > 1 and type_[axis] == R]
         if not data:
             return None
         groups = [tuple(group_ranks(self.axes[axis].group)) for axis in data]

@@ -146,6 +146,8 @@ def _message(
 ) -> tuple[tuple[int, ...], tuple[Any, ...]]:
     """Shape over the whole group, and the arguments that are equal on all of its ranks; `index`: this rank's place in it."""
     shape = list(given)
+    if kind == "exchange_rows":
+        rest = rest[2:]  # how many rows the routing sends is known when it runs
     if kind in ("reduce_scatter", "all_to_all"):
         place = rest.pop()
         if place != index:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from math import prod
 from typing import Any, Literal
 
 import torch
@@ -153,6 +154,11 @@ class Program:
     @property
     def microbatches(self) -> int:
         return self.mesh["mb"]
+
+    @property
+    def stage_ranks(self) -> int:
+        """Ranks at each place of the pipeline."""
+        return prod(self.mesh.get(axis, 1) for axis in ("dp", "ep", "cp", "tp"))
 
     @property
     def counts_loss(self) -> bool:

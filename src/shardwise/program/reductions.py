@@ -26,7 +26,7 @@ from shardwise.sharding.division import Division
 __all__ = ["ALONE_BYTES", "DATA_AXES", "Reduction", "Regathering", "joined_ranks", "reductions", "regatherings", "tie_ranks"]
 
 
-DATA_AXES = ("dp", "cp")  # gradients that are pending over both are summed over both at once
+DATA_AXES = ("dp", "ep", "cp")  # gradients that are pending over several of them are summed over these at once
 BUCKET_BYTES = 24 * 2**20  # large enough for the link's full rate, small enough that most is sent before the backward pass ends
 ALONE_BYTES = 2**20  # of a parameter that goes alone where others would have to be copied for a message: worth its latency
 
@@ -155,7 +155,7 @@ def tie_ranks(program: Program, parameter: ParameterPart) -> tuple[int, ...]:
     pipes = sorted({program.placement[stage] for stage in parameter.stages})
     if len(pipes) < 2:
         return ()
-    stride = program.mesh["dp"] * program.mesh["cp"] * program.mesh["tp"]
+    stride = program.stage_ranks
     first = program.rank - program.coordinates["pp"] * stride
     return tuple(first + pipe * stride for pipe in pipes)
 

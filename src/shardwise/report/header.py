@@ -33,6 +33,8 @@ def _layout(plan: Plan) -> Markup:
     axes = [("dp", plan.dp, "data parallel"), ("tp", plan.tp, "tensor parallel"), ("pp", plan.pp, "pipeline stages")]
     if plan.cp > 1:
         axes.insert(1, ("cp", plan.cp, "context parallel"))
+    if plan.ep > 1:
+        axes.insert(-1, ("ep", plan.ep, "expert parallel, among the data ranks"))
     chips = [element("span", f"{name} {size}", class_="chip", title=title) for name, size, title in axes]
     parts = [f"{plan.microbatches} microbatch{'es' if plan.microbatches > 1 else ''}"] + ([plan.schedule] if plan.pp > 1 else [])
     parts += [f"global batch {plan.global_batch}", plan.optimizer, plan.backend]

@@ -87,7 +87,7 @@ def _cluster(plan: Plan) -> list[Markup]:
         found = machines(plan.cluster)
     except ClusterError:
         return []
-    sizes = Sizes(dp=plan.dp, cp=plan.cp, tp=plan.tp, pp=plan.pp, chunks=plan.chunks)
+    sizes = Sizes(dp=plan.dp, cp=plan.cp, tp=plan.tp, pp=plan.pp, ep=plan.ep if plan.cp == 1 else 1, chunks=plan.chunks)
     return [cluster_section(found, sizes)] if found.ranks == plan.ranks else []
 
 

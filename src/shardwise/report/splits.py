@@ -27,6 +27,8 @@ def _sentences(plan: Plan) -> list[tuple[str, str]]:
         each = ", ".join(map(str, own)) if own else f"each on {plan.global_batch // plan.dp}"
         text = f"{plan.dp} copies, {'on ' if own else ''}{each} of the {plan.global_batch} samples; gradients are added up once a step"
         said.append((f"dp {plan.dp}", text))
+    if plan.ep > 1:
+        said.append((f"ep {plan.ep}", f"{plan.ep} of the copies divide the experts; rows go to their experts and back in each microbatch"))
     if plan.cp > 1:
         dims = ", ".join(f"dim {dim} of {name}" for name, dim in plan.sequence_dims.items())
         said.append((f"cp {plan.cp}", f"{plan.cp} ranks share each sequence ({dims}); gradients are added up once a step"))

@@ -160,6 +160,13 @@ class InProcess:
         assert x.shape[cat_dim] == cat_sizes[here], f"{group}: a part of another size than {cat_sizes[here]}"
         return torch.cat([each.split(list(split_sizes), split_dim)[here] for each in every], cat_dim)
 
+    def exchange_rows(self, x: Tensor, group: str, send: Sequence[int], receive: Sequence[int], impl: str) -> Tensor:
+        counts, here = self._exchange(torch.tensor(send), group)
+        every, _ = self._exchange(x, group)
+        found = [each.split(sent.tolist())[here] for each, sent in zip(every, counts, strict=True)]
+        assert [len(each) for each in found] == list(receive), f"{group}: other numbers of rows than {receive}"
+        return torch.cat(found)
+
     def sum_in_place(self, x: Tensor, group: str, impl: str) -> None:
         x.copy_(self.all_reduce(x, group, "sum", impl))
 

@@ -104,7 +104,7 @@ class Job:
 
     @property
     def batch_slice(self) -> slice:
-        """The samples of the global batch that this rank works on."""
+        """The samples of the global batch that this rank reads; ranks that divide experts (ep) read the same and work on a part each."""
         return _batch_slice(self.plan, self.program)
 
     @property
@@ -195,7 +195,7 @@ def batch_part(
 
 
 def _batch_slice(plan: Plan, program: Program) -> slice:
-    mine = part_of(plan.global_batch, Shard(0, shares=tuple(plan.shares)), plan.dp, program.coordinates["dp"])
+    mine = part_of(plan.global_batch, Shard(0, shares=tuple(plan.shares)), program.mesh["dp"], program.coordinates["dp"])
     return slice(mine.start, mine.stop)
 
 
@@ -221,12 +221,14 @@ def _all_groups(program: Program, plan: Plan, graph: Graph, applied: Applied) ->
     places = Places.of(applied.assignment, plan.pp)
     seats = [(pipe, place) for pipe in range(plan.pp) for place in places.columns()]
     along = {seat: places.groups(*seat) for seat in seats}
-    groups = [(axis, along[seat][axis]) for axis in ("dp", "cp", "tp") for seat in seats]
-    if plan.dp > 1 and plan.cp > 1:
-        groups += [("+".join(DATA_AXES), joined_ranks(places.rank(*seat), [along[seat][axis] for axis in DATA_AXES])) for seat in seats]
+    groups = [(axis, along[seat][axis]) for axis in along[seats[0]] for seat in seats]
+    shared = [axis for axis in DATA_AXES if len(along[seats[0]].get(axis, ())) > 1]
+    for axes in (shared, [axis for axis in shared if axis != "ep"]):
+        if len(axes) > 1:
+            groups += [("+".join(axes), joined_ranks(places.rank(*seat), [along[seat][axis] for axis in axes])) for seat in seats]
     if plan.shard:
         for seat in seats:
-            data = joined_ranks(places.rank(*seat), [along[seat][axis] for axis in DATA_AXES])
+            data = joined_ranks(places.rank(*seat), [along[seat][axis] for axis in shared])
             groups += [("shard", data[first : first + plan.shard]) for first in range(0, len(data), plan.shard)]
             groups += [("copies", data[first :: plan.shard]) for first in range(plan.shard)]
     readers = graph.consumers()

@@ -41,6 +41,9 @@ class Transport(Protocol):
         self, x: Tensor, group: str, split_dim: int, split_sizes: Sequence[int], cat_dim: int, cat_sizes: Sequence[int], impl: str
     ) -> Tensor: ...
 
+    def exchange_rows(self, x: Tensor, group: str, send: Sequence[int], receive: Sequence[int], impl: str) -> Tensor:
+        """So many rows to and from each rank."""
+
     def sum_in_place(self, x: Tensor, group: str, impl: str) -> None:
         """x becomes the sum over the group."""
 
@@ -73,6 +76,9 @@ class Distributed:
         self, x: Tensor, group: str, split_dim: int, split_sizes: Sequence[int], cat_dim: int, cat_sizes: Sequence[int], impl: str
     ) -> Tensor:
         return collectives.all_to_all(x, split_dim, split_sizes, cat_dim, cat_sizes, find_group(group), impl)
+
+    def exchange_rows(self, x: Tensor, group: str, send: Sequence[int], receive: Sequence[int], impl: str) -> Tensor:
+        return collectives.all_to_all(x, 0, send, 0, receive, find_group(group), impl)
 
     def sum_in_place(self, x: Tensor, group: str, impl: str) -> None:
         collectives.all_reduce(x, find_group(group), impl, inplace=True)
@@ -132,10 +138,15 @@ def _all_to_all(
     return part
 
 
+def _exchange_rows(x: Tensor, group: str, send: Tensor, receive: Tensor, rows: int, impl: str) -> Tensor:
+    return _current.get().exchange_rows(x, group, send.tolist(), receive.tolist(), impl)
+
+
 for _name, _function in (
     ("all_reduce", _all_reduce),
     ("all_gather", _all_gather),
     ("reduce_scatter", _reduce_scatter),
     ("all_to_all", _all_to_all),
+    ("exchange_rows", _exchange_rows),
 ):
     LIBRARY.impl(_name, _function, "CompositeExplicitAutograd")

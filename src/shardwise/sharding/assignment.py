@@ -1,7 +1,7 @@
 """Which choice every operator makes on every axis, and the types of all tensors that follow.
 
-The mesh's axes, outermost first: `dp` splits the batch, `mb` (microbatches, one after the other) splits what dp leaves of it, `cp` splits
-the sequence, `tp` splits anything else.
+The mesh's axes, outermost first: `dp` splits the batch, `mb` (microbatches, one after the other) splits what dp leaves of it, `ep` (where
+it is there) splits experts and otherwise what mb leaves of the batch, `cp` splits the sequence, `tp` splits anything else.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from shardwise.capture.graph import Graph, Op, Value
 from shardwise.sharding.signature import Choice, Signature, Variant, factor_part, variant
 from shardwise.sharding.types import Placement, R, Shard, canonical, local_shape, part
 
-__all__ = ["AXES", "Assignment", "over_microbatches", "possible", "set_choice", "split_sizes"]
+__all__ = ["AXES", "Assignment", "over_microbatches", "possible", "routed_rows", "set_choice", "split_sizes"]
 
-AXES = ("dp", "mb", "cp", "tp")
+AXES = ("dp", "mb", "ep", "cp", "tp")
 
 
 @dataclass(kw_only=True)
@@ -63,8 +63,10 @@ def _all_sizes(assignment: Assignment, op: Op, before: str) -> list[dict[str, in
         if axis == before:
             break
         choice = assignment.variants[op][axis].choice
-        if choice.mode == "split" and ranks > 1:
-            found = [sizes | {choice.factor: length} for sizes in found for length in _lengths(choice, sizes[choice.factor], ranks)]
+        if choice.mode == "route":
+            found = [sizes | {choice.factor: sizes[choice.factor] // ranks} for sizes in found]
+        if (parts := choice.parts) and ranks > 1:
+            found = [sizes | {parts.factor: length} for sizes in found for length in _lengths(parts, sizes[parts.factor], ranks)]
     return found
 
 
@@ -86,6 +88,8 @@ def possible(assignment: Assignment, op: Op, axis: str, choice: Choice) -> bool:
     unequal parts, blocks and units that are counted in one rank's elements would be wrong on another. Local code that takes no blocks of a
     factor takes no part of a part either."""
     sig, ranks = assignment.signatures[op], assignment.mesh[axis]
+    if axis == "tp" and choice.factor == routed_rows(assignment, op):
+        return False
     if not sig.splits[choice.factor].blocked and choice.factor in _split_outside(assignment, op, axis):
         return False
     every = _all_sizes(assignment, op, axis)
@@ -96,9 +100,15 @@ def possible(assignment: Assignment, op: Op, axis: str, choice: Choice) -> bool:
     return len(every) == 1 or len({variant(op, sig, choice, sizes, ranks) for sizes in every}) == 1
 
 
+def routed_rows(assignment: Assignment, op: Op) -> str:
+    """The factor that is the rows which the expert axis takes to their experts; "" where it does not."""
+    found = assignment.variants[op].get("ep")
+    return found.choice.factor if found and found.choice.mode == "route" else ""
+
+
 def set_choice(assignment: Assignment, op: Op, axis: str, choice: Choice) -> None:
     """Makes `op` take `choice` on `axis`; the choices of the axes outside it stand already."""
-    sizes = split_sizes(assignment, op, axis) if choice.mode == "split" else {}
+    sizes = split_sizes(assignment, op, axis) if choice.mode in ("split", "route") else {}
     assignment.variants.setdefault(op, {})[axis] = variant(op, assignment.signatures[op], choice, sizes, assignment.mesh[axis])
 
 

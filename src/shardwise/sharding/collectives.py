@@ -20,6 +20,7 @@ __all__ = [
     "all_reduce",
     "all_reduce_sum",
     "all_to_all",
+    "exchange_rows",
     "group_name",
     "group_ranks",
     "reduce_scatter",
@@ -32,6 +33,7 @@ LIBRARY.define("reduce_scatter(Tensor x, str group, int dim, int[] sizes, int ra
 LIBRARY.define(
     "all_to_all(Tensor x, str group, int split_dim, int[] split_sizes, int cat_dim, int[] cat_sizes, int rank, str impl) -> Tensor"
 )
+LIBRARY.define("exchange_rows(Tensor x, str group, Tensor send, Tensor receive, int rows, str impl) -> Tensor")
 
 _ops = torch.ops.shardwise
 COLLECTIVES = {
@@ -39,6 +41,7 @@ COLLECTIVES = {
     _ops.all_gather.default: "all_gather",
     _ops.reduce_scatter.default: "reduce_scatter",
     _ops.all_to_all.default: "all_to_all",
+    _ops.exchange_rows.default: "exchange_rows",
 }
 
 
@@ -68,6 +71,11 @@ def _all_to_all(
     x: Tensor, group: str, split_dim: int, split_sizes: Sequence[int], cat_dim: int, cat_sizes: Sequence[int], rank: int, impl: str
 ) -> Tensor:
     return _sized(_sized(x, split_dim, split_sizes[rank]), cat_dim, sum(cat_sizes))
+
+
+@torch.library.register_fake("shardwise::exchange_rows", lib=LIBRARY)
+def _exchange_rows(x: Tensor, group: str, send: Tensor, receive: Tensor, rows: int, impl: str) -> Tensor:
+    return _sized(x, 0, rows)
 
 
 def group_name(axis: str, ranks: Sequence[int]) -> str:
@@ -107,6 +115,14 @@ def all_to_all(
 ) -> Tensor:
     """Sends to each rank its piece along `split_dim` and joins what comes from each along `cat_dim`."""
     return _ops.all_to_all(x, group, split_dim, list(split_sizes), cat_dim, list(cat_sizes), rank, impl)
+
+
+def exchange_rows(x: Tensor, group: str, send: Tensor, receive: Tensor, rows: int, impl: str = "native") -> Tensor:
+    """Sends to each rank so many of the rows (dim 0), in the ranks' order, and joins those that come.
+
+    send, receive: int64 [ranks], how many to and from each; rows: how many come where all ranks get equally many, for programs' shapes.
+    """
+    return _ops.exchange_rows(x, group, send, receive, rows, impl)
 
 
 class _AllReduceSum(torch.autograd.Function):

@@ -15,7 +15,11 @@
 | I → P       | keep on one rank           | –                          |
 | R → P       | keep on one rank           | keep on one rank           |
 
-The backward of a → b is the move from the type of b's gradient to the type of a's: the gradient of P is I, of R is P, of I is I, of S is S.
+| S → E       | rows to their experts      | rows back                  |
+| E → S       | rows back                  | rows to their experts      |
+
+E is `Routed`; `shardwise.sharding.routes` has its moves. The backward of a → b is the move from the type of b's gradient to the type of
+a's: the gradient of P is I, of R is P, of I is I, of S is S, of E is E.
 """
 
 from __future__ import annotations
@@ -29,7 +33,7 @@ import torch
 from torch import Tensor
 
 from shardwise.sharding.collectives import all_gather, all_reduce, all_to_all, reduce_scatter
-from shardwise.sharding.types import I, P, Placement, R, Shard, lengths, take
+from shardwise.sharding.types import I, P, Placement, R, Routed, Shard, closed, lengths, opened, take
 
 __all__ = ["Axis", "Reshard", "collective_of", "dual", "moves", "reshard"]
 
@@ -94,18 +98,17 @@ class Reshard:
         impl = self.choose("all_gather", _resized_bytes(x, shard.dim, sum(sizes)), self.axis.ranks)
         if shard.blocks == 1:
             return all_gather(x, self.axis.group, shard.dim, sizes, impl)
-        opened = _opened(x, shard)
-        whole = all_gather(opened, self.axis.group, shard.dim + 1, [size // shard.blocks for size in sizes], impl)
-        return whole.flatten(shard.dim, shard.dim + 1)
+        pieces = opened(x, shard.dim, shard.blocks)
+        return closed(all_gather(pieces, self.axis.group, shard.dim + 1, [size // shard.blocks for size in sizes], impl), shard.dim)
 
     def _reduce_scatter(self, x: Tensor, shard: Shard) -> Tensor:
         sizes = lengths(self._size(shard), shard, self.axis.ranks)
         impl = self.choose("reduce_scatter", x.nbytes, self.axis.ranks)
         if shard.blocks == 1:
             return reduce_scatter(x, self.axis.group, shard.dim, sizes, self.axis.rank, impl)
-        opened = _opened(x, shard)
-        part = reduce_scatter(opened, self.axis.group, shard.dim + 1, [size // shard.blocks for size in sizes], self.axis.rank, impl)
-        return part.flatten(shard.dim, shard.dim + 1)
+        pieces = opened(x, shard.dim, shard.blocks)
+        part = reduce_scatter(pieces, self.axis.group, shard.dim + 1, [size // shard.blocks for size in sizes], self.axis.rank, impl)
+        return closed(part, shard.dim)
 
     def _exchange(self, x: Tensor, source: Shard, target: Shard) -> Tensor:
         if source.dim == target.dim:
@@ -114,25 +117,22 @@ class Reshard:
         give, get = lengths(self._size(target), target, ranks), lengths(self._size(source), source, ranks)
         impl = self.choose("all_to_all", _resized_bytes(x, source.dim, sum(get)) // ranks, ranks)
         for shard in sorted((source, target), key=lambda each: -each.dim):  # every dim as (blocks, pieces)
-            x = _opened(x, shard)
+            x = opened(x, shard.dim, shard.blocks)
         places = {shard: shard.dim + (2 if shard.dim > min(source.dim, target.dim) else 1) for shard in (source, target)}
         gives, gets = [size // target.blocks for size in give], [size // source.blocks for size in get]
         x = all_to_all(x, self.axis.group, places[target], gives, places[source], gets, self.axis.rank, impl)
         for shard in sorted((source, target), key=lambda each: each.dim):
-            x = x.flatten(shard.dim, shard.dim + 1)
+            x = closed(x, shard.dim)
         return x
 
     def _pad(self, x: Tensor, shard: Shard) -> Tensor:
         """The whole tensor, zero outside this rank's part."""
-        shape = list(x.shape)
-        shape[shard.dim] = self._size(shard)
-        whole = x.new_zeros(shape)
-        take_view = whole if shard.blocks == 1 else _opened(whole, shard)
         sizes = lengths(self._size(shard), shard, self.axis.ranks)
-        start = sum(sizes[: self.axis.rank]) // shard.blocks
-        dim = shard.dim if shard.blocks == 1 else shard.dim + 1
-        source = x if shard.blocks == 1 else _opened(x, shard)
-        return torch.slice_scatter(take_view, source, dim, start, start + source.shape[dim]).reshape(shape)
+        before, own = sum(sizes[: self.axis.rank]) // shard.blocks, sizes[self.axis.rank] // shard.blocks
+        after = self._size(shard) // shard.blocks - before - own
+        if shard.blocks == 1:
+            return _padded(x, shard.dim, before, after)
+        return closed(_padded(opened(x, shard.dim, shard.blocks), shard.dim + 1, before, after), shard.dim)
 
 
 def _resized_bytes(x: Tensor, dim: int, size: int) -> int:
@@ -141,9 +141,9 @@ def _resized_bytes(x: Tensor, dim: int, size: int) -> int:
     return x.element_size() * others * size
 
 
-def _opened(x: Tensor, shard: Shard) -> Tensor:
-    """With the shard's dim as (blocks, what a block has); ranks may hold nothing of it."""
-    return x.unflatten(shard.dim, (shard.blocks, x.shape[shard.dim] // shard.blocks))
+def _padded(x: Tensor, dim: int, before: int, after: int) -> Tensor:
+    """With so many zeros around it along a dim."""
+    return torch.constant_pad_nd(x, [0, 0] * (x.dim() - 1 - dim) + [before, after])
 
 
 class _Function(torch.autograd.Function):
@@ -170,7 +170,23 @@ def moves(made: Mapping[str, Placement], wanted: Mapping[str, Placement]) -> lis
     one's that changes has the dim whole meanwhile:
 
         S(0) on cp, S(0) on tp → R on cp, S(0) on tp:     tp to I, cp to R, tp to S(0)
+
+    Rows leave their home last and are back there first: how the axes inside split them is that of their home.
     """
+    there = {axis: each for axis, each in wanted.items() if isinstance(each, Routed)}
+    back = {axis: each for axis, each in made.items() if isinstance(each, Routed)}
+    if there == back and all(made[axis] == wanted[axis] or 0 not in _dims(made[axis], wanted[axis]) for axis in made):
+        return _moves(made, wanted)
+    homes = [{axis: each.home for axis, each in routed.items()} for routed in (back, there)]
+    between = _moves({**made, **homes[0]}, {**wanted, **homes[1]})
+    return [*homes[0].items(), *between, *there.items()]
+
+
+def _dims(*placements: Placement) -> set[int]:
+    return {each.dim for each in placements if isinstance(each, Shard)}
+
+
+def _moves(made: Mapping[str, Placement], wanted: Mapping[str, Placement]) -> list[tuple[str, Placement]]:
     axes = list(made)
     first: list[tuple[str, Placement]] = []
     last: list[tuple[str, Placement]] = []
@@ -189,7 +205,7 @@ def moves(made: Mapping[str, Placement], wanted: Mapping[str, Placement]) -> lis
 
 def dual(placement: Placement) -> Placement:
     """The type of the gradient of a value of this type."""
-    if isinstance(placement, Shard):
+    if isinstance(placement, (Shard, Routed)):
         return placement
     duals: dict[Placement, Placement] = {P: I, R: P, I: I}
     return duals[placement]
@@ -201,6 +217,8 @@ def collective_of(source: Placement, target: Placement) -> str:
     A gradient's is `collective_of(dual(target), dual(source))`.
     """
     match source, target:
+        case (Routed(), _) | (_, Routed()):
+            return "" if source == target else "all_to_all"
         case Shard(), Shard():
             if source == target:
                 return ""

@@ -20,7 +20,7 @@ from shardwise.sharding.data import place_of, places_of, without_split
 from shardwise.sharding.signature import Choice, Signature, choice_for, variant
 from shardwise.sharding.types import Shard
 
-__all__ = ["sequence_choices", "sequence_dims", "split_sequence"]
+__all__ = ["read_as_split", "sequence_choices", "sequence_dims", "split_sequence"]
 
 
 def sequence_dims(graph: Graph, given: Mapping[str, int | None] | None = None) -> dict[str, int]:
@@ -108,7 +108,7 @@ def split_sequence(assignment: Assignment, sequence: Mapping[Op, Choice], batch:
             set_choice(assignment, op, "cp", splits.get(op) or without_split(assignment, op, "cp"))
     readers = graph.consumers()
     for op in reversed(graph.ops):
-        if op in prelude and op in splits and _read_as_split(assignment, op, splits[op], readers, prelude):
+        if op in prelude and op in splits and read_as_split(assignment, op, "cp", splits[op], readers, prelude):
             set_choice(assignment, op, "cp", splits[op])
 
 
@@ -128,18 +128,20 @@ def _left_of(assignment: Assignment, op: Op, choice: Choice, batch: Mapping[Op, 
     return choice if possible(assignment, op, "cp", choice) else None
 
 
-def _read_as_split(assignment: Assignment, op: Op, choice: Choice, readers: Mapping[Value, list[tuple[Op, int]]], prelude: set[Op]) -> bool:
+def read_as_split(
+    assignment: Assignment, op: Op, axis: str, choice: Choice, readers: Mapping[Value, list[tuple[Op, int]]], prelude: set[Op]
+) -> bool:
     """Whether all who read an operator of the prelude want what the choice gives each rank; no rank needs another one's then."""
     sig, graph = assignment.signatures[op], assignment.graph
     if not sig.splits[choice.factor].microbatches:  # its local code communicates
         return False
-    made = variant(op, sig, choice, split_sizes(assignment, op, "cp"), assignment.mesh["cp"])
+    made = variant(op, sig, choice, split_sizes(assignment, op, axis), assignment.mesh[axis])
     place = dict.fromkeys(assignment.mesh, 0)
     for value, type_ in zip(op.outputs, made.outputs, strict=True):
         for reader, index in readers[value]:
-            wanted = {axis: found.inputs[index] for axis, found in assignment.variants[reader].items()}
+            wanted = {each: found.inputs[index] for each, found in assignment.variants[reader].items()}
             if reader not in prelude:
                 wanted, _ = over_microbatches(assignment, value, wanted, place)
-            if not isinstance(type_, Shard) or wanted["cp"] != type_:
+            if not isinstance(type_, Shard) or wanted[axis] != type_:
                 return False
     return any(readers[value] for value in op.outputs) and graph.loss not in op.outputs

@@ -23,9 +23,9 @@ from torch.utils._pytree import tree_map_only
 
 from shardwise.capture.graph import Op, fill
 from shardwise.capture.opaque import Opaque
-from shardwise.sharding.types import I, P, Part, Placement, R, Shard, canonical, part
+from shardwise.sharding.types import I, P, Part, Placement, R, Routed, Shard, canonical, part
 
-__all__ = ["AxisSplit", "Call", "Choice", "Dim", "Signature", "Split", "Variant", "dims", "signature"]
+__all__ = ["AxisSplit", "Call", "Choice", "Dim", "Local", "Signature", "Split", "Variant", "dims", "signature"]
 
 _CPU = torch.device("cpu")
 
@@ -144,18 +144,30 @@ class Choice:
     """What an axis does to a call: splits `factor`, read as (blocks, pieces, unit), evenly or in proportion to `shares`, or gives it to the
     rank `owner`; or, without a factor, keeps it whole.
 
-    mode: "split", "I", "R", or "P" with the number of the set of `linear` inputs that are summands.
+    mode: "split", "I", "R", "P" with the number of the set of `linear` inputs that are summands, or "route": `factor`, which is dim 0 of
+    all that hold it, is split as `routed` says, and the factor `experts`, where the call has one, into equal parts.
     """
 
-    mode: Literal["split", "I", "R", "P"]
+    mode: Literal["split", "I", "R", "P", "route"]
     factor: str = ""
     blocks: int = 1
     unit: int = 1
     linear: int = 0
     owner: int | None = None
     shares: tuple[int, ...] = ()
+    routed: Routed | None = None
+    experts: str = ""
+
+    @property
+    def parts(self) -> Choice | None:
+        """What it does to a factor that it gives each rank a range of."""
+        if self.mode == "route":
+            return Choice("split", self.experts) if self.experts else None
+        return self if self.mode == "split" else None
 
     def __str__(self) -> str:
+        if self.mode == "route":
+            return f"{self.factor} at the experts"
         if self.mode != "split":
             return {"I": "whole", "R": "whole (gradients pending)", "P": "on summands"}[self.mode]
         if self.owner is not None:
@@ -214,6 +226,8 @@ def variant(op: Op, sig: Signature, choice: Choice, sizes: Mapping[str, int], ra
     if choice.mode == "P":
         summands = sig.linear[choice.linear]
         return Variant(choice, tuple(P if index in summands else R for index in range(len(op.inputs))), (P,) * len(op.outputs))
+    if choice.mode == "route":
+        return Variant(choice, *(tuple(_routed(tensor, choice, sizes, ranks) for tensor in each) for each in (sig.inputs, sig.outputs)))
     split = sig.splits[choice.factor]
     inputs = tuple(
         _placement(tensor, choice, sizes, ranks) or (P if index in split.addends else R) for index, tensor in enumerate(sig.inputs)
@@ -224,6 +238,13 @@ def variant(op: Op, sig: Signature, choice: Choice, sizes: Mapping[str, int], ra
         for tensor, value in zip(sig.outputs, op.outputs, strict=True)
     )
     return Variant(choice, inputs, outputs)
+
+
+def _routed(tensor: Dims, choice: Choice, sizes: Mapping[str, int], ranks: int) -> Placement:
+    if (choice.factor,) in tensor[:1]:
+        assert choice.routed is not None
+        return choice.routed
+    return (_placement(tensor, choice.parts, sizes, ranks) if choice.parts else None) or R
 
 
 def _placement(tensor: Dims, choice: Choice, sizes: Mapping[str, int], ranks: int) -> Shard | None:

@@ -18,6 +18,9 @@ A part need not be one run of indices. A dim is read as (blocks, pieces, unit), 
     Shard(0, shares=(3, 1))      0 1 2 3 4 5 | 6 7                          (samples by the speed of unlike devices)
 
 Pieces that the ranks do not divide are spread evenly, the first ranks getting one more; shares, where there are some, divide them exactly.
+
+Rows that are where their experts are, `Routed`, are a split of dim 0 that the data decides: how many a rank holds is known when it runs.
+The gradient is split likewise.
 """
 
 from __future__ import annotations
@@ -28,7 +31,25 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-__all__ = ["I", "Invariant", "P", "Part", "Partial", "Placement", "R", "Replicate", "Shard", "Type", "join", "local_shape", "part", "take"]
+__all__ = [
+    "I",
+    "Invariant",
+    "P",
+    "Part",
+    "Partial",
+    "Placement",
+    "R",
+    "Replicate",
+    "Routed",
+    "Shard",
+    "Type",
+    "closed",
+    "join",
+    "local_shape",
+    "opened",
+    "part",
+    "take",
+]
 
 
 @dataclass(frozen=True)
@@ -73,7 +94,22 @@ class Invariant:
         return "I"
 
 
-Placement = Shard | Partial | Replicate | Invariant
+@dataclass(frozen=True)
+class Routed:
+    """Each rank holds the rows (of dim 0) whose expert it has: expert number i of n is on rank i // (n / ranks).
+
+    by: the name of the tensor that says which expert each row has; home: where the rows are otherwise; experts: n.
+    """
+
+    by: str
+    home: Shard
+    experts: int
+
+    def __repr__(self) -> str:
+        return f"E({self.by})"
+
+
+Placement = Shard | Partial | Replicate | Invariant | Routed
 P, R, I = Partial(), Replicate(), Invariant()  # noqa: E741 - the field's letters
 
 Type = Mapping[str, Placement]  # axis → placement, in the mesh's order of axes
@@ -139,8 +175,27 @@ def take(tensor: Tensor, shard: Shard, ranks: int, rank: int) -> Tensor:
     mine = part(tensor.shape[shard.dim], shard, ranks, rank)
     if mine.blocks == 1:
         return tensor.narrow(shard.dim, mine.start, mine.length)
-    opened = tensor.unflatten(shard.dim, (mine.blocks, mine.block))
-    return opened.narrow(shard.dim + 1, mine.start, mine.stop - mine.start).flatten(shard.dim, shard.dim + 1)
+    every = opened(tensor, shard.dim, mine.blocks)
+    return closed(every.narrow(shard.dim + 1, mine.start, mine.stop - mine.start), shard.dim)
+
+
+def opened(tensor: Tensor, dim: int, blocks: int) -> Tensor:
+    """With the dim as (blocks, what a block has)."""
+    sizes = list(tensor.shape)
+    return _viewed(tensor, [*sizes[:dim], blocks, sizes[dim] // blocks, *sizes[dim + 1 :]])
+
+
+def closed(tensor: Tensor, dim: int) -> Tensor:
+    """With the dim and the next as one."""
+    sizes = list(tensor.shape)
+    return _viewed(tensor, [*sizes[:dim], sizes[dim] * sizes[dim + 1], *sizes[dim + 2 :]])
+
+
+def _viewed(tensor: Tensor, sizes: list[int]) -> Tensor:
+    """In another shape; when traced, it takes any number of rows where their dim stays alone."""
+    if sizes[0] == tensor.shape[0] and 0 not in sizes[1:]:
+        sizes[0] = -1
+    return tensor.contiguous().view(sizes)
 
 
 def join(parts: list[Tensor], shard: Shard) -> Tensor:
@@ -152,9 +207,10 @@ def join(parts: list[Tensor], shard: Shard) -> Tensor:
 
 
 def local_shape(shape: tuple[int, ...], type_: Type, mesh: Mapping[str, int], coordinates: Mapping[str, int]) -> tuple[int, ...]:
-    """The shape of what the rank at `coordinates` holds of a tensor of `shape`."""
+    """The shape of what the rank at `coordinates` holds of a tensor of `shape`; of what is routed, were all experts asked for equally."""
     sizes = list(shape)
     for axis, placement in type_.items():
+        placement = placement.home if isinstance(placement, Routed) else placement
         if isinstance(placement, Shard):
             sizes[placement.dim] = part(sizes[placement.dim], placement, mesh[axis], coordinates[axis]).length
     return tuple(sizes)

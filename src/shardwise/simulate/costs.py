@@ -122,7 +122,7 @@ def stage_times(program: Program, cluster: Cluster, optimizer: str) -> dict[int,
 def transfer_seconds(program: Program, cluster: Cluster) -> dict[str, float]:
     """Of one message on each edge of a rank; none between stages of one rank."""
     local = program.local_edges
-    apart = prod(program.mesh[axis] for axis in ("dp", "cp", "tp"))
+    apart = program.stage_ranks
     seconds = {edge.name: collective_cost("send_recv", edge.nbytes, 2, cluster, apart).seconds for edge in program.edges}
     return {name: 0.0 if name in local else each for name, each in seconds.items()}
 

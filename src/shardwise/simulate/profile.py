@@ -89,8 +89,8 @@ def profile_programs(programs: Mapping[int, Program], cluster: Cluster, optimize
 
 
 def computing_ranks(program: Program) -> range:
-    """The ranks that compute a stage of a copy together with this one: those along cp and tp."""
-    size = program.mesh["cp"] * program.mesh["tp"]
+    """The ranks that compute a stage together with this one: those along ep, cp and tp."""
+    size = program.mesh.get("ep", 1) * program.mesh["cp"] * program.mesh["tp"]
     first = program.rank // size * size
     return range(first, first + size)
 

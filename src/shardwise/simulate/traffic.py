@@ -45,6 +45,7 @@ def traffic_of(node: fx.Node) -> Traffic:
     assert isinstance(source, fx.Node)
     nbytes = tensor_bytes(node.meta["val"] if kind == "all_gather" else source.meta["val"])
     ranks, stride = _group(str(node.args[1]))
+    kind = "all_to_all" if kind == "exchange_rows" else kind
     inner = kind in ("all_gather", "reduce_scatter") and prod(source.meta["val"].shape[: int(str(node.args[2]))]) > 1
     return Traffic(kind=kind, nbytes=nbytes, ranks=ranks, stride=stride, impl=str(node.args[-1]), inner=inner)
 

@@ -203,16 +203,21 @@ def _whole(name: str, split: list[Part]) -> tuple[Tensor, float]:
     """The whole gradient from the ranks' parts, and the largest difference between copies that should be equal."""
     holders = [part for part in split if name in part.parts]
     kept = holders[0].parts[name].type
-    axis = next((axis for axis, placement in kept.items() if isinstance(placement, Shard) and axis != "mb"), None)
-    copies: dict[int, dict[int, list[Tensor]]] = {}  # place on the axis → place among those that divide its part → copies
+    axes = [axis for axis, placement in kept.items() if isinstance(placement, Shard) and axis != "mb"]
+    copies: dict[tuple[tuple[int, ...], int], list[Tensor]] = {}  # (place on the axes, among those that divide its part) → copies
+    divisions: dict[tuple[int, ...], Division | None] = {}
     for part in holders:
-        division, place = part.parts[name].division, part.coordinates[axis] if axis else 0
-        copies.setdefault(place, {}).setdefault(division.rank if division else 0, []).append(part.gradients[name])
-    every = [same for pieces in copies.values() for same in pieces.values()]
-    spread = max(float((each - same[0]).abs().max()) if each.numel() else 0.0 for same in every for each in same)
-    dims = {part.coordinates[axis] if axis else 0: part.parts[name].division for part in holders}
-    parts = [_joined(copies[place], dims[place]) for place in sorted(copies)]
-    return (join(parts, kept[axis]) if axis else parts[0]), spread  # type: ignore[arg-type]
+        division, place = part.parts[name].division, tuple(part.coordinates[axis] for axis in axes)
+        copies.setdefault((place, division.rank if division else 0), []).append(part.gradients[name])
+        divisions[place] = division
+    spread = max(float((each - same[0]).abs().max()) if each.numel() else 0.0 for same in copies.values() for each in same)
+    parts = {place: _joined({at: same for (where, at), same in copies.items() if where == place}, divisions[place]) for place in divisions}
+    for axis in reversed(axes):  # an inner axis divides what the outer ones leave
+        rows: dict[tuple[int, ...], list[Tensor]] = {}
+        for place in sorted(parts):
+            rows.setdefault(place[:-1], []).append(parts[place])
+        parts = {place: join(found, kept[axis]) for place, found in rows.items()}  # type: ignore[arg-type]
+    return parts[()], spread
 
 
 def _joined(pieces: Mapping[int, list[Tensor]], division: Division | None) -> Tensor:
