@@ -18,6 +18,7 @@ from math import prod
 import torch
 from torch import Tensor, nn
 
+from shardwise.errors import LayoutError
 from shardwise.program.program import ParameterPart, Program
 from shardwise.runtime.transport import Transport
 from shardwise.sharding.collectives import group_ranks
@@ -113,7 +114,11 @@ class _Grid:
     @staticmethod
     def of(held: ParameterPart, program: Program) -> _Grid:
         split = [(axis, each) for axis, each in held.type.items() if isinstance(each, Shard) and axis != "mb"]
-        assert len(split) < 2, f"{held.name} is split along {[axis for axis, _ in split]}"
+        if len(split) > 1:
+            raise LayoutError(
+                f"the optimizer needs {held.name} whole, which is split over {' and '.join(axis for axis, _ in split)}; use one of these "
+                "axes alone, or an optimizer that treats each element alone, such as AdamW"
+            )
         along = program.groups[split[0][0]] if split else (program.rank,)
         division = group_ranks(held.division.group) if held.division else (program.rank,)
         rows = tuple(tuple(rank + first - program.rank for rank in division) for first in along)
