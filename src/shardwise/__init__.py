@@ -10,6 +10,7 @@ from shardwise.errors import (
     DataError,
     LayoutError,
     ModelError,
+    OutOfMemory,
     PlanError,
     RankFailed,
     RuleError,
@@ -17,6 +18,7 @@ from shardwise.errors import (
     ShardwiseWarning,
     TransferError,
     VerifyError,
+    WeightsError,
 )
 from shardwise.planner.plan import Infeasible, Plan, simulate
 from shardwise.sharding.declare import declare_rule
@@ -32,6 +34,7 @@ __all__ = [
     "Infeasible",
     "LayoutError",
     "ModelError",
+    "OutOfMemory",
     "Plan",
     "PlanError",
     "RankFailed",
@@ -40,6 +43,7 @@ __all__ = [
     "ShardwiseWarning",
     "TransferError",
     "VerifyError",
+    "WeightsError",
     "declare_rule",
     "parallelize",
     "plan",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -15,8 +16,10 @@ from torch.utils._python_dispatch import _disable_current_modes as without_modes
 __all__ = [
     "BoxedCodeGen",
     "FaithfulFakeMode",
+    "FakeTensor",
     "FakeTensorMode",
     "find_group",
+    "forget_conversions",
     "functions_behind",
     "make_fx",
     "register_group",
@@ -46,6 +49,11 @@ class FaithfulFakeMode(FakeTensorMode):
         return FakeTensor(self, torch.empty(tensor.shape, dtype=tensor.dtype, device="meta"), tensor.fake_device)
 
 
+def forget_conversions(mode: FakeTensorMode) -> None:
+    """Lets go of the weak references to described tensors, with which `Module.to` could not replace a parameter."""
+    mode.fake_tensor_converter.meta_converter.tensor_memo.clear()
+
+
 def traced_names() -> set[str]:
     """Names of the nodes that the make_fx trace in progress has recorded so far."""
     mode = get_proxy_mode()
@@ -54,7 +62,9 @@ def traced_names() -> set[str]:
 
 
 def register_group(name: str, group: torch.distributed.ProcessGroup) -> None:
-    """Lets torch's operators find a process group by this name."""
+    """Lets torch's operators find a process group by this name; it takes the place of an earlier job's of the same ranks."""
+    with suppress(RuntimeError):
+        torch._C._distributed_c10d._unregister_process_group(name)  # type: ignore[arg-type]
     torch._C._distributed_c10d._register_process_group(name, group)  # type: ignore[arg-type]
 
 

@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
-from typing import Any, get_args
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from shardwise.capture.deferred import Deferred, defer
 from shardwise.capture.export import capture
-from shardwise.capture.state import state_of
+from shardwise.capture.graph import Graph
+from shardwise.capture.state import tensors_of
+from shardwise.checkpoint.safetensors import Checkpoint
 from shardwise.cluster.model import Cluster
-from shardwise.errors import BatchError, LayoutError, PlanError
+from shardwise.errors import BatchError, LayoutError, PlanError, ShardwiseWarning, ValuesNeeded
 from shardwise.planner.apply import apply_plan
 from shardwise.planner.layout import Layout
 from shardwise.planner.plan import Infeasible, Plan, Random
 from shardwise.planner.search import search
+
+if TYPE_CHECKING:
+    from shardwise.runtime.weights import Weights
 
 __all__ = ["parallelize", "plan"]
 
@@ -64,7 +72,7 @@ def plan(
 
 
 def parallelize(
-    model: nn.Module,
+    model: nn.Module | Callable[[], nn.Module],
     batch: Mapping[str, Any],
     *,
     plan: Plan,
@@ -75,30 +83,35 @@ def parallelize(
     timeout_s: float = 300.0,
     clip_norm: float | None = None,
     check_finite: bool = True,
+    weights: str | Path | None = None,
 ) -> Any:
     """This rank's Job of a plan; call it on every rank, under torchrun or in a process group of your own.
 
+    model: a module, or a function without arguments that builds it: then no rank ever holds it whole, and what a rank keeps has the values
+    that the function would have drawn (`shardwise.capture.deferred`).
     optimizer: a function of (name, parameter) pairs that returns a torch optimizer, or a list of them. It gets this rank's parts of the
     parameters, whole ones where the optimizer needs them whole and this rank updates them, empty ones for what other ranks update.
     clip_norm: gradients are scaled down to this norm over all parameters, as torch.nn.utils.clip_grad_norm_ does on one device.
     check_finite: a step whose loss or gradients are infinite or not numbers raises NotFiniteError before the optimizer sees them.
-    The job takes the weights over: parameters that it keeps whole go on living in the model, those that it splits are emptied there.
-    Raises PlanError when the plan is for another model, batch or number of ranks; CaptureError for weights on the meta device; LayoutError
-    for an optimizer that cannot give one device's numbers in this layout; ClusterError outside a job; CheckError when the programs would
-    not fit together.
+    weights: a .safetensors file, an index of several or their directory, from which parameters and buffers are read, of each what this rank
+    keeps; the module may then be on the meta device.
+    The job takes a module's weights over: parameters that it keeps whole go on living in the model, those that it splits are emptied there.
+    Raises PlanError when the plan is for another model, batch or number of ranks; CaptureError for values that are not there (meta device);
+    WeightsError for files that are damaged or of another model; OutOfMemory; LayoutError for an optimizer that cannot give one device's
+    numbers in this layout; ClusterError outside a job; CheckError when the programs would not fit together.
     """
     from shardwise.runtime.group import join_group
     from shardwise.runtime.job import Job
     from shardwise.runtime.memory import give_back_freed_memory
 
     join_group(timeout_s)
-    graph = capture(model, _resized(batch, plan.global_batch, batch_dims or {}), loss=loss, batch_dims=batch_dims)
-    applied = apply_plan(plan, graph)
+    given = _resized(batch, plan.global_batch, batch_dims or {})
+    module, graph, deferred = _captured(model, given, loss, batch_dims)
     job = Job(
         graph,
         plan,
-        applied,
-        state_of(model, graph),
+        apply_plan(plan, graph),
+        _weights(module, graph, deferred, weights),
         optimizer,
         device=_device(),
         seed=seed,
@@ -106,9 +119,32 @@ def parallelize(
         clip_norm=clip_norm,
         check_finite=check_finite,
     )
-    _release(model, job)
+    if deferred is None:
+        _release(module, job)
     give_back_freed_memory()
     return job
+
+
+def _captured(
+    model: nn.Module | Callable[[], nn.Module], batch: Mapping[str, Any], loss: Callable[[Any], Tensor] | None, batch_dims: BatchDims | None
+) -> tuple[nn.Module, Graph, Deferred | None]:
+    """The module, its graph, and how its values are made where it has none. What cannot be captured without values is built with them."""
+    if isinstance(model, nn.Module):
+        return model, capture(model, batch, loss=loss, batch_dims=batch_dims), None
+    deferred = defer(model)
+    try:
+        return deferred.model, capture(deferred.model, batch, loss=loss, batch_dims=batch_dims), deferred
+    except ValuesNeeded as error:
+        warnings.warn(f"each rank builds the model whole before it takes its part: {error}", ShardwiseWarning, stacklevel=3)
+    module = model()
+    return module, capture(module, batch, loss=loss, batch_dims=batch_dims), None
+
+
+def _weights(module: nn.Module, graph: Graph, deferred: Deferred | None, path: str | Path | None) -> Weights:
+    from shardwise.runtime.weights import DeferredWeights, FileWeights, LiveWeights
+
+    own = DeferredWeights(deferred, graph.constants) if deferred else LiveWeights(tensors_of(module, graph))
+    return own if path is None else FileWeights(Checkpoint(Path(path)), graph, module, own)
 
 
 def _release(model: nn.Module, job: Any) -> None:

@@ -2,6 +2,7 @@
 
     ShardwiseError
     ├── CaptureError    the model cannot be turned into a graph
+    │   └── ValuesNeeded    from shapes alone: its code depends on values
     ├── ModelError      a model specification names nothing that can be built
     ├── LayoutError     a layout contradicts itself or the devices
     ├── BatchError      a batch does not fit the plan
@@ -11,6 +12,8 @@
     ├── CheckError      the ranks' programs do not fit together: found before any of them starts
     ├── VerifyError     a model cannot be compared with itself
     ├── DataError       training data is missing, empty or too short
+    ├── WeightsError    a file of weights is damaged, or is for another model
+    ├── OutOfMemory     a rank could not get the memory that it asked for
     ├── NotFiniteError  a step's loss or gradients are infinite or not numbers
     ├── TransferError   a rank waited in vain for another one's message
     └── RankFailed      a rank died; carries that rank's own last error
@@ -31,13 +34,16 @@ __all__ = [
     "LayoutError",
     "ModelError",
     "NotFiniteError",
+    "OutOfMemory",
     "PlanError",
     "RankFailed",
     "RuleError",
     "ShardwiseError",
     "ShardwiseWarning",
     "TransferError",
+    "ValuesNeeded",
     "VerifyError",
+    "WeightsError",
 ]
 
 
@@ -51,6 +57,10 @@ class ShardwiseWarning(UserWarning):
 
 class CaptureError(ShardwiseError):
     """The model cannot be turned into a graph."""
+
+
+class ValuesNeeded(CaptureError):
+    """The model cannot be turned into a graph from shapes alone: its code depends on values."""
 
 
 class ModelError(ShardwiseError):
@@ -83,6 +93,14 @@ class CheckError(ShardwiseError):
 
 class DataError(ShardwiseError):
     """Training data is missing, empty or too short."""
+
+
+class WeightsError(ShardwiseError):
+    """A file of weights is damaged, or is for another model."""
+
+
+class OutOfMemory(ShardwiseError):
+    """A rank could not get the memory that it asked for; says where, how much, and which plan would take less."""
 
 
 class NotFiniteError(ShardwiseError):

@@ -49,6 +49,7 @@ class TrainRequest:
     plan_file: Path | None
     port: int
     out: Path
+    weights: Path | None = None
     shown: bool = True
 
 
@@ -141,6 +142,7 @@ def _settings(request: TrainRequest, batch: Batch) -> Settings:
         learning_rate=request.learning_rate,
         seed=request.seed,
         shown=request.shown,
+        weights=request.weights,
     )
 
 

@@ -20,8 +20,8 @@ pytestmark = pytest.mark.distributed
 
 
 class StandInJob:
-    def __init__(self, model: torch.nn.Module, batch: object, *, plan: Any, optimizer: Any) -> None:
-        self.optimizer = optimizer(model.named_parameters())
+    def __init__(self, build: Any, batch: object, *, plan: Any, optimizer: Any, weights: Any) -> None:
+        self.optimizer = optimizer(build().named_parameters())
         self.steps = 0
         self.events = [Event(action=Action(kind=Kind.UPDATE), start_s=1.0, end_s=2.0)]
 

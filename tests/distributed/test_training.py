@@ -15,8 +15,8 @@ from torch.nn import functional as F
 import shardwise as sw
 from shardwise.errors import RankFailed
 from shardwise.planner.layout import Layout
-from shardwise.runtime.job import own_part
 from shardwise.runtime.launch import launch
+from shardwise.runtime.weights import own_part
 
 pytestmark = pytest.mark.distributed
 

@@ -27,8 +27,9 @@ from shardwise.program.program import Program
 from shardwise.runtime.executor import Executor
 from shardwise.runtime.gradients import Gradients
 from shardwise.runtime.in_process import run_ranks
-from shardwise.runtime.job import batch_part, own_part, step_key
+from shardwise.runtime.job import batch_part, step_key
 from shardwise.runtime.transport import Transport
+from shardwise.runtime.weights import own_part
 from shardwise.sharding.rules.random import FAST
 
 CPU = torch.device("cpu")

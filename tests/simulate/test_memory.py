@@ -26,9 +26,10 @@ from shardwise.program.program import StageProgram
 from shardwise.runtime.executor import Executor
 from shardwise.runtime.gradients import Gradients
 from shardwise.runtime.graphs import callable_of
-from shardwise.runtime.job import batch_part, own_part
+from shardwise.runtime.job import batch_part
 from shardwise.runtime.optimizer import prefer_fused
 from shardwise.runtime.parameters import Parameters
+from shardwise.runtime.weights import own_part
 from shardwise.simulate.costs import Passed, _peak_after, kept_values, memory_use, saved_values
 
 WITHIN = 0.02

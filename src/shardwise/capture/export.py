@@ -28,7 +28,7 @@ from shardwise.capture.normalize import NOISE, RANDOM_STATE, is_random, normaliz
 from shardwise.capture.opaque import EXPECT, OPERATOR, Opaque, Result, opaque_of
 from shardwise.capture.operators import strided
 from shardwise.capture.record import Recording, record
-from shardwise.errors import BatchError, CaptureError
+from shardwise.errors import BatchError, CaptureError, ValuesNeeded
 
 __all__ = ["capture", "loss_of"]
 
@@ -89,7 +89,7 @@ def _record(model: nn.Module, batch: Mapping[str, Any], loss: Loss | None, treat
     tensors = [*model.parameters(), *model.buffers(), *(value for value in batch.values() if isinstance(value, torch.Tensor))]
     if any(tensor.is_meta for tensor in tensors):
         why = next(iter((*treatment.whole.values(), *treatment.tails.values())), "its control flow depends on values")
-        raise CaptureError(
+        raise ValuesNeeded(
             f"{type(model).__name__} cannot be captured from shapes alone: {why}. Build the model and the batch on cpu instead of meta: "
             "a run on real tensors tells what is missing"
         )

@@ -39,6 +39,9 @@ def train(
     random: RandomOption = None,
     recompute: RecomputeOption = None,
     plan_file: PlanOption = None,
+    weights: Annotated[
+        Path | None, typer.Option("--weights", help="Begin from these: a .safetensors file, an index of several, or their directory.")
+    ] = None,
     port: Annotated[int, typer.Option("--port", min=0, max=65535, help="For the ranks to meet at; 0 takes a free one.")] = 0,
     out: Annotated[Path, typer.Option("--out", help="A directory for plan.json, training.json, report.html and trace.json.")] = Path(
         "out/train"
@@ -73,6 +76,7 @@ def train(
         plan_file=plan_file,
         port=port,
         out=out,
+        weights=weights,
         shown=not as_json,
     )
     summary = feasible(run_training(request))

@@ -39,6 +39,7 @@ class Executor:
     """Runs a program's steps on the tensors of this rank.
 
     state: the rank's parts of parameters and buffers, by name; they are read, and updated buffers are put there.
+    current: the action that it performs, or performed last.
     """
 
     def __init__(
@@ -65,6 +66,7 @@ class Executor:
             if any(binding.kind == "seed" for binding in stage.backward_inputs)
         }
         self.events: list[Event] = []
+        self.current: Action | None = None
         self.act: dict[Kind, Callable[[Action], None]] = {
             Kind.PRELUDE: self._prelude,
             Kind.FORWARD: self._forward,
@@ -119,6 +121,7 @@ class Executor:
 
     def _perform(self, action: Action) -> None:
         """The action; where a collective in it ends because other ranks do not come, the error says so."""
+        self.current = action
         try:
             self.act[action.kind](action)
         except RuntimeError as error:

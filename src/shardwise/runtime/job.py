@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from math import prod
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -16,9 +17,10 @@ from shardwise.planner.apply import Applied
 from shardwise.planner.plan import Plan
 from shardwise.program.build import Places, build_programs
 from shardwise.program.check import check_own
-from shardwise.program.program import ParameterPart, Program
+from shardwise.program.program import Program
 from shardwise.program.reductions import DATA_AXES, joined_ranks
 from shardwise.runtime.executor import Event, Executor
+from shardwise.runtime.exhausted import explained, held_bytes, wanted_bytes
 from shardwise.runtime.gradients import Gradients
 from shardwise.runtime.group import create_groups
 from shardwise.runtime.needs import Need, needs
@@ -26,11 +28,15 @@ from shardwise.runtime.norm import GradientNorm
 from shardwise.runtime.optimizer import OptimizerFactory, absent, make_on_parts, make_optimizers, prefer_fused
 from shardwise.runtime.parameters import Parameters
 from shardwise.runtime.transport import Distributed
+from shardwise.runtime.weights import Weights
 from shardwise.runtime.whole import WholeParameters, is_split
-from shardwise.sharding.types import Shard, take
+from shardwise.sharding.types import Shard
 from shardwise.sharding.types import part as part_of
 
-__all__ = ["Job", "batch_part", "local_part", "own_part", "step_key"]
+__all__ = ["Job", "batch_part", "step_key"]
+
+Choose = Callable[[str, int, int], str]
+Result = TypeVar("Result")
 
 
 class Job:
@@ -46,7 +52,7 @@ class Job:
         graph: Graph,
         plan: Plan,
         applied: Applied,
-        state: Mapping[str, Tensor],
+        weights: Weights,
         optimizer: OptimizerFactory,
         *,
         device: torch.device,
@@ -57,7 +63,7 @@ class Job:
     ) -> None:
         self.graph, self.plan, self.device, self.seed = graph, plan, device, seed
         self.steps = 0
-        self.fixed = {name: state[name] for name in graph.buffers} if graph.checks else {}
+        self.fixed = weights.whole(graph.buffers) if graph.checks else {}
         rank = _checked_rank(plan)
         choose = plan.chooser()
         programs = build_programs(applied.assignment, applied.cut, plan.tables, choose, device=device, ranks=[rank])
@@ -65,14 +71,34 @@ class Job:
         check_own(self.program, applied.assignment, applied.cut)
         create_groups(_all_groups(self.program, plan, graph, applied), timeout_s)
         transport = Distributed()
-        parts = [*self.program.parameters, *self.program.buffers]
-        self.state = {part.name: own_part(state[part.name], part, self.program, device) for part in parts}
-        self.gradients = Gradients(self.program, transport, choose, device)
-        self.parameters = Parameters(self.program, self.state, self.gradients.parts, transport, choose)
-        self.whole, self.optimizers = self._optimizers(optimizer, transport)
-        self.executor = Executor(self.program, self.state, self.gradients, transport, device)
+        self._within_memory(lambda: self._set_up(weights, optimizer, transport, choose), lambda: "setting up")
         self.norm = self._norm(clip_norm) if clip_norm is not None or check_finite else None
         self.loss = self.grad_norm = math.nan
+
+    def _set_up(self, weights: Weights, optimizer: OptimizerFactory, transport: Distributed, choose: Choose) -> None:
+        parts = [*self.program.parameters, *self.program.buffers]
+        self.state = weights.parts(parts, self.program, self.device)
+        self.gradients = Gradients(self.program, transport, choose, self.device)
+        self.parameters = Parameters(self.program, self.state, self.gradients.parts, transport, choose)
+        self.whole, self.optimizers = self._optimizers(optimizer, transport)
+        self.executor = Executor(self.program, self.state, self.gradients, transport, self.device)
+
+    def _within_memory(self, work: Callable[[], Result], doing: Callable[[], str]) -> Result:
+        """Raises OutOfMemory where the system gives none; the job has let go of what it held then, and is at its end."""
+        try:
+            return work()
+        except (RuntimeError, MemoryError) as error:
+            wanted = wanted_bytes(error)
+            if wanted is None:
+                raise
+        held, what = held_bytes(), doing()  # the error is gone here, and with it the tensors that its traceback held
+        for name in ("executor", "whole", "optimizers", "parameters", "gradients", "state", "norm"):
+            self.__dict__.pop(name, None)
+        rank, where = self.program.rank, self.program.where
+        raise explained(self.plan, self.graph, rank=rank, where=where, doing=what, wanted=wanted, held=held)
+
+    def _doing(self) -> str:
+        return f"{self.executor.current} of step {self.steps}" if self.steps else f"{self.executor.current} before the first step"
 
     def _norm(self, most: float | None) -> GradientNorm:
         sizes = {name: prod(value.shape) for name, value in self.graph.parameters.items() if value.requires_grad}
@@ -123,7 +149,7 @@ class Job:
         if self.graph.checks and not local:
             self._check_answers(batch)
         self.steps += 1
-        loss = self.executor.step(part, step_key(self.seed, self.steps), self._update)
+        loss = self._within_memory(lambda: self.executor.step(part, step_key(self.seed, self.steps), self._update), self._doing)
         return self._total(loss) if self.norm is None else self.loss
 
     def _update(self) -> None:
@@ -140,7 +166,7 @@ class Job:
         part = self._part(batch, local)
         if self.graph.checks and not local:
             self._check_answers(batch)
-        return self._total(self.executor.evaluate(part, step_key(self.seed, self.steps)))
+        return self._total(self._within_memory(lambda: self.executor.evaluate(part, step_key(self.seed, self.steps)), self._doing))
 
     def gradient(self) -> dict[str, Tensor]:
         """This rank's part of each gradient of the last step."""
@@ -238,24 +264,6 @@ def _all_groups(program: Program, plan: Plan, graph: Graph, applied: Applied) ->
         if len(pipes) > 1:
             ties |= {tuple(places.rank(pipe, place) for pipe in pipes) for place in places.columns()}
     return list(dict.fromkeys(groups)) + [("tie", ranks) for ranks in sorted(ties)]
-
-
-def local_part(whole: Tensor, part: ParameterPart, program: Program) -> Tensor:
-    """What this rank's operators read of a whole tensor (a view where it can be)."""
-    for axis, placement in part.type.items():
-        if isinstance(placement, Shard) and axis != "mb":
-            whole = take(whole, placement, program.mesh[axis], program.coordinates[axis])
-    return whole
-
-
-def own_part(whole: Tensor, part: ParameterPart, program: Program, device: torch.device) -> Tensor:
-    """What this rank keeps of a whole tensor, on the device, in memory that no larger tensor keeps alive."""
-    tensor = local_part(whole, part, program).detach()
-    if part.division is not None and part.stored != part.local:
-        tensor = part.division.take(tensor)
-    tensor = tensor.to(device)
-    small = tensor.untyped_storage().nbytes() > tensor.numel() * tensor.element_size()
-    return tensor.clone(memory_format=torch.contiguous_format) if small else tensor.contiguous()
 
 
 def step_key(seed: int, step: int) -> int:

@@ -6,6 +6,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -50,7 +51,7 @@ class Job(Protocol):
 @dataclass(frozen=True, kw_only=True)
 class Settings:
     """steps: optimizer steps, fewer where they would take more than most_s seconds; batch_size: sequences in the global batch;
-    shown: whether rank 0 displays progress.
+    shown: whether rank 0 displays progress; weights: files to begin from, as of `parallelize`.
     """
 
     steps: int
@@ -59,6 +60,7 @@ class Settings:
     most_s: float | None = None
     seed: int = 0
     shown: bool = True
+    weights: Path | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,7 +128,7 @@ def train_rank(build: Build, plan: Plan, text: ByteText, settings: Settings) -> 
     memory = PeakMemory()
     torch.manual_seed(settings.seed)
     held_out = text.held_out_batch(size=settings.batch_size)
-    job = sw.parallelize(build(), held_out, plan=plan, optimizer=_adamw(settings.learning_rate))
+    job = sw.parallelize(build, held_out, plan=plan, optimizer=_adamw(settings.learning_rate), weights=settings.weights)
     before = job.evaluate(held_out)
     losses, times = _loop(job, text, settings, shown=settings.shown and place.rank == 0)
     actions = [_recorded(event) for event in job.events]

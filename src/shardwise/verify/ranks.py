@@ -15,11 +15,12 @@ from shardwise.program.program import ParameterPart, Program
 from shardwise.runtime.executor import Executor
 from shardwise.runtime.gradients import Gradients
 from shardwise.runtime.in_process import run_ranks
-from shardwise.runtime.job import Job, batch_part, local_part, own_part, step_key
+from shardwise.runtime.job import Job, batch_part, step_key
 from shardwise.runtime.launch import launch
 from shardwise.runtime.optimizer import prefer_fused
 from shardwise.runtime.parameters import Parameters
 from shardwise.runtime.transport import Transport
+from shardwise.runtime.weights import LiveWeights, local_part, own_part
 from shardwise.verify.cast import cast_tensor
 from shardwise.verify.compare import relative_error
 
@@ -86,7 +87,7 @@ def on_processes(work: Work) -> list[Part]:
 def _process(work: Work) -> Part:
     applied = apply_plan(work.plan, work.graph, same_fingerprint=False)
     state, optimizer = {name: tensor.clone() for name, tensor in work.state.items()}, _Optimizer(work=work)
-    job = Job(work.graph, work.plan, applied, state, optimizer, device=_CPU, seed=work.seed, timeout_s=_WAIT_S)
+    job = Job(work.graph, work.plan, applied, LiveWeights(state), optimizer, device=_CPU, seed=work.seed, timeout_s=_WAIT_S)
     optimizer.program = job.program
     loss = job.step(work.batch)
     return _part(job.program, work, loss, job.state, job.gradient())
