@@ -1,10 +1,10 @@
 """Whether the layout that is found is at least as good as the one that experts published, both by the simulator.
 
-    python benchmarks/experts.py --tables DIR [--only NAME] [--most N] [--budget SECONDS] [--json experts.json] [--check]
+    python benchmarks/experts.py --tables DIR [--only NAME] [--most N | --all] [--budget SECONDS] [--json experts.json] [--check]
 
-For each model, machine and batch in the files of DIR (their form: docs/concepts/predictions.md) the best of the published layouts that the
-search's space covers is simulated, and the space is searched from the same pieces. Gain: how much longer the published one takes. Layouts
-that do not fit the devices by our count of memory are not compared; why a row is left out is counted.
+For a few models, machines and batches of each file in DIR (their form: docs/concepts/predictions.md), far apart in it, the best of the
+published layouts that the search's space covers is simulated, and the space is searched from the same pieces. Gain: how much longer the
+published one takes. Layouts that do not fit the devices by our count of memory are not compared; why a row is left out is counted.
 """
 
 from __future__ import annotations
@@ -14,8 +14,10 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass, replace
 from math import lcm
+from multiprocessing import get_context
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -24,26 +26,19 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table as Shown
 
+from benchmarks.published_experts import routing_of
 from benchmarks.published_machines import machines_of
 from benchmarks.published_models import TwinError, twin
-from benchmarks.published_rows import Row, read_directory
+from benchmarks.published_rows import Row, read_directory, schedule_of
 from shardwise.capture.export import capture
 from shardwise.cluster.model import cluster_of
 from shardwise.errors import ShardwiseError
 from shardwise.planner.compose import Scheme
-from shardwise.planner.scale import ScaleSearch
+from shardwise.planner.scale import Found, ScaleSearch
 from shardwise.planner.space import Split, layout_text
 
 _SAMPLES = 8  # of the largest microbatch that is tried
-_SCHEDULES = {
-    "1f1b": "1f1b",
-    "gpipe": "gpipe",
-    "interleaved": "interleaved",
-    "zb-1p": "zb-h1",
-    "zb-h1": "zb-h1",
-    "zb-2p": "zb-2p",
-    "zb-v": "zb-v",
-}
+_MOST = 2  # of each file, unless told otherwise
 _EQUAL = 1e-9
 
 
@@ -53,7 +48,10 @@ class LeftOut(ValueError):
 
 @dataclass(frozen=True, kw_only=True)
 class Compared:
-    """The best published layout of a model on a machine, and the one that was found; seconds of a step, simulated."""
+    """The best published layout of a model on a machine, and the one that was found; seconds of a step, simulated.
+
+    file, id: where it stands; gap: by what share of its time the one found may be slower than the best there is.
+    """
 
     file: str
     id: str
@@ -70,41 +68,43 @@ class Compared:
         return self.expert_s / self.found_s - 1
 
 
-def scheme_of(row: Row) -> tuple[Scheme, int]:
-    """The row's layout, and the samples of its microbatch. Raises LeftOut where the space does not have it."""
+def scheme_of(row: Row, year: int) -> tuple[Scheme, int]:
+    """The row's layout, and the samples of its microbatch. year: of its software. Raises LeftOut where the space does not have it."""
     layout = row.layout
-    samples, chunks = layout.micro_batch or 1, layout.virtual_stages or 1
+    samples = layout.micro_batch or 1
+    schedule, chunks = schedule_of(layout)
     batch = layout.global_batch
     if batch is None or batch % (layout.dp * samples):
         raise LeftOut("no even microbatches")
     if layout.zero == "hybrid" or layout.shard_devices or layout.offload:
         raise LeftOut("ZeRO within groups, or offloading")
-    if layout.ep > 1 or row.model.experts:
-        raise LeftOut("experts")
+    if layout.ep > 1 and not row.model.experts:
+        raise LeftOut("ep without experts")
     if layout.dp * layout.tp * layout.cp * layout.pp != row.machine.devices:
         raise LeftOut("not all devices")
-    named = _SCHEDULES.get(layout.schedule or "", "")
     scheme = Scheme(
         dp=layout.dp,
         tp=layout.tp,
         pp=layout.pp,
         cp=layout.cp,
+        ep=layout.ep,
+        routing=routing_of(row, year) if layout.ep > 1 else None,
         chunks=chunks,
         microbatches=batch // (layout.dp * samples),
-        schedule=named or ("interleaved" if chunks > 1 else "1f1b"),
+        schedule=schedule,
         zero=int(layout.zero or 0) if layout.dp * layout.cp > 1 else 0,
         recompute=layout.recompute or "none",
     )
     return scheme, samples
 
 
-def compare(rows: Sequence[Row], budget_s: float | None) -> Compared:
-    """Rows of one model, machine and batch. Raises LeftOut where none is covered."""
+def compare(rows: Sequence[Row], year: int, budget_s: float | None) -> Compared:
+    """Rows of one model, machine and batch, of a source of that year. Raises LeftOut where none is covered."""
     reasons: list[str] = []
     experts = []
     for row in rows:
         try:
-            experts.append((row, *scheme_of(row)))
+            experts.append((row, *scheme_of(row, year)))
         except LeftOut as error:
             reasons.append(str(error))
     if not experts:
@@ -118,19 +118,17 @@ def compare(rows: Sequence[Row], budget_s: float | None) -> Compared:
         counts=made.counts,
         cluster=cluster_of(machines_of(row.machine)),
         global_batch=row.layout.global_batch or 1,
+        routing=routing_of(row, year),
         budget_s=budget_s,
     )
-    best = None
+    best: tuple[Row, Found] | None = None
     for row, scheme, samples in experts:
-        covered = Split(tp=scheme.tp, cp=scheme.cp, samples=samples)
-        if covered not in set(search.space.splits()) or scheme not in set(search.space.schemes(covered)):
-            reasons.append(f"not in the space: {layout_text(scheme, samples)}")
+        try:
+            step = published_step(search, row, scheme, samples)
+        except LeftOut as error:
+            reasons.append(str(error))
             continue
-        found = search.bounded(scheme, samples)
-        step = None if found is None else search.simulated(found)
-        if step is None or step.memory_bytes > search.limit_bytes:
-            reasons.append("does not fit by our count")
-        elif best is None or step.seconds < best[1].seconds:
+        if best is None or step.seconds < best[1].seconds:
             best = row, step
     if best is None:
         raise LeftOut(reasons[0])
@@ -150,6 +148,23 @@ def compare(rows: Sequence[Row], budget_s: float | None) -> Compared:
     )
 
 
+def published_step(search: ScaleSearch, row: Row, scheme: Scheme, samples: int) -> Found:
+    """The published layout, simulated, recomputing no more than it must where the row does not say what it recomputed. Raises LeftOut where
+    the space does not have it or it does not fit."""
+    split = Split(tp=scheme.tp, cp=scheme.cp, ep=scheme.ep, samples=samples)
+    for recompute in (scheme.recompute,) if row.layout.recompute else ("none", "selective", "full"):
+        tried = replace(scheme, recompute=recompute)
+        if split not in set(search.space.splits()) or tried not in set(search.space.schemes(split)):
+            raise LeftOut(f"not in the space: {layout_text(scheme, samples)}")
+        found = search.bounded(tried, samples)
+        if found is None:
+            raise LeftOut("more stages than the model has parts")
+        step = search.simulated(found)
+        if step.memory_bytes <= search.limit_bytes:
+            return step
+    raise LeftOut("does not fit by our count")
+
+
 def groups(rows: Sequence[Row]) -> Iterator[list[Row]]:
     """Rows of one model, machine and batch."""
     found: dict[object, list[Row]] = {}
@@ -159,25 +174,42 @@ def groups(rows: Sequence[Row]) -> Iterator[list[Row]]:
     yield from found.values()
 
 
+def spread(groups: Sequence[list[Row]], most: int | None) -> list[list[Row]]:
+    """So many of them, evenly apart, the first and the last among them; all if None."""
+    if most is None or most >= len(groups):
+        return list(groups)
+    return [groups[round(number * (len(groups) - 1) / max(1, most - 1))] for number in range(most)]
+
+
+def _job(given: tuple[list[Row], int, float | None]) -> Compared | str:
+    """What came of it, or why it is left out."""
+    try:
+        return compare(*given)
+    except (LeftOut, TwinError, ShardwiseError) as error:
+        return str(error).splitlines()[0]
+
+
 def main() -> int:
     """Prints the table; 1 where --check finds a published layout that is better."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tables", type=Path, required=True, help="folder of measurements")
     parser.add_argument("--only", default="", help="files whose name holds this")
-    parser.add_argument("--most", type=int, help="so many models and machines of each file")
+    parser.add_argument("--most", type=int, default=_MOST, help="so many models and machines of each file")
+    parser.add_argument("--all", action="store_true", help="all of them")
+    parser.add_argument("--jobs", type=int, default=2, help="processes")
     parser.add_argument("--budget", type=float, help="seconds of each search; without it, its fixed effort")
     parser.add_argument("--json", type=Path, help="write every comparison as JSON")
     parser.add_argument("--check", action="store_true", help="exit with 1 where a published layout is better than the one found")
     given = parser.parse_args()
     tables = [table for table in read_directory(given.tables) if given.only in table.path.name]
-    jobs = [rows for table in tables for rows in list(groups(table.rows))[: given.most]]
-    compared: list[Compared] = []
-    left: Counter[str] = Counter()
-    for rows in track(jobs, description="comparing", console=Console(stderr=True)):
-        try:
-            compared.append(compare(rows, given.budget))
-        except (LeftOut, TwinError, ShardwiseError) as error:
-            left[str(error).splitlines()[0]] += 1
+    most = None if given.all else given.most
+    jobs = [
+        (rows, table.last_year or table.year or 2023, given.budget) for table in tables for rows in spread(list(groups(table.rows)), most)
+    ]
+    with ProcessPoolExecutor(given.jobs, mp_context=get_context("spawn")) as pool:
+        results = list(track(pool.map(_job, jobs), total=len(jobs), description="comparing", console=Console(stderr=True)))
+    compared = [each for each in results if isinstance(each, Compared)]
+    left = Counter(each for each in results if isinstance(each, str))
     shown = Shown("file", "row", "devices", "published", "found", "gain", "gap", box=None)
     for each in compared:
         seconds = f"{each.expert_s:.4g} s", f"{each.found_s:.4g} s"

@@ -6,6 +6,8 @@
     DeepSpeed    fp16: 2 + 2 gradient + 12 states ÷ ranks, and while the      runtime/zero/stage_1_and_2.py; zero/config.py:
                  update runs, of the rank's own: averaged and flat gradient   reduce_bucket_size 5e8
                  in 16 bits, its float32 copy
+    Megatron-    2 + 2 gradient + 12 states, all ÷ ranks                      examples/megatron_fsdp: --grad-reduce-in-bf16
+    FSDP
     FSDP, JAX    4 parameter + 4 gradient + 8 states, all ÷ ranks             torch.distributed.fsdp.MixedPrecisionPolicy; MaxText's
                                                                               weight_dtype
 
@@ -19,11 +21,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from benchmarks.published_rows import Row
-from benchmarks.published_software import JAX, TORCH, is_compiled
+from benchmarks.published_software import JAX, TORCH, is_compiled, launched
 
 __all__ = ["Holding", "holding_of", "printed_bytes"]
 
-_NEW = {"b200": 2025, "gb200": 2025, "b300": 2025, "gb300": 2025}  # when such a device was first trained on
 _BUCKET = 5 * 10**8  # numbers: DeepSpeed's reduce_bucket_size unless set otherwise
 _LOSS_COMPILED_SINCE = 2025  # torchtitan, components/loss.py
 
@@ -52,9 +53,14 @@ def holding_of(row: Row, year: int) -> Holding:
     if framework in JAX:
         return Holding(copied=False, remade="all")
     if framework in TORCH or divided:
-        later = (row.year or max(year, _NEW.get((row.machine.device or "").split("-")[0], 0))) >= _LOSS_COMPILED_SINCE
+        later = (row.year or max(year, launched(row))) >= _LOSS_COMPILED_SINCE
         remade = "none" if not is_compiled(row) else "all" if later else "blocks"
-        return Holding(copied=not divided, remade=remade, over_context=framework == "torchtitan")
+        return Holding(
+            copied=not divided,
+            remade=remade,
+            over_context=framework == "torchtitan",
+            gradient_bytes=2 if framework == "megatron" else 4,
+        )
     return Holding(gradient_bytes=2 if half else 4)
 
 

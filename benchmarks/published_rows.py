@@ -576,6 +576,8 @@ def read_framework(raw: Json, title: str) -> str | None:
 _READ = {"id", "model", "n_gpus", "tp", "pp", "dp", "cp", "ep", "virtual_stages", "micro_batch", "global_batch", "zero_fsdp", "recompute"}
 _READ |= {"sequence_parallel", "precision", "measured", "derived", "schedule", "system", "slices", "per_stage_ms", "from_memory", "date"}
 _SCHEDULES = ("zb-v", "zb-h1", "zb-h2", "zb-1p", "zb-2p", "gpipe", "dualpipe", "interleaved", "1f1b-i", "1f1b")  # in this order
+_ALIASES = {"zb-1p": "zb-h1", "zb-h2": "zb-2p"}  # the same but for who put them in order: a solver, or the paper
+_ONE_STAGE = ("gpipe", "zb-h1", "zb-2p")
 
 
 def read_layout(raw: Json, model: Model, machine: Machine, assumed: list[str]) -> Layout:
@@ -615,6 +617,22 @@ def read_layout(raw: Json, model: Model, machine: Machine, assumed: list[str]) -
         balance=tuple(balance) if isinstance(balance, list) else (),
         options=tuple(sorted(_options(raw))),
     )
+
+
+def schedule_of(layout: Layout) -> tuple[str, int]:
+    """The schedule that a row was run with, by the name that `shardwise.program.tables` has for it, and the stages of a pipeline rank.
+
+    Of one with several stages a rank whose number is not stated there are two, the fewest. Schedules that are not known, such as DualPipe,
+    and rows that name none: interleaved where a rank has several stages, else 1f1b.
+    """
+    chunks, named = layout.virtual_stages or 1, _ALIASES.get(layout.schedule or "", layout.schedule)
+    if layout.pp == 1:
+        return "1f1b", 1
+    if named == "zb-v":
+        return named, 2
+    if named in _ONE_STAGE:
+        return named, 1
+    return ("interleaved", max(2, chunks)) if chunks > 1 or named == "interleaved" else ("1f1b", 1)
 
 
 def _batches(raw: Json, model: Model, dp: int, assumed: list[str]) -> tuple[int | None, int | None, int | None]:

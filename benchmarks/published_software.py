@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 from benchmarks.published_rows import Row
 
-__all__ = ["JAX", "TORCH", "Software", "is_compiled", "software_of", "unfitted"]
+__all__ = ["JAX", "TORCH", "Software", "is_compiled", "launched", "software_of", "unfitted"]
 
 TORCH = ("torchtitan", "llm-foundry", "fms-fsdp", "composer", "torch", "fsdp")  # programs of PyTorch's own operators
 _JAX = ("pax", "t5x")  # XLA writes scores and softmax out unless told otherwise
@@ -19,10 +19,8 @@ JAX = (*_JAX, "maxtext")
 _FUSED_SINCE = 2024  # frameworks came to fuse attention by default ...
 _FUSED_EARLIER = {"llm-foundry": 2023, "torchtitan": 2023, "maxtext": 2023}
 _BEFORE_FUSED = ("v100", "a100", "tpu-v4")  # ... on devices of that time; for later ones all fuse it
-_LAUNCHED = {"v100": 2017, "a100": 2020, "h100": 2022, "h200": 2024, "b200": 2024, "b300": 2025, "gb200": 2024, "gb300": 2025}
-_YOUNG = (
-    0.82  # of its products' rate, that PyTorch's operators reach in a device's first year: MPT on H100, 2023, against Megatron-LM, 2024
-)
+_LAUNCHED = {"v100": 2017, "a100": 2020, "h100": 2022, "h200": 2024, "b200": 2025, "gb200": 2025, "b300": 2025, "gb300": 2025}
+_YOUNG = 0.82  # of products' rate that PyTorch's operators reach in a device's first year: MPT on H100, 2023, against Megatron-LM, 2024
 _OVERLAP = {2022: 0.0, 2023: 0.25}  # until that year: Megatron-LM 3.0 reduced gradients after the backward pass, NeMo 23 partly beside it
 _OVERLAP_NOW = 0.85
 _ALWAYS_OVERLAPS = ("maxtext",)  # XLA's latency-hiding scheduler
@@ -32,6 +30,7 @@ _EAGER_UNTIL = 2019  # then Megatron-LM fused softmax, biases and dropout
 _BLOCKING_S = 50e-6  # between two kernels where the host waits for the first before it launches the second
 _POINTWISE = r"^(?!.*(core|attn|attention)).*\b(norm|layernorm|act|moe_act|mla_up_proj|swiglu)\b"
 _HIDDEN = 0.5  # of what tensor ranks send, by Transformer Engine's user buffers
+_WAITS_UNTIL = 2022  # then Megatron-LM's interleaved schedule came to compute while it sends (its --no-overlap-p2p-communication)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +40,8 @@ class Software:
     eager: every elementwise operator is a kernel. copies_inner: as in `shardwise.cluster.rates.Rates`. products: share of the usual rate of
     products. overlap, hidden, gather_each: as in `shardwise.planner.compose.Scheme`. selective: what "selective" recomputation is there;
     recompute: what there is where nothing is said. call_s: a kernel's fixed time, None for the usual. zero: the stage where a row says
-    nothing of it.
+    nothing of it. waits, whole_messages: as in `shardwise.planner.compose.Scheme`. validates_later: whether schedules that split the
+    backward pass do without a synchronisation between steps, as their authors' do (Qi et al. 2023, section 4).
     """
 
     fused_attention: bool
@@ -56,6 +56,9 @@ class Software:
     recompute: str
     call_s: float | None
     zero: int
+    waits: bool
+    whole_messages: bool
+    validates_later: bool
 
 
 def software_of(row: Row, year: int, words: str = "") -> Software:
@@ -64,8 +67,7 @@ def software_of(row: Row, year: int, words: str = "") -> Software:
     year -= bool(re.search(r"\(SC\d\d\)", words))  # a conference's papers were measured in the year before
     said = " ".join((row.layout.precision_text, row.layout.recompute_text, *options.values())).lower()
     torch = framework in TORCH
-    device = re.sub(r"-.*", "", row.machine.device or "")
-    young = torch and year - _LAUNCHED.get(device, 0) <= 1
+    young = torch and year - launched(row) <= 1
     overlap = _OVERLAP_NOW if "mlperf" in words.lower() else next((share for last, share in _OVERLAP.items() if year <= last), _OVERLAP_NOW)
     return Software(
         fused_attention=_fused(row, year, framework, said),
@@ -80,7 +82,15 @@ def software_of(row: Row, year: int, words: str = "") -> Software:
         recompute="alternate" if framework == "torchtitan" else "selective" if row.layout.recompute_text else "none",
         zero=1 if framework == "megatron" and year >= _DISTRIBUTED_SINCE else 0,
         call_s=_BLOCKING_S if "CUDA_LAUNCH_BLOCKING" in words else None,
+        waits=not torch and framework not in JAX and year <= _WAITS_UNTIL,
+        whole_messages=options.get("scatter/gather", "").lower() == "off",
+        validates_later=not torch,
     )
+
+
+def launched(row: Row) -> int:
+    """The year since which the row's device is to be had; 0 where that is not known."""
+    return _LAUNCHED.get(re.sub(r"-.*", "", row.machine.device or ""), 0)
 
 
 def is_compiled(row: Row) -> bool:

@@ -11,7 +11,7 @@ import pytest
 from benchmarks.published import Prediction, Predictor, summarise
 from benchmarks.published_experts import expert_ranks, routing_of
 from benchmarks.published_frameworks import Holding, holding_of
-from benchmarks.published_rows import Row, read_table
+from benchmarks.published_rows import Row, read_table, schedule_of
 
 from benchmarks import published, published_experts
 from shardwise.cost.routing import Routing
@@ -214,3 +214,41 @@ def test_rows_on_their_way_in_eight_bits_are_read_from_a_row_s_words(tmp_path: P
 def test_dropped_tokens_are_not_counted(tmp_path: Path) -> None:
     counted, dropped = rows(tmp_path, DIVIDED, DIVIDED | {"model": MIXTURE | {"name": "mixture (tokendrop)"}})
     assert routing(dropped, 2025).launch_s == routing(counted, 2025).launch_s / 2
+
+
+def test_schedules_and_stages_are_those_that_can_be_run(tmp_path: Path) -> None:
+    """Where a row leaves the stages of a rank out there are as few as its schedule has."""
+    cases = {
+        (None, 1): ("1f1b", 1),
+        (None, 4): ("interleaved", 4),
+        ("1F1B", 4): ("interleaved", 4),
+        ("1F1B-I", None): ("interleaved", 2),
+        ("ZB-1p", 1): ("zb-h1", 1),
+        ("ZB-H2", 1): ("zb-2p", 1),
+        ("ZBVZeroBubble", None): ("zb-v", 2),
+        ("GPipe", 4): ("gpipe", 1),
+        ("DualPipe", 1): ("1f1b", 1),
+    }
+    read = rows(tmp_path, *({"schedule": name, "virtual_stages": chunks} for name, chunks in cases))
+    assert [schedule_of(row.layout) for row in read] == list(cases.values())
+    (alone,) = rows(tmp_path, {"pp": 1, "dp": 4, "virtual_stages": 3})
+    assert schedule_of(alone.layout) == ("1f1b", 1)
+
+
+def test_messages_between_stages_cost_time_where_ranks_wait_for_them(tmp_path: Path, predictor: Predictor) -> None:
+    """Megatron-LM computed nothing meanwhile until 2022; its scatter/gather made the messages as many times shorter as there are tensor
+    ranks (Narayanan et al. 2021, section 4.1)."""
+    interleaved = {"virtual_stages": 2, "n_gpus": 16, "dp": 1, "pp": 8, "tp": 2, "gpus_per_node": 2}
+    whole, parts = rows(tmp_path, interleaved | {"where": "scatter/gather OFF"}, interleaved | {"where": "scatter/gather ON"})
+
+    def step(row: Row, year: int) -> float:
+        return predictor.predict(row, year).step_s or 0
+
+    assert step(parts, 2024) < step(parts, 2021) < step(whole, 2021)
+
+
+def test_schedules_that_validate_later_are_timed_from_step_to_step(tmp_path: Path, predictor: Predictor) -> None:
+    """Qi et al. 2023, section 4: no rank waits for the others at a step's end, so the next step's first forwards fill its last gap."""
+    (row,) = rows(tmp_path, {"schedule": "ZB-2p", "pp": 4, "dp": 1})
+    waits, carries_on = (seconds(predictor, replace(row, framework=name)) for name in ("torchtitan", "megatron"))
+    assert carries_on < 0.97 * waits

@@ -11,8 +11,8 @@ from shardwise.errors import ClusterError
 
 DEVICES, LINKS, NODES = catalog().devices.values(), catalog().links.values(), catalog().nodes.values()
 WANTED = (
-    "v100-16g v100-32g a100-40g a100-80g h100 h100-pcie h200 b200 gb200 b300 gb300 l40s rtx3090 rtx4090 rtx5090 mi250 mi300x "
-    "tpu-v4 tpu-v5e tpu-v5p tpu-v6e cpu"
+    "v100-16g v100-32g a100-40g a100-80g h100 h100-pcie h200 h20 b200 gb200 b300 gb300 l40s rtx3090 rtx4090 rtx5090 mi250 mi300x "
+    "mi325x mi355x tpu-v4 tpu-v5e tpu-v5p tpu-v6e tpu-v7 cpu"
 )
 
 

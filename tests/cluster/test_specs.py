@@ -193,7 +193,7 @@ def test_a_file(tmp_path: Path) -> None:
         assert [(level.name, level.ranks, level.bytes_per_s, level.sharp) for level in group.levels] == [
             ("node", 8, 450e9, True), ("room", 256, 50e9, True), ("site", 512, 12.5e9, False),
         ]  # fmt: skip
-    assert found.device_of(256).source("memory_bytes_per_s") == "our benchmark"
+    assert found.group_of(256).device.source("memory_bytes_per_s") == "our benchmark"
     assert found.span(8, 32).level == found.groups[0].outside[0]
     assert found.span(256, 2).bytes_per_s == 12.5e9
 

@@ -164,7 +164,7 @@ def test_a_bus_is_slower_than_the_network() -> None:
 def test_unequal_nodes_share_their_ports() -> None:
     machines = parse_spec("1x8 a100-80g + 2x4 rtx4090, 25 GbE")
     assert (machines.ranks, machines.nodes, machines.uniform) == (16, 3, False)
-    assert [machines.device_of(rank).name for rank in (0, 7, 8, 15)] == ["a100-80g", "a100-80g", "rtx4090", "rtx4090"]
+    assert [machines.group_of(rank).device.name for rank in (0, 7, 8, 15)] == ["a100-80g", "a100-80g", "rtx4090", "rtx4090"]
     assert [machines.node_of(rank) for rank in (0, 7, 8, 11, 12, 15)] == [0, 0, 1, 1, 2, 2]
     assert machines.devices == (device("a100-80g"), device("rtx4090"))
     assert machines.span(8, 2).bytes_per_s == 25e9 / 8 / 8
@@ -175,7 +175,7 @@ def test_unequal_nodes_share_their_ports() -> None:
     assert [level.ports for level in machines.levels] == [1 / 8]
     assert machines.price_per_hour is None
     assert machines.peak_flops("fp8") == 8 * 312e12 + 8 * 330.3e12
-    assert machines.level_between(3, 3) is None
+    assert machines.crossing([3, 3]).level is None
     assert (machines.crossing([3]).bytes_per_s, machines.crossing([3]).latency_s) == (math.inf, 0)
 
 
@@ -187,7 +187,7 @@ def test_dies_of_a_module_are_nearer() -> None:
     assert [(hop.level.name, hop.level.link.name, hop.parts) for hop in mixed.hops] == [
         ("module", "xgmi-mi250-package", 2), ("node", "nvswitch3", 3), ("cluster", "ethernet-25", 2),
     ]  # fmt: skip
-    near, far = machines.level_between(0, 1), machines.level_between(1, 2)
+    near, far = machines.crossing([0, 1]).level, machines.crossing([1, 2]).level
     assert near and far and (near.name, far.name) == ("module", "node")
 
 
@@ -199,13 +199,6 @@ def test_racks_and_slices() -> None:
     assert [(level.name, level.torus) for level in slices.levels] == [("slice", (8, 8, 8)), ("cluster", None)]
     assert slices.levels[1].bytes_per_s * 8 == 50e9
     assert parse_spec("tpu-v4-pod").levels[0].torus == (16, 16, 16)
-
-
-def test_pairs_have_their_share_of_a_mesh_or_torus() -> None:
-    rates = [
-        parse_spec(line).levels[0].pair_bytes_per_s for line in ("h100:8", "mi300x:8", "mi300x:2", "mi250:2", "tpu-v5e:16", "rtx4090:2")
-    ]
-    assert rates == [450e9, 64e9, 448e9, 50e9 * 3, 50e9, pytest.approx(31.5e9, rel=1e-3)]
 
 
 def test_pods_of_nodes() -> None:
@@ -284,7 +277,7 @@ def test_questions_without_answer() -> None:
     with pytest.raises(ValueError, match="do not tile ranks 8 to 23 of 16"):
         machines.span(1, 2, first=8, ranks=16)
     with pytest.raises(ValueError, match="no rank 16 among 16"):
-        machines.device_of(16)
+        machines.group_of(16)
     with pytest.raises(ValueError, match="at least one rank"):
         machines.crossing([])
 
@@ -335,7 +328,7 @@ def test_parts_of_machines_are_joined_as_the_whole_is(line: str) -> None:
             part = whole.only(numbers)
             places = [firsts[number] + rank for number in numbers for rank in range(whole.groups[number].ranks)]
             assert part.ranks == len(places)
-            assert [part.device_of(rank) for rank in range(part.ranks)] == [whole.device_of(place) for place in places]
+            assert [part.group_of(rank).device for rank in range(part.ranks)] == [whole.group_of(place).device for place in places]
             for a, b in combinations(range(part.ranks), 2):
                 mine, theirs = part.crossing((a, b)), whole.crossing((places[a], places[b]))
                 assert (mine.bytes_per_s, mine.latency_s, mine.nodes) == (theirs.bytes_per_s, theirs.latency_s, theirs.nodes)

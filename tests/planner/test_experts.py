@@ -9,9 +9,11 @@ from math import prod
 
 import pytest
 import torch
+from tests.clusters import made_up
 from tests.models import mixtral
 
 import shardwise as sw
+from shardwise.capture.experts import expert_mm
 from shardwise.capture.export import capture
 from shardwise.capture.graph import Graph
 from shardwise.cluster.model import Cluster
@@ -19,7 +21,7 @@ from shardwise.cost.collectives import collective_cost
 from shardwise.cost.routing import Routing, routing_seconds
 from shardwise.planner.compose import Scheme, compose
 from shardwise.planner.pieces import Outline, PieceCost, Work
-from shardwise.planner.twins import TwinLayout, split_twin
+from shardwise.planner.twins import TwinLayout, experts_over, split_twin
 from shardwise.program.trace import Tracer
 
 SAMPLES, SEQUENCE, HIDDEN, LAYERS, HELD, CHOSEN = 4, 32, 64, 3, 4, 2
@@ -53,6 +55,34 @@ def test_ranks_hold_experts_whole_and_share_their_rows(tp: int) -> None:
 def test_experts_of_one_rank_may_be_split_like_any_product() -> None:
     _, costs = pieces(2, whole=False)
     assert costs[1].experts == weights() // 2 and costs[1].pending_experts == 0
+
+
+@pytest.mark.parametrize("tp", [1, 2])
+@pytest.mark.parametrize("ep", [2, 4])
+def test_a_rank_with_a_share_of_the_experts_costs_what_a_model_with_so_many_does(ep: int, tp: int) -> None:
+    """A graph of which all but a share of the experts were taken, against one captured with so few: the router alone differs, and on this
+    cluster it takes as long, being thin."""
+    layout, tracer, experts = TwinLayout(tp=tp, whole_experts=True), Tracer(device=torch.device("cpu")), 8
+    many, few = (
+        capture(*mixtral(layers=LAYERS, hidden=HIDDEN, samples=SAMPLES, sequence=SEQUENCE, experts=held))
+        for held in (experts, experts // ep)
+    )
+    (_, found), (_, exact) = (split_twin(each, (LAYERS,), layout, made_up(16), tracer) for each in (experts_over(many, ep), few))
+    router = HIDDEN * (experts - experts // ep)
+    block, other = found[1], exact[1]
+    assert block.flops - other.flops == 3 * 2 * SAMPLES * SEQUENCE // tp * router
+    assert (block.experts, block.routed, block.row, block.tensors) == (other.experts, other.routed, other.row, other.tensors)
+    assert router // tp <= block.parameters - other.parameters <= router, "divided over tensor ranks or not"
+    for kind in ("forward", "backward_input", "backward_weight"):
+        seconds, wanted = (sum((getattr(each, kind).compute_s, getattr(each, kind).communicate_s)) for each in (block, other))
+        assert seconds == pytest.approx(wanted, rel=0.01), kind
+    assert block.held.saved["none"] == pytest.approx(other.held.saved["none"], rel=0.05)
+    assert {op.inputs[1].shape[0] for op in many.ops if op.target is expert_mm} == {experts}, "the whole graph is as it was"
+
+
+def test_a_number_that_does_not_divide_the_experts_is_refused() -> None:
+    with pytest.raises(sw.LayoutError, match=r"ep=3 does not divide the 4 experts of .*mlp"):
+        experts_over(graph(), 3)
 
 
 @pytest.mark.parametrize(("tp", "dp", "ep"), [(1, 16, 8), (2, 8, 8), (2, 8, 4), (4, 4, 16), (8, 2, 4)])

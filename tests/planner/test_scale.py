@@ -11,15 +11,16 @@ from typing import Any
 
 import pytest
 import torch
-from tests.models import Example, bert, gpt2, llama
+from tests.models import Example, bert, gpt2, llama, mixtral
 from typer.testing import CliRunner
 
 import shardwise as sw
 from shardwise.capture.export import capture
 from shardwise.cli import app
 from shardwise.cluster.model import Cluster
+from shardwise.cost.routing import Routing
 from shardwise.outlook import Outlook, Study, Wish
-from shardwise.planner.bounds import perfect, scheme_bound
+from shardwise.planner.bounds import scheme_bound
 from shardwise.planner.plan import Infeasible
 from shardwise.planner.scale import Found, ScaleSearch
 from shardwise.planner.search import FULL_MEMORY
@@ -29,11 +30,14 @@ MODELS: dict[str, Callable[[], Example]] = {
     "llama": lambda: llama(layers=3, hidden=256, samples=2, sequence=128),
     "gpt2": lambda: gpt2(layers=3, samples=2),
     "bert": lambda: bert(layers=3, hidden=128),
+    "mixtral": lambda: mixtral(layers=3, samples=2, experts=4),
 }
+ROUTINGS = {"mixtral": Routing(experts=4, chosen=2)}
 SPACES = [
     ("llama", "a100-80g:1x4", 6, "cp=1,microbatch=1"),
     ("gpt2", "rtx4090:2x2, 25 GbE", 4, "microbatch=1"),
     ("bert", "h100:2x4", 8, "tp=2,cp=1,recompute=none"),
+    ("mixtral", "h100:2x2", 4, "cp=1,microbatch=1,recompute=none"),
 ]
 Space = tuple[str, str, int, str]
 
@@ -44,7 +48,8 @@ def made(space: Space) -> ScaleSearch:
     module, batch = MODELS[model]()
     graph = capture(module.to(torch.bfloat16), batch)
     cluster = Cluster.parse(line)
-    return ScaleSearch(graph=graph, counts=(blocks,), cluster=cluster, global_batch=8, budget_s=1e9, pins=Pins.parse(pins))
+    pinned, routing = Pins.parse(pins), ROUTINGS.get(model)
+    return ScaleSearch(graph=graph, counts=(blocks,), cluster=cluster, global_batch=8, budget_s=1e9, pins=pinned, routing=routing)
 
 
 @cache
@@ -77,14 +82,12 @@ def test_the_best_is_found(space: Space, share: float) -> None:
 @pytest.mark.parametrize("space", SPACES, ids=str)
 def test_no_bound_is_above_the_simulated(space: Space) -> None:
     search = made(space)
-    most = search.graph.global_batch
-    shape, whole = search.pieces(Split(samples=most))
     for each in everything(space):
         assert each.bound_s <= each.seconds * (1 + 1e-9), f"stages of {each}"
-        _, costs = search.pieces(each.split)
+        shape, costs = search.pieces(each.split)
         assert scheme_bound(shape, costs, each.scheme) <= each.seconds * (1 + 1e-9), f"pieces of {each}"
         plain = replace(each.scheme, recompute="none")
-        assert scheme_bound(shape, perfect(whole, most, each.split), plain) <= each.seconds * (1 + 1e-9), f"whole model, {each}"
+        assert scheme_bound(*search.perfect(each.split), plain) <= each.seconds * (1 + 1e-9), f"whole model, {each}"
         bounded = search.bounded(each.scheme, each.samples)
         assert bounded is not None and bounded.memory_bytes <= each.memory_bytes, f"memory of {each}"
     for split in search.space.splits():

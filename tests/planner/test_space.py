@@ -49,7 +49,7 @@ def test_experts_are_divided_among_data_ranks() -> None:
     space = replace(SPACE, routing=Routing(experts=8, chosen=2))
     assert {split.ep for split in space.splits()} == {1, 2, 4, 8}
     for split in space.splits():
-        assert all(dp * split.cp % split.ep == 0 for dp, _ in space.meshes(split))
+        assert all(split.tp * split.cp * dp % split.ep == 0 for dp, _ in space.meshes(split))
 
 
 @pytest.mark.parametrize(

@@ -54,12 +54,6 @@ class Level:
         return self.link.bytes_per_s * self.ports / self.oversubscription
 
     @property
-    def pair_bytes_per_s(self) -> float:
-        """Between two neighbours that send to each other alone, in each direction: on a mesh their share of the links, on a torus one."""
-        shares = {"mesh": max(1, self.link.links // max(1, self.ranks - 1)), "torus": 1}
-        return self.link.link_bytes_per_s * shares.get(self.link.shape, self.link.links) * self.ports / self.oversubscription
-
-    @property
     def latency_s(self) -> float:
         """Of one step between neighbours."""
         return self.link.latency_s
@@ -247,18 +241,10 @@ class Machines:
         """The group that holds a rank."""
         return self.groups[self._index(rank)]
 
-    def device_of(self, rank: int) -> DeviceSpec:
-        """The device of a rank."""
-        return self.group_of(rank).device
-
     def node_of(self, rank: int) -> int:
         """The number of the node that holds a rank."""
         index = self._index(rank)
         return self._nodes_before[index] + (rank - self._firsts[index]) // self.groups[index].per_node
-
-    def level_between(self, *ranks: int) -> Level | None:
-        """The outermost level that these ranks cross; None for a single rank."""
-        return self.crossing(ranks).level
 
     def crossing(self, ranks: Sequence[int]) -> Crossing:
         """What these ranks cross among themselves."""

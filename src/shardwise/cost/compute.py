@@ -25,7 +25,7 @@ from shardwise.cluster.rates import KERNEL_WORKING_SET_BYTES, Rates
 from shardwise.cost.operators import FREE, MATMULS, is_inplace, is_view, kernel_of, name_of, reads_only_rows, writes_only
 from shardwise.cost.tensors import dtype_name, reordered, tensors_in, touched_bytes
 
-__all__ = ["op_bytes", "op_flops", "op_seconds", "streaming_seconds"]
+__all__ = ["op_flops", "op_seconds", "streaming_seconds"]
 
 _Args = tuple[Any, ...]
 _Kwargs = Mapping[str, Any]
@@ -70,15 +70,6 @@ def op_flops(target: Any, args: Sequence[Any], kwargs: _Kwargs, output: Any) -> 
         return float(2 * args[0].shape[-1] * output.numel())
     formula = flop_registry.get(getattr(target, "overloadpacket", target))
     return float(formula(*args, **kwargs, out_val=output)) if formula is not None else 0.0
-
-
-def op_bytes(target: Any, args: Sequence[Any], kwargs: _Kwargs, output: Any) -> int:
-    """Bytes that a call reads and writes; 0 for views and for what is no operator. Expanded dims count once, an embedding's table
-    as far as it is looked up."""
-    if not name_of(target) or name_of(target) in FREE or is_view(target):
-        return 0
-    read, written = _traffic(name_of(target), tuple(args), kwargs, output)
-    return read + written
 
 
 _Cost = Callable[[str, _Args, _Kwargs, Any, Rates], float]

@@ -28,7 +28,7 @@ __all__ = ["memory_bound", "perfect", "profile_bound", "scheme_bound"]
 def perfect(costs: Sequence[PieceCost], samples: int, split: Split) -> tuple[PieceCost, ...]:
     """The pieces of a split as if all work and all memory were divided evenly and nothing were communicated.
 
-    costs: of the model on one rank, with the largest microbatches, of so many samples.
+    costs: of the model on one rank, with as many experts as the split leaves it and the largest microbatches, of so many samples.
     """
     ranks = split.tp * split.cp
     part = split.samples / samples / ranks
@@ -41,6 +41,7 @@ def perfect(costs: Sequence[PieceCost], samples: int, split: Split) -> tuple[Pie
     for cost in costs:
         light = cost.light.compute_s / max(cost.forward.compute_s, 1e-30)
         least = 1 - light * (1 - middle)
+        experts = cost.experts // (split.tp if split.ep == 1 else 1)  # divided over ep ranks they are whole
         found.append(
             replace(
                 cost,
@@ -50,10 +51,11 @@ def perfect(costs: Sequence[PieceCost], samples: int, split: Split) -> tuple[Pie
                 prelude=Work(),
                 light=work(cost.light, middle),
                 held=cost.held.share(part),
+                routed=int(cost.routed * part),
                 sent=0,
                 pending=0,
-                parameters=cost.parameters // split.tp,
-                experts=cost.experts // split.tp,
+                parameters=(cost.parameters - cost.experts) // split.tp + experts,
+                experts=experts,
                 frozen=cost.frozen // split.tp,
             )
         )

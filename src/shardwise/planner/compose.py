@@ -20,6 +20,7 @@ from shardwise.cost.collectives import collective_cost
 from shardwise.cost.routing import Routing, routing_seconds
 from shardwise.errors import LayoutError
 from shardwise.planner.pieces import Outline, PieceCost, Work
+from shardwise.program.tables import placement
 from shardwise.simulate.profile import EdgeProfile, Profile, StageProfile
 from shardwise.simulate.simulator import Mesh
 
@@ -50,6 +51,8 @@ class Scheme:
     overlap: of the last microbatch's backward pass, beside which gradients are reduced; of the first's forward pass, beside which
     updated parameters are gathered; of a piece, beside which ZeRO-3 gathers the next. hidden: of what the ranks of the tensor axis send
     each other, that products hide. gather_each: whether ZeRO-3 gathers each parameter by itself, not a block's together.
+    waits: whether a rank computes nothing until what it sends to the next stage is there. whole_messages: whether every tensor rank sends
+    all of a message that all of them have.
     """
 
     dp: int = 1
@@ -75,6 +78,8 @@ class Scheme:
     overlap: float = 0.85
     hidden: float = 0.0
     gather_each: bool = False
+    waits: bool = False
+    whole_messages: bool = False
 
     def __post_init__(self) -> None:
         if self.ep > 1 and (self.routing is None or self.tp * self.replicas % self.ep):
@@ -191,7 +196,26 @@ def compose(shape: Outline, costs: Sequence[PieceCost], scheme: Scheme, cluster:
     made = [_Stage(shape=shape, costs=costs, parts=parts, scheme=scheme, cluster=cluster) for parts in stages]
     alike = {tuple(stage.parts): stage for stage in made}
     each = {parts: stage.profile(splits_backward=splits_backward) for parts, stage in alike.items()}
-    return Profile(stages=[each[tuple(stage.parts)] for stage in made], edges=list(_edges(made, scheme, cluster)), cores=None)
+    profile = Profile(stages=[each[tuple(stage.parts)] for stage in made], edges=list(_edges(made, scheme, cluster)), cores=None)
+    return _waiting(profile, scheme) if scheme.waits else profile
+
+
+def _waiting(profile: Profile, scheme: Scheme) -> Profile:
+    """Sending as part of the pass that made the message; between stages of one rank nothing is sent."""
+    home = placement(scheme.schedule, scheme.pp, scheme.chunks)
+    sent = [edge.transfer_s if home[edge.source] != home[edge.target] else 0.0 for edge in profile.edges]
+    stages = [
+        stage.model_copy(
+            update={"seconds": stage.seconds | {"forward": _longer(stage, "forward", on), "backward": _longer(stage, "backward", back)}}
+        )
+        for stage, on, back in zip(profile.stages, [*sent, 0.0], [0.0, *sent], strict=True)
+    ]
+    return profile.model_copy(update={"stages": stages, "edges": [edge.model_copy(update={"transfer_s": 0.0}) for edge in profile.edges]})
+
+
+def _longer(stage: StageProfile, kind: str, seconds: float) -> tuple[float, float]:
+    compute_s, communicate_s = stage.seconds[kind]
+    return compute_s, communicate_s + seconds
 
 
 def stage_profile(
@@ -229,7 +253,7 @@ def _edges(made: Sequence[_Stage], scheme: Scheme, cluster: Cluster) -> Iterator
     for number, stage in enumerate(made[:-1]):
         nbytes = stage.costs[stage.parts[-1][0]].sent
         if nbytes not in sent:
-            sent[nbytes] = hop_seconds(nbytes, scheme.tp, cluster, send) if scheme.pp > 1 else 0.0
+            sent[nbytes] = 0.0 if scheme.pp == 1 else hop_seconds(nbytes, 1 if scheme.whole_messages else scheme.tp, cluster, send)
         seconds = sent[nbytes]
         yield EdgeProfile(name=f"h→{number + 1}", source=number, target=number + 1, nbytes=nbytes, transfer_s=seconds, requires_grad=True)
 

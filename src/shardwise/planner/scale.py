@@ -23,7 +23,7 @@ import torch
 from shardwise.capture.graph import Graph
 from shardwise.cluster.model import Cluster
 from shardwise.cost.collectives import collective_cost
-from shardwise.cost.routing import Routing
+from shardwise.cost.routing import Routing, routing_seconds
 from shardwise.errors import LayoutError
 from shardwise.planner.bounds import memory_bound, perfect, profile_bound, scheme_bound
 from shardwise.planner.compose import Scheme, compose, recomputed
@@ -31,7 +31,7 @@ from shardwise.planner.lacking import lacking
 from shardwise.planner.pieces import Outline, PieceCost
 from shardwise.planner.search import FULL_MEMORY
 from shardwise.planner.space import Pins, Space, Split, layout_text
-from shardwise.planner.twins import Twin, TwinLayout
+from shardwise.planner.twins import Twin, TwinLayout, experts_over
 from shardwise.program.tables import splits_backward
 from shardwise.program.trace import Tracer
 from shardwise.simulate.profile import Profile
@@ -162,6 +162,7 @@ class ScaleSearch:
     budget_s: float | None = None
     tracer: Tracer = field(default_factory=lambda: Tracer(device=torch.device("cpu")))
     costs: dict[object, tuple[Outline, tuple[PieceCost, ...]]] = field(default_factory=dict)
+    twins: dict[int, Twin] = field(default_factory=dict)
 
     def search(self) -> Searched:
         """The layouts that fit, fastest first. Raises LayoutError where pins contradict each other."""
@@ -187,7 +188,14 @@ class ScaleSearch:
     @cached_property
     def twin(self) -> Twin:
         """The graph, analysed once for all splits."""
-        return Twin(graph=self.graph, counts=self.counts, cluster=self.cluster, tracer=self.tracer)
+        return self._twin(1)
+
+    def _twin(self, ep: int) -> Twin:
+        """With one of ep parts of the experts."""
+        if ep not in self.twins:
+            graph = self.graph if ep == 1 else experts_over(self.graph, ep)
+            self.twins[ep] = Twin(graph=graph, counts=self.counts, cluster=self.cluster, tracer=self.tracer)
+        return self.twins[ep]
 
     @property
     def limit_bytes(self) -> float:
@@ -198,20 +206,31 @@ class ScaleSearch:
         """The pieces' costs in a split. Raises LayoutError where the model cannot be split so."""
         machines = self.cluster.machines
         spans = (machines.span(1, split.tp), machines.span(1, split.tp * split.cp), machines.devices) if machines else None
-        key = (split.tp, split.cp, split.samples, spans)
+        key = (split, spans)
         if key not in self.costs:
             parts = self.graph.global_batch // split.samples
-            self.costs[key] = self.twin.split(TwinLayout(tp=split.tp, cp=split.cp), parts)
-        shape, costs = self.costs[key]
-        return shape, costs if split.ep == 1 else tuple(_with_experts_over(cost, split) for cost in costs)
+            layout = TwinLayout(tp=split.tp, cp=split.cp, sequence_parallel=True, whole_experts=split.ep > 1)
+            self.costs[key] = self._twin(split.ep).split(layout, parts)
+        return self.costs[key]
+
+    def perfect(self, split: Split) -> tuple[Outline, tuple[PieceCost, ...]]:
+        """The pieces of a split as if all of the whole model's work and memory were divided evenly.
+
+        Nothing is lowered for it but the whole model, with as few experts as a rank may have: as many rows take the least time so.
+        """
+        most = self.graph.global_batch
+        shape, whole = self.pieces(Split(samples=most, ep=self._most_ep))
+        return shape, perfect([_with_experts(cost, self._most_ep / split.ep) for cost in whole], most, split)
+
+    @cached_property
+    def _most_ep(self) -> int:
+        return max(split.ep for split in self.space.splits())
 
     def may_fit(self, split: Split) -> bool:
         """Whether its leanest schemes would fit if all memory were divided evenly; nothing is lowered for it but the whole model."""
         if self._parameter_bytes > self.cluster.ranks * self.limit_bytes:
             return False
-        most = self.graph.global_batch
-        shape, whole = self.pieces(Split(samples=most))
-        costs = perfect(whole, most, split)
+        shape, costs = self.perfect(split)
         for mesh in self.space.meshes(split):
             schemes = list(self.space.schemes(split, mesh))
             usual = [each for each in schemes if each.schedule == "1f1b"] or schemes
@@ -295,10 +314,10 @@ class ScaleSearch:
         )
 
 
-def _with_experts_over(cost: PieceCost, split: Split) -> PieceCost:
-    """A piece of which a rank has one of ep parts of the experts, with as many rows as before: those of ep times as many tokens."""
-    gone = cost.experts - cost.experts * split.tp // split.ep
-    return replace(cost, experts=cost.experts - gone, parameters=cost.parameters - gone)
+def _with_experts(cost: PieceCost, times: float) -> PieceCost:
+    """A piece that holds so many times as many experts."""
+    experts = round(cost.experts * times)
+    return replace(cost, experts=experts, parameters=cost.parameters - cost.experts + experts)
 
 
 def _bubble(profile: Profile, scheme: Scheme) -> float:
@@ -359,11 +378,12 @@ class _Branching:
         perfectly = self._computing(most) / most.samples
         found = []
         for split in splits:
-            costs = perfect(whole, most.samples, split)
+            _, costs = search.perfect(split)
             meshes = [self._plain(split, dp, pp) for dp, pp in search.space.meshes(split)]
             bound = min(scheme_bound(shape, costs, scheme) for scheme in meshes)
             slower = (each + beside * split.cp / split.samples) / perfectly
             talk = _talk(search.cluster, split, max(cost.sent for cost in whole) * split.samples / most.samples) * shape.blocks
+            talk += _routed(search.routing, search.cluster, shape, costs, split)
             expected = min(self._expected(shape, costs, scheme, slower, talk) for scheme in meshes)
             found.append((expected, bound, split))
         return [(bound, split) for _, bound, split in sorted(found, key=lambda each: each[0])]
@@ -486,3 +506,15 @@ def _talk(cluster: Cluster, split: Split, sent_bytes: float) -> float:
     whole = 2 * sent_bytes / split.tp
     context = 1.5 * sum(collective_cost(kind, whole, split.cp, cluster, split.tp).seconds for kind in ("all_gather", "reduce_scatter"))
     return tensor + context
+
+
+def _routed(routing: Routing | None, cluster: Cluster, shape: Outline, costs: Sequence[PieceCost], split: Split) -> float:
+    """Seconds in which a microbatch's tokens are expected to go to their experts and back, in both passes."""
+    if routing is None or split.ep == 1:
+        return 0.0
+    tokens = [cost.routed / routing.chosen for cost in costs]
+    return sum(
+        2 * piece.count * routing_seconds(routing, each, cost.row, cost.item, split.ep, cluster)
+        for piece, cost, each in zip(shape.pieces, costs, tokens, strict=True)
+        if each
+    )

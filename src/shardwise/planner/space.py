@@ -163,7 +163,7 @@ class Space:
         pins = self.pins
         for pp in [pins.pp] if pins.pp else (size for size in range(1, min(self.blocks, left) + 1) if left % size == 0):
             dp, rest = divmod(left, pp)
-            if rest or (pins.dp or dp) != dp or self.global_batch % (dp * split.samples) or (dp * split.cp) % split.ep:
+            if rest or (pins.dp or dp) != dp or self.global_batch % (dp * split.samples) or (inside * dp) % split.ep:
                 continue
             if (pins.microbatches or 0) in (0, self.global_batch // (dp * split.samples)):
                 yield dp, pp
@@ -282,7 +282,7 @@ class Space:
         if pins.zero:
             return f"zero={pins.zero} divides what data ranks have in common, and there is only one; let dp or cp be 2 or more"
         if pins.ep:
-            return f"ep divides the experts of a block ({self.experts or 'this model has none'}) among dp × cp ranks"
+            return f"ep divides the experts of a block ({self.experts or 'this model has none'}) among tp × cp × dp ranks"
         if pins.pp:
             return f"the model has {self.blocks} blocks for pp={pins.pp} stages on {self.ranks:,} devices"
         if pins.cp and not self.sequences:

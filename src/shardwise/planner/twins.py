@@ -1,25 +1,28 @@
 """A shallow twin of a model, split over the ranks of one replica: the costs of its pieces.
 
 thin graph + tp ──candidates, integer program──▶ assignment ──lower──▶ costs of pieces
+
+Where experts are divided over ranks, the graph is first made one of a rank's share of them: as many rows, and fewer matrices.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from shardwise.capture.experts import expert_mm
-from shardwise.capture.graph import Graph, Op
+from shardwise.capture.graph import Graph, Op, Value
 from shardwise.cluster.model import Cluster
 from shardwise.cost.collectives import collective_cost
+from shardwise.errors import LayoutError
 from shardwise.planner.apply import Analysis, analyse, assign
 from shardwise.planner.intra import Costs, representatives, split_tensors
 from shardwise.planner.pieces import Outline, PieceCost, outline, piece_costs_on
 from shardwise.planner.search import PREFER_SPLIT, OpCosts
 from shardwise.program.trace import Tracer
 
-__all__ = ["Twin", "TwinLayout", "split_twin"]
+__all__ = ["Twin", "TwinLayout", "experts_over", "split_twin"]
 
 _DEAR = 3.0  # times its cost: an all-reduce where the sequence is to be split between products, what replaces one where it is not
 
@@ -98,6 +101,54 @@ def split_twin(
 ) -> tuple[Outline, tuple[PieceCost, ...]]:
     """The pieces of a thin graph in one split; see `Twin`."""
     return Twin(graph=graph, counts=counts, cluster=cluster, tracer=tracer).split(layout, microbatches)
+
+
+def experts_over(graph: Graph, ranks: int) -> Graph:
+    """The same graph with one of so many equal parts of every layer's experts; rows are as many as before.
+
+    ranks: a divisor of the number of experts. LayoutError where it is none, or where matrices of experts are no parameters by themselves.
+    """
+    shapes: dict[Value, tuple[int, ...]] = {}
+    for op in (each for each in graph.ops if each.target is expert_mm):
+        value: Value | None = op.inputs[1]
+        while value is not None:
+            if value.shape[0] % ranks:
+                raise LayoutError(f"ep={ranks} does not divide the {value.shape[0]} experts of {op.module or 'the model'}")
+            shapes[value] = (value.shape[0] // ranks, *value.shape[1:])
+            made = value.producer
+            if made is not None and (len(made.inputs) != 1 or made.inputs[0].shape[0] != value.shape[0]):
+                where = op.module or "the model"
+                raise LayoutError(f"the experts of {where} are made by {made.name}, and ep divides matrices that are parameters")
+            value = made.inputs[0] if made is not None else None
+    values = {value: replace(value, shape=shapes.get(value, value.shape)) for value in graph.values()}
+    ops = {op: replace(op, args=_sized(op, shapes), inputs=_all(op.inputs, values), outputs=_all(op.outputs, values)) for op in graph.ops}
+    for op in ops.values():
+        for each in op.outputs:
+            each.producer = op
+    return replace(
+        graph,
+        parameters={name: values[value] for name, value in graph.parameters.items()},
+        buffers={name: values[value] for name, value in graph.buffers.items()},
+        inputs={name: values[value] for name, value in graph.inputs.items()},
+        ops=list(ops.values()),
+        loss=values[graph.loss],
+        updates={name: values[value] for name, value in graph.updates.items()},
+        blocks=[[[ops[op] for op in block] for block in run] for run in graph.blocks],
+        checks=[replace(check, value=values[check.value]) for check in graph.checks],
+    )
+
+
+def _all(given: Sequence[Value], values: dict[Value, Value]) -> tuple[Value, ...]:
+    return tuple(values[value] for value in given)
+
+
+def _sized(op: Op, shapes: dict[Value, tuple[int, ...]]) -> tuple[object, ...]:
+    """Its arguments, with the number of matrices in lists of sizes."""
+    if not op.outputs or op.outputs[0] not in shapes:
+        return op.args
+    before, now = op.outputs[0].shape[0], shapes[op.outputs[0]][0]
+    sizes = (list(op.outputs[0].shape), op.outputs[0].shape)
+    return tuple([now, *arg[1:]] if isinstance(arg, (list, tuple)) and arg in sizes and arg[0] == before else arg for arg in op.args)
 
 
 def _forbidden(analysis: Analysis, layout: TwinLayout) -> dict[Op, set[str]]:
