@@ -238,7 +238,7 @@ def test_schedules_and_stages_are_those_that_can_be_run(tmp_path: Path) -> None:
 def test_messages_between_stages_cost_time_where_ranks_wait_for_them(tmp_path: Path, predictor: Predictor) -> None:
     """Megatron-LM computed nothing meanwhile until 2022; its scatter/gather made the messages as many times shorter as there are tensor
     ranks (Narayanan et al. 2021, section 4.1)."""
-    interleaved = {"virtual_stages": 2, "n_gpus": 16, "dp": 1, "pp": 8, "tp": 2, "gpus_per_node": 2}
+    interleaved = {"virtual_stages": 2, "n_gpus": 8, "dp": 1, "pp": 4, "tp": 2, "gpus_per_node": 2}
     whole, parts = rows(tmp_path, interleaved | {"where": "scatter/gather OFF"}, interleaved | {"where": "scatter/gather ON"})
 
     def step(row: Row, year: int) -> float:
