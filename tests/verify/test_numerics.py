@@ -156,6 +156,24 @@ def test_buffers_that_change_are_equal_afterwards(make: Make, buffers: set[str],
     assert {f"buffer {name}" for name in buffers} <= compared(verified(make(), layout))
 
 
+def timed() -> Example:
+    """Which multiplies what it makes of nothing with what the batch says."""
+
+    def loss(model: Any, x: Tensor, y: Tensor) -> Tensor:
+        return F.mse_loss(model.down(model.up(x * (torch.ones(8, 1) * y[:, :1])).relu()), y)
+
+    return Model(loss, up=nn.Linear(16, 32), down=nn.Linear(32, 8)), batch()
+
+
+@pytest.mark.parametrize("processes", [False, True])
+def test_what_a_step_leaves_behind_is_seen(processes: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step that writes over what is computed once is right, the next one is not."""
+    assert "loss after the step" in compared(verified(timed(), "dp=2"))
+    monkeypatch.setattr("shardwise.runtime.graphs.into_fresh_memory", lambda target: target)
+    found = sw.verify(*timed(), cluster=made_up(2), layout="dp=2", processes=processes)
+    assert isinstance(found, Report) and found.first_difference == "loss after the step"
+
+
 def test_a_buffer_of_all_samples_allows_one_microbatch() -> None:
     with pytest.raises(LayoutError, match=r"microbatches=2 would change the numbers"):
         sw.verify(*moving_average(), cluster=made_up(1), layout="microbatches=2", processes=False)

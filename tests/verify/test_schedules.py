@@ -363,10 +363,7 @@ def twice() -> Example:
 
 def test_a_buffer_that_two_stages_change_needs_one_rank() -> None:
     model = Subject(prepare(*twice()))
-    with pytest.raises(
-        LayoutError, match=r"buffer norm\.\w+ is changed in stage 1 and read by norm:\S+ in stage 0, on another rank of the pip"
-    ):
-        model.plan("dp=1,tp=1,pp=2,microbatches=1")
+    same(model.report(model.plan("dp=1,tp=1,pp=2,microbatches=1")))  # cut where both are on one side
     alone = model.plan("dp=1,tp=1,pp=1,chunks=2,microbatches=1")
     same(model.report(alone))
     keys = [op.key for op in model.reference.graph.ops]

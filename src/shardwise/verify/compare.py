@@ -12,7 +12,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["FLOAT32_BOUND", "FLOAT64_BOUND", "TIMES_REFERENCE", "Difference", "compare_gradients", "gradient_norm", "relative_error"]
+__all__ = [
+    "FLOAT32_BOUND",
+    "FLOAT64_BOUND",
+    "TIMES_REFERENCE",
+    "Difference",
+    "compare_gradients",
+    "gradient_norm",
+    "loss_error",
+    "relative_error",
+]
 
 FLOAT64_BOUND, FLOAT32_BOUND, TIMES_REFERENCE = 1e-10, 1e-5, 4.0  # docs/concepts/numbers.md
 _FLOOR = 1e-3
@@ -35,6 +44,11 @@ def gradient_norm(gradients: Mapping[str, Tensor]) -> float:
     """‖all gradients‖, in float64."""
     squares = [_norm(gradient) ** 2 for gradient in gradients.values()]
     return math.sqrt(sum(squares))
+
+
+def loss_error(found: float, reference: float) -> float:
+    """|found − reference| / |reference|."""
+    return abs(found - reference) / max(abs(reference), 1e-300)
 
 
 def relative_error(found: Tensor, reference: Tensor, scale: float) -> float:

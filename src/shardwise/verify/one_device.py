@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -25,21 +26,25 @@ from shardwise.verify.compare import (
     Difference,
     compare_gradients,
     gradient_norm,
+    loss_error,
     relative_error,
 )
 
-__all__ = ["Reference", "Step", "prepare"]
+__all__ = ["RATE", "Reference", "Step", "adamw_step", "prepare"]
 
 Loss = Callable[[Any], Tensor]
+RATE = 1e-3
+"""Of the optimizer's step that is compared."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
-    """What a step gave, whole."""
+    """What a step gave, whole. loss_after: the same batch's, with the parameters and buffers that it leaves; NaN where nobody asked."""
 
     loss: float
     gradients: dict[str, Tensor]
     buffers: dict[str, Tensor] = field(default_factory=dict)
+    loss_after: float = math.nan
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +77,7 @@ class Reference:
         if dtype is self.widest:
             return self.exact
         if dtype not in self.steps:
-            self.steps[dtype] = _step(self.cast(dtype), self.state, self.batch, dtype, self.seed)
+            self.steps[dtype] = _step_and_after(self.cast(dtype), self.state, self.batch, dtype, self.seed)
         return self.steps[dtype]
 
 
@@ -102,12 +107,15 @@ def prepare(
 
 
 def _exact(graph: Graph, state: Mapping[str, Tensor], batch: Mapping[str, Tensor], seed: int) -> tuple[Step, torch.dtype]:
+    def step(dtype: torch.dtype) -> tuple[Step, torch.dtype]:
+        return _step_and_after(cast_graph(graph, dtype), state, batch, dtype, seed), dtype
+
     try:
-        return _step(cast_graph(graph, torch.float64), state, batch, torch.float64, seed), torch.float64
+        return step(torch.float64)
     except (RuntimeError, NotImplementedError) as error:
         if "Double" not in str(error) and "float64" not in str(error).lower():
             raise
-        return _step(cast_graph(graph, torch.float32), state, batch, torch.float32, seed), torch.float32
+        return step(torch.float32)
 
 
 def _step(graph: Graph, state: Mapping[str, Tensor], batch: Mapping[str, Tensor], dtype: torch.dtype | None, seed: int) -> Step:
@@ -124,6 +132,24 @@ def _step(graph: Graph, state: Mapping[str, Tensor], batch: Mapping[str, Tensor]
     gradients = torch.autograd.grad(loss, [local[name] for name in names], allow_unused=True)
     whole = {name: torch.zeros_like(local[name]) if g is None else g for name, g in zip(names, gradients, strict=True)}
     return Step(loss=loss.item(), gradients=whole, buffers={name: results[value].detach() for name, value in graph.updates.items()})
+
+
+def _step_and_after(graph: Graph, state: Mapping[str, Tensor], batch: Mapping[str, Tensor], dtype: torch.dtype, seed: int) -> Step:
+    """The graph's step, with the loss that it leads to."""
+    step = _step(graph, state, batch, dtype, seed)
+    left = {name: cast_tensor(tensor, dtype) for name, tensor in state.items()} | step.buffers
+    left |= {name: adamw_step(left[name], gradient) for name, gradient in step.gradients.items()}
+    inputs = {name: cast_tensor(tensor, dtype) for name, tensor in batch.items()} | {RANDOM_STATE: torch.tensor([step_key(seed, 1), 0])}
+    with torch.no_grad():
+        return replace(step, loss_after=graph.run(left, inputs)[graph.loss].item())
+
+
+def adamw_step(start: Tensor, gradient: Tensor) -> Tensor:
+    """A parameter after AdamW's first step."""
+    parameter = nn.Parameter(start.clone(memory_format=torch.contiguous_format))
+    parameter.grad = gradient.clone(memory_format=torch.contiguous_format)
+    torch.optim.AdamW([parameter], lr=RATE).step()
+    return parameter.detach()
 
 
 # -- the model itself ------------------------------------------------------------------------------------------------------------------
@@ -187,7 +213,7 @@ def _check_capture(
     own = {name: relative_error(captured.gradients[name], gradient, floor) for name, gradient in exact.gradients.items()}
     bound = TIMES_REFERENCE * FLOAT32_BOUND
     bounds = {name: max(bound, TIMES_REFERENCE * own.get(name, 0.0)) for name in eager.gradients}
-    return _compared(captured, eager, max(bound, TIMES_REFERENCE * _loss_error(captured, exact)), bounds, "captured graph: ")
+    return _compared(captured, eager, max(bound, TIMES_REFERENCE * loss_error(captured.loss, exact.loss)), bounds, "captured graph: ")
 
 
 def _check_capture_in_float64(
@@ -208,10 +234,6 @@ def _compared(graph: Step, eager: Step, bound: float, bounds: float | Mapping[st
     """The graph's loss and gradients against the model's own."""
     found = {name: graph.gradients.get(name, torch.zeros_like(gradient)) for name, gradient in eager.gradients.items()}
     return [
-        Difference(name=f"{prefix}loss", error=_loss_error(graph, eager), bound=bound),
+        Difference(name=f"{prefix}loss", error=loss_error(graph.loss, eager.loss), bound=bound),
         *compare_gradients(found, eager.gradients, bounds, f"{prefix}gradient of "),
     ]
-
-
-def _loss_error(found: Step, reference: Step) -> float:
-    return abs(found.loss - reference.loss) / max(abs(reference.loss), 1e-300)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -23,19 +24,23 @@ from shardwise.runtime.transport import Transport
 from shardwise.runtime.weights import LiveWeights, local_part, own_part
 from shardwise.verify.cast import cast_tensor
 from shardwise.verify.compare import relative_error
+from shardwise.verify.one_device import RATE, adamw_step
 
 __all__ = ["Part", "on_processes", "on_threads"]
 
 _WAIT_S = 120.0
-_RATE = 1e-3
 _CPU = torch.device("cpu")
+Losses = tuple[float, float]
+"""Of the step, and after it."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Part:
-    """One rank's share of a step. update_error: the largest of a parameter after the optimizer's step on one device's gradients."""
+    """One rank's share of a step. update_error: the largest of a parameter after the optimizer's step on one device's gradients;
+    loss_after: the same batch's after it."""
 
     loss: float
+    loss_after: float
     coordinates: dict[str, int]
     mesh: dict[str, int]
     parts: dict[str, ParameterPart]
@@ -90,7 +95,8 @@ def _process(work: Work) -> Part:
     job = Job(work.graph, work.plan, applied, LiveWeights(state), optimizer, device=_CPU, seed=work.seed, timeout_s=_WAIT_S)
     optimizer.program = job.program
     loss = job.step(work.batch)
-    return _part(job.program, work, loss, job.state, job.gradient())
+    found = _part(job.program, work, (loss, math.nan), job.state, job.gradient())
+    return replace(found, loss_after=job.evaluate(work.batch))
 
 
 def on_threads(work: Work, programs: Mapping[int, Program]) -> list[Part]:
@@ -101,12 +107,12 @@ def on_threads(work: Work, programs: Mapping[int, Program]) -> list[Part]:
         done = run_ranks(work.plan.ranks, lambda rank, transport: _thread(programs[rank], work, transport))
     finally:
         torch.set_num_threads(threads)
-    total = sum(loss for loss, _ in done if loss is not None)
-    return [make(total) for _, make in done]
+    totals = sum(losses[0] for losses, _ in done), sum(losses[1] for losses, _ in done)
+    return [make(totals) for _, make in done]
 
 
-def _thread(program: Program, work: Work, transport: Transport) -> tuple[float | None, Callable[[float], Part]]:
-    """What this rank adds to the loss (None: others add the same), and its part, given the whole loss."""
+def _thread(program: Program, work: Work, transport: Transport) -> tuple[Losses, Callable[[Losses], Part]]:
+    """What this rank adds to the losses (nothing where others add the same), and its part, given the whole losses."""
     parts = [*program.parameters, *program.buffers]
     state = {part.name: own_part(work.state[part.name], part, program, _CPU).clone() for part in parts}
     gradients = Gradients(program, transport, work.plan.chooser(), _CPU)
@@ -120,15 +126,15 @@ def _thread(program: Program, work: Work, transport: Transport) -> tuple[float |
 
     executor = Executor(program, state, gradients, transport, _CPU)
     batch = batch_part(work.graph, work.plan, program, work.batch, _CPU)
-    for prelude in executor.preludes.values():
-        prelude.run(batch)  # a step leaves nothing behind that changes the next
     loss = executor.step(batch, step_key(work.seed, 1), update)
-    return (loss if program.counts_loss else None), lambda total: _part(program, work, total, state, gradients.parts)
+    after = executor.evaluate(batch, step_key(work.seed, 1))
+    return (loss, after) if program.counts_loss else (0.0, 0.0), lambda totals: _part(program, work, totals, state, gradients.parts)
 
 
-def _part(program: Program, work: Work, loss: float, state: Mapping[str, Tensor], gradients: Mapping[str, Tensor]) -> Part:
+def _part(program: Program, work: Work, losses: Losses, state: Mapping[str, Tensor], gradients: Mapping[str, Tensor]) -> Part:
     return Part(
-        loss=loss,
+        loss=losses[0],
+        loss_after=losses[1],
         coordinates=dict(program.coordinates),
         mesh=dict(program.mesh),
         parts={part.name: part for part in program.parameters if part.requires_grad},
@@ -152,7 +158,7 @@ class _Optimizer:
 
     def __call__(self, named: Iterable[tuple[str, nn.Parameter]]) -> torch.optim.Optimizer:
         trained = dict(named)
-        optimizer = torch.optim.AdamW(trained.values(), lr=_RATE)
+        optimizer = torch.optim.AdamW(trained.values(), lr=RATE)
         optimizer.register_step_pre_hook(lambda *_: self._give(trained))
         return optimizer
 
@@ -168,12 +174,5 @@ class _Optimizer:
 
 def _update_error(part: ParameterPart, program: Program, work: Work, state: Mapping[str, Tensor]) -> float:
     """What this rank holds of a parameter after the step, against AdamW on the whole."""
-    whole = _adamw(work.state[part.name], work.reference[part.name])
+    whole = adamw_step(work.state[part.name], work.reference[part.name])
     return relative_error(state[part.name], own_part(whole, part, program, _CPU), 1e-30)
-
-
-def _adamw(start: Tensor, gradient: Tensor) -> Tensor:
-    parameter = nn.Parameter(start.clone(memory_format=torch.contiguous_format))
-    parameter.grad = gradient.clone(memory_format=torch.contiguous_format)
-    torch.optim.AdamW([parameter], lr=_RATE).step()
-    return parameter.detach()

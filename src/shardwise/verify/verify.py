@@ -36,6 +36,7 @@ from shardwise.verify.compare import (
     Difference,
     compare_gradients,
     gradient_norm,
+    loss_error,
     relative_error,
 )
 from shardwise.verify.one_device import Reference, Step, prepare
@@ -173,12 +174,13 @@ def check_lowered(reference: Reference, plan: Plan, built: Lowered, *, processes
 def _compare(split: list[Part], exact: Step, reference: Step, dtype: torch.dtype) -> list[Difference]:
     floor = 1e-3 * gradient_norm(exact.gradients)
     own = {name: relative_error(reference.gradients[name], gradient, floor) for name, gradient in exact.gradients.items()}
-    own_loss = abs(reference.loss - exact.loss) / max(abs(exact.loss), 1e-300)
+    own_loss, own_after = loss_error(reference.loss, exact.loss), loss_error(reference.loss_after, exact.loss_after)
 
     def bound(error: float) -> float:
         return FLOAT64_BOUND if dtype is torch.float64 else max(FLOAT32_BOUND, TIMES_REFERENCE * error)
 
-    found = [Difference(name="loss", error=abs(split[0].loss - exact.loss) / max(abs(exact.loss), 1e-300), bound=bound(own_loss))]
+    found = [Difference(name="loss", error=loss_error(split[0].loss, exact.loss), bound=bound(own_loss))]
+    found.append(Difference(name="loss after the step", error=loss_error(split[0].loss_after, exact.loss_after), bound=bound(own_after)))
     found += [Difference(name=f"loss on rank {rank}", error=abs(part.loss - split[0].loss), bound=0.0) for rank, part in enumerate(split)]
     whole = {name: _whole(name, split) for name in exact.gradients}
     found += compare_gradients(
