@@ -107,8 +107,8 @@ def test_attention_dropout_of_grouped_heads() -> None:
     batch = {"x": torch.randn(4, 3, 6), "labels": torch.randint(0, 6, (4, 3))}
     graph = capture(model, batch)
     for op in graph.ops:
-        if op.target is operators.keyed_dropout:
-            op.args = (*op.args[:2], 0.0)
+        if op.target is operators.dropped_attention:
+            op.args = (*op.args[:4], 0.0, *op.args[5:])
     query = model.linear(batch["x"])
     heads, keys = query.view(4, 3, 3, 2).transpose(1, 2), query[..., :2].reshape(4, 1, 3, 2)
     wanted = F.scaled_dot_product_attention(heads, keys, keys, is_causal=True, enable_gqa=True).square().mean()

@@ -126,6 +126,24 @@ def _raw(tensors: Sequence[Tensor]) -> list[bytes]:
     return [tensor.numpy().tobytes() for tensor in tensors]
 
 
+def _check_shifts() -> int:
+    """Several under way at once arrive in their order, whatever their sizes; the tensors that are sent stay as they are."""
+    rank, ranks, count = dist.get_rank(), dist.get_world_size(), 0
+    for sizes, dtype in product(SIZES[ranks], DTYPES):
+        sent = [
+            [_tensor((3, size, 2), dtype, 10 * place + number, strided=False) for number in range(3)] for place, size in enumerate(sizes)
+        ]
+        received = [torch.empty_like(each) for each in sent[rank - 1]]
+        copies = [each.clone() for each in sent[rank]]
+        waits = [collectives.start_shift(x, into, None) for x, into in zip(copies, received, strict=True)]
+        for number in (1, 0, 2):
+            waits[number]()
+        assert all(torch.equal(got, gave) for got, gave in zip(received, sent[rank - 1], strict=True))
+        assert all(torch.equal(copy, gave) for copy, gave in zip(copies, sent[rank], strict=True))
+        count += 1
+    return count
+
+
 def _check_subgroup() -> None:
     """Group ranks are not global ranks: the last two ranks alone, the others stand by."""
     ranks = dist.get_world_size()
@@ -151,7 +169,14 @@ def _check_errors() -> None:
 
 
 def _everything() -> tuple[int, list[bytes]]:
-    count = _check_all_reduce() + _check_all_gather() + _check_reduce_scatter() + _check_all_to_all() + _check_ragged_dispatch()
+    count = (
+        _check_all_reduce()
+        + _check_all_gather()
+        + _check_reduce_scatter()
+        + _check_all_to_all()
+        + _check_ragged_dispatch()
+        + _check_shifts()
+    )
     _check_subgroup()
     if dist.get_rank() == 0:
         _check_errors()

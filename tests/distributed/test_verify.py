@@ -35,7 +35,7 @@ CASES: dict[str, tuple[Callable[[], Example], int, str]] = {
     "unet tp2": (unet, 2, "tp=2"),
     "gpt2 dropout tp2": (lambda: gpt2(layers=1, dropout=0.1), 2, "tp=2"),
     "gpt2 dropout dp2": (lambda: gpt2(layers=1, dropout=0.1), 2, "dp=2,microbatches=2"),
-    "gpt2, 31 tokens, dp2 cp2": (lambda: gpt2(layers=1, sequence=31), 4, "dp=2,cp=2,microbatches=2"),
+    "gpt2, 31 tokens, dp2 cp2": (lambda: gpt2(layers=1, sequence=31), 4, "dp=2,cp=2,microbatches=2,attention=ring"),
     "gpt2 tp2 pp2": (lambda: gpt2(layers=1), 4, "tp=2,pp=2"),
 }
 

@@ -149,3 +149,5 @@ def _labels(classes: int, *shape: int) -> Tensor:
 def random() -> Iterator[Sample]:
     state = torch.tensor([123456789012345, 0])
     yield from (sample(operators.keyed_dropout, x(*shape), state, 0.3, key=5) for shape in ((24,), (4, 5), (4, 3, 6)))
+    for mask, causal in ((None, True), (_mask(2, 1, 6, 6), False), (x(6, 6), False)):
+        yield sample(operators.dropped_attention, x(2, 4, 6, 3), x(2, 2, 6, 3), x(2, 2, 6, 4), mask, 0.3, causal, 0.4, state, key=5)

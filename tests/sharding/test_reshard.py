@@ -13,7 +13,7 @@ from shardwise.runtime.group import create_groups
 from shardwise.runtime.launch import launch
 from shardwise.sharding.collectives import group_name
 from shardwise.sharding.dealing import combine, coordinates, distribute, group_along, require_same
-from shardwise.sharding.reshard import Axis, Reshard, collective_of, dual, moves, reshard
+from shardwise.sharding.reshard import Axis, Reshard, collective_of, dual, moves, reshard, within
 from shardwise.sharding.types import I, P, Placement, R, Shard, Type, local_shape
 
 SHAPE = (10, 12, 4)  # 10: uneven on 3 ranks; blocks of 5 and 6 on 2 and 3 ranks; 4 uneven on 3
@@ -30,6 +30,8 @@ PLACEMENTS: tuple[Placement, ...] = (
     Shard(1, 2, 2),
     Shard(0, owner=1),
     Shard(1, owner=0),
+    Shard(0, mirrored=True),
+    Shard(1, blocks=2, mirrored=True),
 )
 PAIRS = list(permutations(PLACEMENTS, 2))
 
@@ -100,7 +102,9 @@ def test_a_gradient_has_a_type() -> None:
 
 MESH = {"cp": 2, "tp": 3}
 PAIRED = (P, R, I, Shard(0), Shard(1), Shard(0, unit=2))
+BLOCKS = Shard(1, blocks=3)  # of which each rank of tp has one
 ON_TWO = [{"cp": cp, "tp": tp} for cp, tp in product(PAIRED, repeat=2) if (cp, tp) != (Shard(0), Shard(0, unit=2))]  # 5 rows: no pairs
+ON_TWO += [{"cp": BLOCKS, "tp": tp} for tp in (R, P, Shard(0), Shard(1))]
 
 
 def through_moves(made: Type, wanted: Type, held: Tensor, seed: Tensor, rank: int) -> tuple[Tensor, Tensor]:
@@ -108,11 +112,19 @@ def through_moves(made: Type, wanted: Type, held: Tensor, seed: Tensor, rank: in
     place = coordinates(MESH)[rank]
     leaf = held.clone().requires_grad_()
     now, result = dict(made), leaf.view_as(leaf)
-    for axis, target in moves(made, wanted):
+    for axis, target in moves(made, wanted, MESH):
         source, others = now[axis], {name: each for name, each in now.items() if name != axis}
         sizes = [local_shape(SHAPE, others, MESH, place)[each.dim] if isinstance(each, Shard) else 0 for each in (source, target)]
         along = Axis(name=axis, group=group_along(MESH, axis, place), ranks=MESH[axis], rank=place[axis])
-        result = reshard(result, Reshard(source=source, target=target, axis=along, source_size=sizes[0], target_size=sizes[1]))
+        inner = {"tp": now["tp"]} if axis == "cp" else {}
+        step = Reshard(
+            source=within(source, inner, MESH),
+            target=within(target, inner, MESH),
+            axis=along,
+            source_size=sizes[0],
+            target_size=sizes[1],
+        )
+        result = reshard(result, step)
         now[axis] = target
     assert now == wanted
     (gradient,) = torch.autograd.grad(result, leaf, seed)
@@ -143,6 +155,16 @@ def test_only_an_inner_axis_of_a_dim_that_changes_is_taken_together() -> None:
     assert moves({"dp": R, "cp": Shard(0), "tp": P}, outer) == [("cp", R), ("tp", Shard(0))]
     every = dict.fromkeys(both, Shard(0))
     assert moves(every, {**every, "dp": R}) == [("tp", I), ("cp", I), ("dp", R), ("cp", Shard(0)), ("tp", Shard(0))]
+
+
+def test_an_outer_axis_that_splits_whole_blocks_of_an_inner_ones_changes_alone() -> None:
+    before, after = {"cp": Shard(0), "tp": Shard(1)}, {"cp": BLOCKS, "tp": Shard(1)}
+    assert moves(before, after, MESH) == [("cp", BLOCKS)] and moves(after, before, MESH) == [("cp", Shard(0))]
+    assert moves(before, after) == [("tp", I), ("cp", BLOCKS), ("tp", Shard(1))]
+    assert moves(before, {"cp": Shard(1, blocks=2), "tp": Shard(1)}, MESH) == [("tp", I), ("cp", Shard(1, blocks=2)), ("tp", Shard(1))]
+    assert moves(after, {"cp": Shard(0), "tp": R}, MESH) == [("tp", R), ("cp", Shard(0))]
+    with pytest.raises(AssertionError, match="is not in 3 times so many blocks"):
+        within(Shard(1, blocks=2), {"tp": Shard(1)}, MESH)
 
 
 def _on_a_real_rank(ranks: int) -> list[tuple[Tensor, Tensor]]:

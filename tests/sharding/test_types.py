@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -26,18 +28,38 @@ def owned_dims(draw: st.DrawFn) -> tuple[int, Shard, int]:
     return draw(st.integers(0, 9)), Shard(draw(st.integers(0, 2)), owner=draw(st.integers(0, ranks - 1))), ranks
 
 
+@st.composite
+def mirrored_dims(draw: st.DrawFn) -> tuple[int, Shard, int]:
+    """The same for a dim of which each rank has a run from each end."""
+    size, shard, ranks = draw(split_dims())
+    return size, replace(shard, mirrored=True), ranks
+
+
 def whole_tensor(size: int, dim: int) -> torch.Tensor:
     shape = [3, 2, 4]
     shape[dim] = size
     return torch.arange(shape[0] * shape[1] * shape[2]).reshape(shape)
 
 
-@given(split_dims() | owned_dims())
+@given(split_dims() | owned_dims() | mirrored_dims())
 def test_every_element_is_on_one_rank(case: tuple[int, Shard, int]) -> None:
     size, shard, ranks = case
     held = [part(size, shard, ranks, rank).indices() for rank in range(ranks)]
     assert sorted(torch.cat(held).tolist()) == list(range(size))
     assert [len(each) for each in held] == lengths(size, shard, ranks) == [part(size, shard, ranks, rank).length for rank in range(ranks)]
+
+
+@given(mirrored_dims())
+def test_a_run_from_each_end(case: tuple[int, Shard, int]) -> None:
+    """The first rank has the first and the last pieces, as many as the others but for one or two."""
+    size, shard, ranks = case
+    held = lengths(size, shard, ranks)
+    assert max(held) - min(held) <= 2 * shard.blocks * shard.unit
+    whole = part(size, shard, ranks, 0)
+    if size >= 2 * ranks * shard.blocks * shard.unit:
+        assert whole.start == 0 and whole.runs[-1][1] == whole.block
+    for rank in range(ranks):
+        assert all(end % shard.unit == 0 for run in part(size, shard, ranks, rank).runs for end in run)
 
 
 @given(split_dims())
@@ -50,7 +72,7 @@ def test_pieces_are_spread_evenly_and_never_cut(case: tuple[int, Shard, int]) ->
         assert held.start % shard.unit == held.stop % shard.unit == 0
 
 
-@given(split_dims() | owned_dims())
+@given(split_dims() | owned_dims() | mirrored_dims())
 def test_take_follows_the_indices_and_join_reverses_it(case: tuple[int, Shard, int]) -> None:
     size, shard, ranks = case
     whole = whole_tensor(size, shard.dim)
@@ -60,7 +82,7 @@ def test_take_follows_the_indices_and_join_reverses_it(case: tuple[int, Shard, i
     assert torch.equal(join(parts, shard), whole)
 
 
-@given(split_dims() | owned_dims())
+@given(split_dims() | owned_dims() | mirrored_dims())
 def test_canonical_describes_the_same_parts(case: tuple[int, Shard, int]) -> None:
     size, shard, ranks = case
     simple = canonical(shard, size, ranks)

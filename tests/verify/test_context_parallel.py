@@ -276,7 +276,7 @@ def collectives(graph: Any) -> Counter[str]:
 @pytest.mark.parametrize("make", [gpt2, lambda: gpt2(dropout=0.1), llama, bert])
 def test_only_keys_and_values_are_gathered(make: Callable[[], Example]) -> None:
     """Of two layers: those of each layer forward, their gradients backward, and nothing of what depends on the batch alone."""
-    programs = programs_of(make(), "cp=2,microbatches=2")
+    programs = programs_of(make(), "cp=2,attention=gather,microbatches=2")
     for program in programs.values():
         assert collectives(only_stage(program).prelude) == {}
         assert collectives(only_stage(program).forward) == {"all_gather": 4}
@@ -300,8 +300,8 @@ def test_a_rank_holds_its_part_of_what_is_saved() -> None:
 
 
 def test_a_plan_says_what_is_split_over_the_sequence() -> None:
-    plan = planned(gpt2(layers=1), "cp=2,tp=2,microbatches=1")
-    assert plan.layout == "dp=1,cp=2,tp=2,pp=1,microbatches=1,schedule=1f1b"
+    plan = planned(gpt2(layers=1), "cp=2,tp=2,attention=gather,microbatches=1")
+    assert plan.layout == "dp=1,cp=2,tp=2,pp=1,microbatches=1,attention=gather,schedule=1f1b"
     assert plan.sequence_dims == {"input_ids": 1, "labels": 1} and plan.ranks == 4
     text = " ".join(str(plan).split())
     assert "2 ranks share each sequence (cp) × 2 ranks share each operator (tp)" in text
@@ -314,7 +314,7 @@ def test_a_plan_says_what_is_split_over_the_sequence() -> None:
 def test_a_plan_without_cp_is_read() -> None:
     """As plans were written before there was such an axis."""
     plan = planned(gpt2(layers=1), "dp=2,microbatches=1")
-    before = plan.model_dump(exclude={"cp", "sequence_dims"})
+    before = plan.model_dump(exclude={"cp", "sequence_dims", "attention"})
     assert Plan.model_validate(before) == plan and plan.cp == 1 and "cp" not in plan.layout
 
 

@@ -240,41 +240,14 @@ def _instance_norm(call: Request) -> Value | None:
 
 
 def _attention(call: Request) -> Value | None:
-    """With dropout: softmax(q kᵀ · scale + mask), keyed dropout, · v, whose random mask does not depend on the kernel."""
-    query, key, value, mask = (*call.args[:3], call.get("attn_mask"))
+    """With dropout `shardwise.dropped_attention`, whose random mask does not depend on the kernel."""
+    query, key, value = call.args[:3]
     if not call.get("dropout_p"):
         return None
-    like, heads = call.meta.new_empty, query.shape[-3] if len(query.shape) > 2 else 1
-    if call.get("enable_gqa"):  # each key head serves several query heads
-        key, value = (
-            call.add(aten.repeat_interleave.self_int, each, heads // each.shape[-3], -3, meta=like(_with_heads(each, heads)))
-            for each in (key, value)
-        )
-    scores_like = like((*query.shape[:-1], key.shape[-2]))
-    turned = call.add(aten.transpose.int, key, -2, -1, meta=like((*key.shape[:-2], key.shape[-1], key.shape[-2])))
-    scores = call.add(aten.matmul.default, query, turned, meta=scores_like)
-    scores = call.add(aten.mul.Tensor, scores, call.get("scale") or 1 / math.sqrt(query.shape[-1]), meta=scores_like)
-    if call.get("is_causal"):
-        mask = _causal_mask(call, query.shape[-2], key.shape[-2])
-    if mask is not None and mask.dtype == torch.bool:
-        outside = call.add(aten.logical_not.default, mask, meta=like(mask.shape, dtype=torch.bool))
-        scores = call.add(aten.masked_fill.Scalar, scores, outside, float("-inf"), meta=scores_like)
-    elif mask is not None:
-        scores = call.add(aten.add.Tensor, scores, mask, meta=scores_like)
-    weights = call.add(aten.softmax.int, scores, -1, meta=scores_like)
-    return call.add(aten.matmul.default, keyed.dropped(call, weights, call.get("dropout_p"), scores_like), value)
-
-
-def _with_heads(value: Value, heads: int) -> tuple[int, ...]:
-    return (*value.shape[:-3], heads, *value.shape[-2:])
-
-
-def _causal_mask(call: Request, queries: int, keys: int) -> Value:
-    """bool [queries, keys]: query i sees the keys up to i."""
-    like = call.meta.new_empty
-    rows, columns = (call.add(aten.arange.default, count, meta=like(count, dtype=torch.int64)) for count in (queries, keys))
-    rows = call.add(aten.unsqueeze.default, rows, 1, meta=like((queries, 1), dtype=torch.int64))
-    return call.add(aten.le.Tensor, columns, rows, meta=like((queries, keys), dtype=torch.bool))
+    scale = call.get("scale") or 1 / math.sqrt(query.shape[-1])
+    constants = float(call.get("dropout_p")), bool(call.get("is_causal")), scale
+    state, number = call.builder.random_state(), call.builder.random_key()
+    return call.add(operators.dropped_attention, query, key, value, call.get("attn_mask"), *constants, state, key=number)
 
 
 def _slice_scatter(call: Request) -> Value | None:

@@ -24,6 +24,7 @@ __all__ = [
     "batch_norm_fixed",
     "cross_entropy_each",
     "cross_entropy_sum",
+    "dropped_attention",
     "instance_norm",
     "keyed_draw",
     "keyed_dropout",
@@ -185,6 +186,44 @@ def keyed_dropout(x: Tensor, random_state: Tensor, probability: float, *, key: i
     return dropped(x, keyed_keep(whole(x.shape, x.device), random_state, probability, key), probability)
 
 
+def dropped_attention(
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    mask: Tensor | None,
+    probability: float,
+    causal: bool,
+    scale: float,
+    random_state: Tensor,
+    *,
+    key: int,
+) -> Tensor:
+    """softmax(q kᵀ · scale + mask), dropout as `keyed_dropout`, · v; mask and causal are scaled_dot_product_attention's.
+
+    queries [..., h, q, d], keys [..., g, k, d], values [..., g, k, e] → [..., h, q, e], where each head of keys serves h / g of queries.
+    """
+    weights = attention_weights(queries, keys, mask, causal=causal, scale=scale)
+    keep = keyed_keep(whole(weights.shape, weights.device), random_state, probability, key)
+    return dropped(weights, keep, probability) @ each_head(values, queries)
+
+
+def attention_weights(query: Tensor, key: Tensor, mask: Tensor | None, *, causal: bool, scale: float) -> Tensor:
+    """softmax(q kᵀ · scale + mask); a mask of truth values says which keys are seen."""
+    scores = query @ each_head(key, query).transpose(-2, -1) * scale
+    if causal:
+        rows, columns = (torch.arange(size, device=query.device) for size in scores.shape[-2:])
+        mask = columns <= rows[:, None]
+    if mask is not None:
+        scores = scores.masked_fill(mask.logical_not(), float("-inf")) if mask.dtype == torch.bool else scores + mask
+    return scores.softmax(-1)
+
+
+def each_head(x: Tensor, query: Tensor) -> Tensor:
+    """Of keys, or values, with fewer heads than the queries those of each query head."""
+    each = query.shape[-3] // x.shape[-3] if x.dim() > 2 else 1
+    return x if each == 1 else x.repeat_interleave(each, -3)
+
+
 def keyed_draw(
     random_state: Tensor, shape: Sequence[int], distribution: str, parameters: Sequence[float], dtype: torch.dtype, *, key: int
 ) -> Tensor:
@@ -222,7 +261,7 @@ def keyed_permutation(random_state: Tensor, count: int, dtype: torch.dtype, *, k
 
 
 # Operators that draw random numbers → which of their inputs is the random state.
-KEYED: dict[Any, int] = {keyed_dropout: 1, keyed_draw: 0, keyed_multinomial: 1, keyed_permutation: 0}
+KEYED: dict[Any, int] = {keyed_dropout: 1, keyed_draw: 0, keyed_multinomial: 1, keyed_permutation: 0, dropped_attention: -1}
 
 
 def strided(x: Tensor, size: Sequence[int], stride: Sequence[int], offset: int) -> Tensor:

@@ -40,7 +40,11 @@ ModelOption = Annotated[
 ]
 ClusterOption = Annotated[str, typer.Option("--cluster", help="local:N, N ranks on this machine, or a cluster file (.toml).")]
 LayoutOption = Annotated[
-    str | None, typer.Option("--layout", help="What to pin: tp=2,pp=2,microbatches=4, or dp=4,zero=3, or dp=4,ep=2. The rest is searched.")
+    str | None,
+    typer.Option(
+        "--layout",
+        help="What to pin, such as tp=2,pp=2,microbatches=4, dp=4,zero=3, dp=4,ep=2 or cp=4,attention=ring. The rest is searched.",
+    ),
 ]
 ScheduleOption = Annotated[
     str | None,

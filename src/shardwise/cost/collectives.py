@@ -8,11 +8,14 @@
     all_to_all       a rank's input (its result is about as large); the global tensor is ``ranks`` times that
     broadcast        the tensor
     send_recv        the tensor sent
+    shift            the tensor that each rank sends to the next
 
 **Other group sizes.** The time of a group of n that was not measured is that of the nearest measured group size m (the larger of
 two equally near), with its latency scaled by (n − 1)/(m − 1), the messages of a pairwise exchange or the steps of a ring, and the
 rest by the bytes that a rank sends: all_reduce, all_gather, reduce_scatter and all_to_all (n − 1)/n ÷ (m − 1)/m, broadcast and
 send_recv 1 (Thakur, Rabenseifner, Gropp, 2005). `exchange` and `native` are scaled alike.
+
+A shift takes what one of the ranks − 1 rounds does in which an all_gather of all their tensors sends them round a ring.
 """
 
 from __future__ import annotations
@@ -25,6 +28,9 @@ from shardwise.cluster.topology import Crossing, Machines
 from shardwise.cost.links import link_seconds
 
 __all__ = ["CollectiveCost", "Shares", "collective_cost", "collective_seconds", "collective_shares", "crossing_of"]
+
+
+_ROUNDS = ("native", "exchange")  # all_gathers that send parts round
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +55,11 @@ def collective_shares(kind: str, impl: str, message_bytes: float, ranks: int, cl
     seconds = collective_seconds(kind, impl, message_bytes, ranks, cluster, stride)
     if cluster.cores is None or ranks <= 1:
         return Shares(compute_s=0.0, communicate_s=seconds)
+    if kind == "shift":
+        kind, message_bytes, rounds = "all_gather", message_bytes * ranks, ranks - 1
+        impl = min(_ROUNDS, key=lambda each: collective_seconds(kind, each, message_bytes, ranks, cluster, stride))
+        share = collective_shares(kind, impl, message_bytes, ranks, cluster, stride)
+        return Shares(compute_s=share.compute_s / rounds, communicate_s=share.communicate_s / rounds)
     rate = _nearest(kind, impl, ranks, cluster)
     busy = min(_scaled(rate, rate.busy_for(message_bytes), rate.busy_for(0.0), ranks), seconds) if rate else 0.0
     return Shares(compute_s=busy, communicate_s=max(0.0, seconds - busy * max(1.0, cluster.ranks / cluster.cores)))
@@ -59,7 +70,7 @@ def collective_cost(kind: str, message_bytes: float, ranks: int, cluster: Cluste
     within a group of one."""
     if ranks <= 1:
         return CollectiveCost(seconds=0.0, impl="native")
-    if cluster.machines is not None:
+    if cluster.machines is not None or kind == "shift":
         return CollectiveCost(seconds=collective_seconds(kind, "native", message_bytes, ranks, cluster, stride), impl="native")
     costs = {impl: collective_seconds(kind, impl, message_bytes, ranks, cluster) for impl in IMPLEMENTATIONS[kind]}
     impl = min(costs, key=costs.__getitem__)
@@ -71,6 +82,8 @@ def collective_seconds(kind: str, impl: str, message_bytes: float, ranks: int, c
     """Time, s, of one implementation; infinite where the cluster has no figures of it."""
     if ranks <= 1:
         return 0.0
+    if kind == "shift":
+        return min(collective_seconds("all_gather", each, message_bytes * ranks, ranks, cluster, stride) for each in _ROUNDS) / (ranks - 1)
     if cluster.machines is not None:
         return link_seconds(kind, message_bytes, crossing_of(cluster.machines, ranks, stride))
     rate = _nearest(kind, impl, ranks, cluster)

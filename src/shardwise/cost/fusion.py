@@ -25,6 +25,7 @@ _HEAVY = MATMULS | {
     "_grouped_mm",
     "expert_mm",
     "expert_outer",
+    "end_shift",
 }
 _APART = frozenset(
     {"embedding", "embedding_dense_backward", "index", "index_put", "index_add", "scatter", "scatter_add", "gather", "sort", "topk"}

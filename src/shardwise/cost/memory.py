@@ -9,8 +9,9 @@ import torch
 from torch import fx
 
 from shardwise.cost.operators import is_inplace, is_view
+from shardwise.sharding.collectives import is_end_of_shift, is_shift
 
-__all__ = ["Liveness", "bases", "changes", "liveness", "tensor_bytes"]
+__all__ = ["Liveness", "bases", "changes", "liveness", "made_bytes", "tensor_bytes"]
 
 
 def tensor_bytes(meta: Any) -> int:
@@ -20,6 +21,15 @@ def tensor_bytes(meta: Any) -> int:
     if isinstance(meta, (tuple, list)):
         return sum(tensor_bytes(item) for item in meta)
     return 0
+
+
+def made_bytes(node: fx.Node) -> int:
+    """Bytes that a node takes when it is made: of its result, and of what arrives by a shift that it begins."""
+    if not is_shift(node.target):
+        return tensor_bytes(node.meta.get("val"))
+    x, _, dim, sizes, step, rank, _ = node.args
+    whole = x.meta["val"]  # type: ignore[union-attr]
+    return tensor_bytes(whole) // whole.shape[dim] * sizes[(rank - step - 1) % len(sizes)]  # type: ignore[operator, index, arg-type]
 
 
 class Liveness:
@@ -50,7 +60,7 @@ def liveness(
     the graph returns.
     """
     base = bases(graph, aliases or {})
-    sizes = {owner: 0 if owner in unwritten else tensor_bytes(owner.meta.get("val")) for owner in set(base.values())}
+    sizes = {owner: 0 if owner in unwritten else made_bytes(owner) for owner in set(base.values())}
     now = peak = 0
     for owner, made in changes(graph, base, keeps):
         if made:
@@ -92,4 +102,4 @@ def bases(graph: fx.Graph, known: Mapping[fx.Node, fx.Node]) -> dict[fx.Node, fx
 
 def _shares_memory(target: Any) -> bool:
     """Whether an operator's result lies in its first argument's memory."""
-    return isinstance(target, torch._ops.OpOverload) and (is_view(target) or is_inplace(target))
+    return isinstance(target, torch._ops.OpOverload) and (is_view(target) or is_inplace(target) or is_end_of_shift(target))

@@ -11,7 +11,9 @@ import torch
 __all__ = ["FREE", "MATMULS", "is_inplace", "is_view", "kernel_of", "name_of", "reads_only_rows", "writes_only"]
 
 MATMULS: Final = frozenset({"mm", "addmm", "bmm", "baddbmm", "linear", "matmul"})
-FREE: Final = frozenset({"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_assert_tensor_metadata", "sym_size"})
+FREE: Final = frozenset(
+    {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_assert_tensor_metadata", "sym_size", "end_shift"}
+)
 
 _VIEWS: Final = frozenset({"_unsafe_view", "detach", "lift_fresh_copy", "_reshape_alias"})
 _MAYBE_COPIES: Final = frozenset({"reshape", "contiguous", "flatten", "to", "dropout"})

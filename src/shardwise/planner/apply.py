@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from shardwise.capture.blocks import block_pattern
@@ -12,6 +12,7 @@ from shardwise.errors import LayoutError, PlanError
 from shardwise.planner.plan import Plan, Random, looked_up, op_with_key, read_choice, read_placement
 from shardwise.program.lower import Cut
 from shardwise.sharding.assignment import Assignment, possible, routed_rows, set_choice, split_sizes
+from shardwise.sharding.context import SharedAttention, share_attention
 from shardwise.sharding.data import batch_choices, microbatch_obstacle, prelude_of, split_batch
 from shardwise.sharding.experts import Experts, experts_of, split_experts
 from shardwise.sharding.rules import signature_of
@@ -42,6 +43,10 @@ class Analysis:
     def experts(self) -> Experts:
         """What there is for the expert axis to divide."""
         return experts_of(self.graph, self.signatures, self.batch)
+
+    def shared(self, attention: str, cp: int, tp: int) -> SharedAttention:
+        """Which attention the ranks of cp can do together in this way."""
+        return share_attention(attention, self.signatures, self.sequence, self.batch, cp=cp, tp=tp)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,6 +83,7 @@ def assign(
     shares: Sequence[int] = (),
     *,
     ep: int = 1,
+    attention: str = "gather",
     zero: int = 0,
     shard: int = 0,
 ) -> Assignment:
@@ -85,7 +91,7 @@ def assign(
 
     ep: of the dp data ranks so many neighbours divide the experts; LayoutError where there are none, or ep does not divide them.
     shares: in which proportion the data ranks divide the samples; LayoutError where an operator takes equal parts of them only.
-    zero, shard: as of `Assignment`.
+    attention: how the ranks of cp do it together, where they can. zero, shard: as of `Assignment`.
     """
     if equal := [op for op, choice in analysis.batch.items() if shares and not analysis.signatures[op].splits[choice.factor].uneven]:
         where = f"{equal[0].name} in {equal[0].module or 'the model'}"
@@ -93,11 +99,16 @@ def assign(
             f"shares={':'.join(map(str, shares))} divides the batch unevenly, but {where} takes equal parts only; leave them out"
         )
     mesh = {"dp": dp // ep, "mb": microbatches} | ({"ep": ep} if ep > 1 else {}) | {"cp": cp, "tp": tp}
-    assignment = Assignment(graph=analysis.graph, mesh=mesh, signatures=analysis.signatures, shares=tuple(shares), zero=zero, shard=shard)
+    shared = analysis.shared(attention, cp, tp) if cp > 1 else SharedAttention()
+    signatures = {**analysis.signatures, **shared.signatures}
+    assignment = Assignment(graph=analysis.graph, mesh=mesh, signatures=signatures, shares=tuple(shares), zero=zero, shard=shard)
     split_batch(assignment, analysis.batch, analysis.prelude)
     if ep > 1:
         split_experts(assignment, analysis.experts, analysis.batch, analysis.prelude)
-    split_sequence(assignment, analysis.sequence if cp > 1 else {}, analysis.batch, analysis.prelude)
+    sequence = {**analysis.sequence, **shared.choices} if cp > 1 else {}
+    if shared.mirrored(cp):
+        sequence = {op: replace(choice, mirrored=True) for op, choice in sequence.items()}
+    split_sequence(assignment, sequence, analysis.batch, analysis.prelude)
     return assignment
 
 
@@ -117,7 +128,18 @@ def apply_plan(plan: Plan, graph: Graph, *, same_fingerprint: bool = True) -> Ap
     analysis = analyse(graph, plan.random, _sequence_dims(plan, graph))
     if plan.microbatches > 1 and (obstacle := microbatch_obstacle(graph, analysis.signatures, analysis.batch, analysis.prelude)):
         raise PlanError(f"microbatches={plan.microbatches} would change the numbers: {obstacle}; use microbatches=1")
-    assignment = assign(analysis, plan.dp, plan.microbatches, plan.tp, plan.cp, plan.shares, ep=plan.ep, zero=plan.zero, shard=plan.shard)
+    assignment = assign(
+        analysis,
+        plan.dp,
+        plan.microbatches,
+        plan.tp,
+        plan.cp,
+        plan.shares,
+        ep=plan.ep,
+        attention=plan.attention,
+        zero=plan.zero,
+        shard=plan.shard,
+    )
     for op in graph.ops:
         text = looked_up(plan.operators, op.key) or "R"
         choice = Choice("R") if op in analysis.prelude else read_choice(text, op.key)

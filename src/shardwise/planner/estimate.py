@@ -1,17 +1,22 @@
-"""Seconds of the reshards that an assignment implies, in one microbatch, forward and backward."""
+"""Seconds of the reshards that an assignment implies, and of what goes round in attention, in one microbatch, forward and backward."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from math import prod
 
 from shardwise.capture.graph import Op, Value
 from shardwise.cluster.model import Cluster
 from shardwise.cost.collectives import collective_cost
 from shardwise.sharding.assignment import Assignment
+from shardwise.sharding.context import goes_round
 from shardwise.sharding.reshard import collective_of, dual
+from shardwise.sharding.rules.attention import is_causal
 from shardwise.sharding.types import Placement, Shard
 
-__all__ = ["reshard_seconds", "reshards", "share_left"]
+__all__ = ["context_work", "reshard_seconds", "reshards", "ring_seconds", "share_left"]
+
+_FORWARD = 2 / 7  # of attention's products: two forward, five backward
 
 
 def reshards(assignment: Assignment, axis: str) -> list[tuple[Value, Placement, Placement, list[Op]]]:
@@ -44,3 +49,30 @@ def reshard_seconds(assignment: Assignment, axis: str, share: float, cluster: Cl
             collective_cost(kind, whole / ranks if kind == "all_to_all" else whole, ranks, cluster).seconds for kind in kinds if kind
         )
     return total
+
+
+def ring_seconds(assignment: Assignment, share: float, seconds: Callable[[Op], float], cluster: Cluster) -> float:
+    """What the shifts of keys, values and their gradients take longer than the products beside them. share: as of `reshard_seconds`;
+    seconds: of a rank's part of attention, both passes."""
+    ranks = assignment.mesh["cp"]
+    total = 0.0
+    for op in assignment.graph.ops:
+        if not goes_round(assignment.signatures[op]) or assignment.variants[op]["cp"].choice.mode != "split":
+            continue
+        kept = [
+            value.nbytes / (assignment.mesh["tp"] if isinstance(assignment.wanted(op, index)["tp"], Shard) else 1)
+            for index, value in enumerate(op.inputs[1:3], start=1)
+        ]
+        shift = collective_cost("shift", sum(kept) * share / ranks, ranks, cluster, assignment.mesh["tp"]).seconds
+        forward, backward = (part * seconds(op) / ranks for part in (_FORWARD, 1 - _FORWARD))
+        total += (ranks - 1) * (max(0.0, shift - forward) + max(0.0, 2 * shift - backward)) + shift
+    return total
+
+
+def context_work(assignment: Assignment, op: Op) -> float:
+    """What the rank of the context axis that does most of an operator does, as a multiple of the mean: under a causal mask the last
+    queries see all keys."""
+    ranks = assignment.mesh["cp"]
+    choice = assignment.variants[op]["cp"].choice
+    uneven = is_causal(op) and choice.factor == "q" and not choice.mirrored
+    return 2 - 1 / ranks if uneven else 1.0

@@ -14,9 +14,12 @@ from shardwise.planner.apply import Applied
 from shardwise.planner.estimate import reshards
 from shardwise.planner.plan import Candidate, Plan
 from shardwise.program.recompute import blocks_of
+from shardwise.sharding.context import WORDS, share_attention
 from shardwise.sharding.experts import BATCHED
 from shardwise.sharding.reshard import collective_of
+from shardwise.sharding.rules.attention import is_attention
 from shardwise.sharding.rules.random import FAST
+from shardwise.sharding.signature import Choice
 from shardwise.sharding.types import Shard
 
 __all__ = ["explain"]
@@ -219,8 +222,21 @@ def _context(plan: Plan, applied: Applied) -> list[str]:
         f"Sequences split over {plan.cp} ranks: {dims}; {len(body) - whole.total()} of {len(body)} operators work on their part alone",
         f"  each microbatch's forward pass communicates {_talk(applied, 'cp')} over cp",
     ]
+    lines += _attention(plan, applied)
     most = ", ".join(f"{name} {count} ×" for name, count in whole.most_common(6))
     return lines + ([f"  done by every rank of cp: {most}"] if whole else [])
+
+
+def _attention(plan: Plan, applied: Applied) -> list[str]:
+    """How the ranks of the context axis do it together, and where they cannot as the plan says."""
+    variants = applied.assignment.variants
+    along = {op: Choice("split", "q") for op in applied.cut.stage_of if is_attention(op) and variants[op]["cp"].choice.mode == "split"}
+    samples = {op: variants[op]["dp"].choice for op in along}
+    shared = share_attention(plan.attention, applied.assignment.signatures, along, samples, cp=plan.cp, tp=plan.tp)
+    gathered = len(along) - len(shared.choices)
+    lines = [f"  attention ({plan.attention}): {WORDS[plan.attention]}, {len(shared.choices)} ×"] if shared.choices else []
+    reasons = "; ".join(dict.fromkeys(shared.refused.values()))
+    return lines + ([f"  attention: {WORDS['gather']}, {gathered} ×{': ' if reasons else ''}{reasons}"] if gathered else [])
 
 
 def _found_rules(applied: Applied) -> list[str]:

@@ -12,11 +12,12 @@ from typing import Any
 from shardwise.errors import BatchError, LayoutError
 from shardwise.program.recompute import RECOMPUTE
 from shardwise.program.tables import NAMES, OWN, Slot, least_chunks, placement, rank_tables, read_tables
+from shardwise.sharding.context import ATTENTION
 
 __all__ = ["Layout", "completions"]
 
 _NUMBERS = ("dp", "cp", "tp", "ep", "pp", "chunks", "microbatches")
-_NAMES = (*_NUMBERS, "schedule", "zero", "shard", "recompute", "shares")
+_NAMES = (*_NUMBERS, "attention", "schedule", "zero", "shard", "recompute", "shares")
 _MOST_ZERO = 3
 
 
@@ -25,6 +26,8 @@ class Layout:
     """dp × cp × tp × pp ranks: copies of the model on parts of the batch, ranks that share each sequence, ranks that share each operator,
     ranks of the pipeline; None: not pinned. ep: how many of the data ranks divide the experts. cp and ep are not searched: they are 1 where
     they are not pinned.
+
+    attention: how the ranks of cp do it together (`shardwise.sharding.context`); all ways are tried where it is not pinned.
 
     chunks: stages of each pipeline rank, as few as the schedule takes where not pinned. table: the text of a schedule of the user's own.
     zero: what data ranks divide (0 to 3), in groups of `shard` where that is not all of them; recompute: none, selective or full. Where
@@ -39,6 +42,7 @@ class Layout:
     pp: int | None = None
     chunks: int | None = None
     microbatches: int | None = None
+    attention: str | None = None
     schedule: str | None = None
     table: str = ""
     zero: int | None = None
@@ -57,6 +61,8 @@ class Layout:
             raise LayoutError(
                 f"shard={pairs['shard']} in the layout says how many ranks divide what zero divides: name zero=1, 2 or 3, too"
             )
+        if pairs.get("attention") and pairs.get("cp", 1) == 1:
+            raise LayoutError(f"attention={pairs['attention']} in the layout says how the ranks of cp share it: name cp=2 or more, too")
         schedule = pairs.get("schedule")
         if schedule is not None and schedule not in NAMES:
             return _with_table(_with_shares(cls(**{**pairs, "schedule": OWN})), str(schedule))
@@ -153,7 +159,7 @@ def _with_shares(layout: Layout) -> Layout:
 
 def _read(name: str, value: Any) -> Any:
     """What is given for a name; a schedule as it is."""
-    known = {"zero": range(_MOST_ZERO + 1), "recompute": RECOMPUTE}
+    known = {"zero": range(_MOST_ZERO + 1), "recompute": RECOMPUTE, "attention": ATTENTION}
     if name in (*_NUMBERS, "shard"):
         return _positive(name, value)
     if name == "shares":

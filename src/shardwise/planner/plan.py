@@ -22,6 +22,7 @@ from shardwise.cluster.specs import machines
 from shardwise.errors import ClusterError, LayoutError, PlanError
 from shardwise.program.recompute import Recompute
 from shardwise.program.tables import OWN, Slot, placed, placement, rank_tables, read_tables
+from shardwise.sharding.context import Attention
 from shardwise.sharding.signature import Choice
 from shardwise.sharding.types import I, P, Placement, R, Shard
 from shardwise.simulate.profile import Profile, on_links
@@ -91,7 +92,8 @@ class Plan(_Strict):
     fingerprint: of the captured graph that the plan is for. stages: key of each stage's first operator.
     chunks: stages of each pipeline rank. schedule: the name of one, or "table" for the user's own, whose lines `table` has.
     random: "keyed", random numbers are the same in every layout; "fast", they come from torch's generator, seeded for each part.
-    sequence_dims: where cp splits the sequence, batch input → its sequence dim.
+    sequence_dims: where cp splits the sequence, batch input → its sequence dim; attention: how its ranks do that together
+    (`shardwise.sharding.context`).
     shares: in which proportion the data ranks divide the samples; [] evenly.
     zero: what the data ranks divide (0 nothing, 1 optimizer states, 2 gradients too, 3 parameters too), shard: in groups of how many, 0: of
     all. recompute: what the backward pass makes again (`shardwise.program.recompute`).
@@ -123,6 +125,7 @@ class Plan(_Strict):
     shard: int = 0
     recompute: Recompute = "none"
     sequence_dims: dict[str, int] = {}
+    attention: Attention = "gather"
     shares: list[int] = []
     stages: list[str]
     operators: dict[str, str] = {}
@@ -156,6 +159,8 @@ class Plan(_Strict):
                 "shard"
             )
         self._check_schedule()
+        if self.attention != "gather" and self.cp == 1:
+            raise ValueError(f"attention={self.attention} says how the ranks of cp share it, and cp is 1; use attention=gather")
         data = self.dp * self.cp
         if self.zero and data == 1:
             raise ValueError(
@@ -194,10 +199,11 @@ class Plan(_Strict):
         """The plan in a layout's words."""
         context = f"cp={self.cp}," if self.cp > 1 else ""
         experts = f"ep={self.ep}," if self.ep > 1 else ""
+        attention = f"attention={self.attention}," if self.cp > 1 else ""
         chunks = f"chunks={self.chunks}," if self.chunks > 1 else ""
         more = [f",{name}={value}" for name in ("zero", "shard", "recompute") if (value := getattr(self, name)) not in (0, "none")]
         more += [f",shares={':'.join(map(str, self.shares))}"] if self.shares else []
-        schedule = f"microbatches={self.microbatches},schedule={self.schedule}{''.join(more)}"
+        schedule = f"microbatches={self.microbatches},{attention}schedule={self.schedule}{''.join(more)}"
         return f"dp={self.dp},{context}tp={self.tp},{experts}pp={self.pp},{chunks}{schedule}"
 
     @property

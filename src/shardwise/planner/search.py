@@ -20,7 +20,7 @@ from shardwise.cost.compute import op_flops, op_seconds
 from shardwise.cost.optimizer import optimizer_seconds
 from shardwise.errors import BatchError, LayoutError
 from shardwise.planner.apply import Analysis, Applied, analyse, assign
-from shardwise.planner.estimate import reshard_seconds
+from shardwise.planner.estimate import context_work, reshard_seconds, ring_seconds
 from shardwise.planner.intra import Costs, representatives, split_tensors
 from shardwise.planner.layout import Layout, completions
 from shardwise.planner.plan import Candidate, Chooser, Infeasible, Plan, Prediction, Random, by_pattern, choice_text
@@ -32,6 +32,7 @@ from shardwise.program.recompute import RECOMPUTE
 from shardwise.program.tables import placed
 from shardwise.program.trace import Tracer
 from shardwise.sharding.assignment import Assignment
+from shardwise.sharding.context import ATTENTION
 from shardwise.sharding.data import microbatch_obstacle
 from shardwise.sharding.experts import refuse_experts
 from shardwise.sharding.types import Shard
@@ -173,9 +174,28 @@ class _Search:
     def trials(self) -> list[_Trial]:
         obstacle = microbatch_obstacle(self.graph, self.analysis.signatures, self.analysis.batch, self.analysis.prelude)
         self.obstacle = obstacle
-        layouts = completions(self.pinned, self.cluster.ranks, self.graph.global_batch, obstacle)
+        layouts = self._attended(completions(self.pinned, self.cluster.ranks, self.graph.global_batch, obstacle))
         shared = [] if self.pinned.shares is not None or self.pinned.ep or not self.cluster.unlike else self._shared(layouts, obstacle)
         return [_Trial(layout=layout) for layout in (*layouts, *shared)]
+
+    def _attended(self, layouts: Sequence[Layout]) -> list[Layout]:
+        """Each layout with cp in the ways in which its ranks can do attention together."""
+        found = []
+        for layout in layouts:
+            ways = [layout.attention] if layout.attention else ATTENTION if (layout.cp or 1) > 1 else [None]
+            found += [replace(layout, attention=way) for way in ways if not self._unshared(layout, way)]
+        return found
+
+    def _unshared(self, layout: Layout, attention: str | None) -> str:
+        """Why no attention can be shared so; LayoutError where it is pinned."""
+        if attention in (None, "gather"):
+            return ""
+        shared = self.analysis.shared(attention, layout.cp or 1, layout.tp or 1)
+        reasons = list(dict.fromkeys(shared.refused.values()))
+        why = "" if shared.choices else f"no attention can be so: {'; '.join(reasons) or 'none of the model is along its sequences'}"
+        if why and self.pinned.attention:
+            raise LayoutError(f"attention={attention} in layout {layout}: {why}; use attention=gather")
+        return why
 
     def _shared(self, layouts: Sequence[Layout], obstacle: str) -> Iterator[Layout]:
         """The layouts whose copies are on unlike devices, with shares of the batch by their speed."""
@@ -188,7 +208,7 @@ class _Search:
             if len(set(shares)) > 1:
                 shared = Layout.parse(replace(layout, shares=tuple(shares)))
                 with suppress(BatchError):  # pinned microbatches that do not divide the shares
-                    yield from completions(shared, self.cluster.ranks, samples, obstacle)
+                    yield from self._attended(completions(shared, self.cluster.ranks, samples, obstacle))
 
     def estimate(self, trial: _Trial) -> None:
         """Decides the tensor axis and the stages of a layout and estimates its step; where its parameters and their state do not fit, with
@@ -208,9 +228,9 @@ class _Search:
         zero, shard = layout.zero or 0, layout.shard or 0
         shares = layout.shares or ()
         try:
-            assignment = assign(
-                self.analysis, layout.dp, layout.microbatches, layout.tp, layout.cp or 1, shares, ep=layout.ep or 1, zero=zero, shard=shard
-            )
+            sizes = layout.dp, layout.microbatches, layout.tp, layout.cp or 1
+            attention = layout.attention or "gather"
+            assignment = assign(self.analysis, *sizes, shares, ep=layout.ep or 1, attention=attention, zero=zero, shard=shard)
         except LayoutError as error:
             if self.pinned.shares:
                 raise
@@ -369,7 +389,8 @@ class _Search:
     def _talk_s(self, assignment: Assignment, layout: Layout) -> float:
         """In one microbatch, over the expert, the context and the tensor axis."""
         share, ep = self._share(layout), layout.ep or 1
-        inside = sum(reshard_seconds(assignment, axis, share, self.cluster) for axis in ("cp", "tp"))
+        around_s = ring_seconds(assignment, share, lambda op: self._whole_s(op) * share * _own_share(assignment, op), self.cluster)
+        inside = around_s + sum(reshard_seconds(assignment, axis, share, self.cluster) for axis in ("cp", "tp"))
         return inside + (reshard_seconds(assignment, "ep", share * ep, self.cluster) if ep > 1 else 0.0)
 
     def simulate(self, trial: _Trial) -> None:
@@ -461,8 +482,8 @@ def _check_sequence(analysis: Analysis, pinned: Layout) -> None:
 
 
 def _own_share(assignment: Assignment, op: Op) -> float:
-    """What a rank of the context and the tensor axis does of an operator."""
-    return _split_share(assignment, op, "cp") * _split_share(assignment, op, "tp")
+    """What a rank of the context and the tensor axis does of an operator, the one that does most."""
+    return _split_share(assignment, op, "cp") * _split_share(assignment, op, "tp") * context_work(assignment, op)
 
 
 def _split_share(assignment: Assignment, op: Op, axis: str) -> float:
@@ -621,6 +642,7 @@ def make_plan(run: _Search, best: _Trial, trials: list[_Trial], seconds: float, 
         shard=best.layout.shard or 0,
         recompute=best.layout.recompute or "none",  # type: ignore[arg-type]
         sequence_dims=run.analysis.sequence_dims if (best.layout.cp or 1) > 1 else {},
+        attention=best.layout.attention or "gather",  # type: ignore[arg-type]
         shares=list(best.layout.shares or ()),
         stages=starts,
         operators=operators,

@@ -28,7 +28,7 @@ from shardwise.sharding.assignment import Assignment, over_microbatches
 from shardwise.sharding.collectives import group_ranks
 from shardwise.sharding.division import Division, division_of
 from shardwise.sharding.experts import local_code
-from shardwise.sharding.reshard import Axis, Reshard, moves, reshard
+from shardwise.sharding.reshard import Axis, Reshard, moves, reshard, within
 from shardwise.sharding.routes import Journey, Route
 from shardwise.sharding.signature import AxisSplit, Call, Signature, factor_part
 from shardwise.sharding.types import I, P, Placement, R, Routed, Shard, local_shape
@@ -305,7 +305,8 @@ class _Stage:
         """The value in its wanted type."""
         here = [name for name in self.axes if self.axes[name].ranks > 1]
         now = dict(made)
-        for name, target in moves({axis: made[axis] for axis in here}, {axis: wanted[axis] for axis in here}):
+        mesh = {axis: self.axes[axis].ranks for axis in here}
+        for name, target in moves({axis: made[axis] for axis in here}, {axis: wanted[axis] for axis in here}, mesh):
             source, before = now[name], store[self._named(value, now)]
             now[name] = target
             key = self._named(value, now)
@@ -318,15 +319,16 @@ class _Stage:
             if isinstance(source, Routed) or isinstance(target, Routed):
                 store[key] = self._journey(value, before, now, name, source, target, module)
                 continue
+            inner = {axis: now[axis] for axis in here[here.index(name) + 1 :]}
             step = Reshard(
-                source=source,
-                target=target,
+                source=within(source, inner, mesh),
+                target=within(target, inner, mesh),
                 axis=self.axes[name],
                 source_size=self._size_over(value, now, name, source),
                 target_size=self._size_over(value, now, name, target),
                 choose=self.choose,
             )
-            described = (source, target, self.axes[name], step.source_size, step.target_size, self.choose)
+            described = (step.source, step.target, self.axes[name], step.source_size, step.target_size, self.choose)
             (store[key],) = joint.apply(_move(step), described, [before], grad=value.requires_grad, module=module)
         return store[self._named(value, now)]
 
@@ -342,7 +344,7 @@ class _Stage:
 
     def _route(self, routed: Routed, type_: Type, axis: str, module: str) -> list[fx.Node]:
         """Of rows that lie as type_ says; the same for all tensors with these rows."""
-        rows = {name: each if isinstance(each, Shard) and each.dim == 0 else R for name, each in type_.items()}
+        rows: Type = {name: each if isinstance(each, Shard) and each.dim == 0 else R for name, each in type_.items()}
         key = (routed, tuple(rows.items()))
         if key not in self.routes:
             expert = self._body_value(self.values[routed.by], rows, module)

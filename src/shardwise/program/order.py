@@ -148,7 +148,7 @@ def _message(
     shape = list(given)
     if kind == "exchange_rows":
         rest = rest[2:]  # how many rows the routing sends is known when it runs
-    if kind in ("reduce_scatter", "all_to_all"):
+    if kind in ("reduce_scatter", "all_to_all", "shift"):
         place = rest.pop()
         if place != index:
             raise CheckError(f"rank {program.rank} is number {index} of {node.args[1]}, {node.name} takes it for number {place}")
@@ -157,6 +157,10 @@ def _message(
     elif kind in ("all_gather", "all_to_all"):
         dim, sizes = rest[-2:]
         _expect(program, node, shape[dim], sizes[index])
+        shape[dim] = sum(sizes)
+    elif kind == "shift":
+        dim, sizes, step = rest
+        _expect(program, node, shape[dim], sizes[(index - step) % len(sizes)])
         shape[dim] = sum(sizes)
     return tuple(shape), tuple(tuple(each) if isinstance(each, list) else each for each in rest)
 

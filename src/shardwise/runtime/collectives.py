@@ -26,12 +26,13 @@ from torch import Tensor
 
 from shardwise.errors import ShardwiseError
 
-__all__ = ["all_gather", "all_reduce", "all_to_all", "reduce_scatter", "start_all_reduce"]
+__all__ = ["all_gather", "all_reduce", "all_to_all", "reduce_scatter", "start_all_reduce", "start_shift"]
 
 Group = dist.ProcessGroup | None
 Reduction = Literal["sum", "max"]
 Function = TypeVar("Function")
 
+_TAG_OF_SHIFTS = 7000
 _TAG = 7001  # keeps our pairwise messages apart from an executor's own sends between the same two ranks
 # torch 2.13 renamed both and warns of the old names
 _GATHER = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -70,6 +71,22 @@ def start_all_reduce(tensor: Tensor, group: Group, impl: str, tag: int) -> Calla
         return finish
     work = dist.all_reduce(tensor, group=group, async_op=True)
     return work.wait
+
+
+def start_shift(tensor: Tensor, received: Tensor, group: Group) -> Callable[[], None]:
+    """Begins to send a contiguous `tensor` to the next rank of the group, the last one's to the first, and to fill `received` with that of
+    the one before; the function returned waits for both.
+
+    Shifts are received in the order in which they were begun. Until the end neither tensor must be touched.
+    """
+    rank, ranks = dist.get_rank(group), dist.get_world_size(group)
+    works = _post({(rank + 1) % ranks: tensor}, {(rank - 1) % ranks: received}, group, _TAG_OF_SHIFTS)
+
+    def finish() -> None:
+        for work in works:
+            work.wait()
+
+    return finish
 
 
 def all_gather(tensor: Tensor, dim: int, sizes: Sequence[int], group: Group = None, impl: str = "native") -> Tensor:

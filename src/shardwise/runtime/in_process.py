@@ -76,7 +76,7 @@ class Meetings:
     """What the ranks of one job share."""
 
     groups: dict[str, _Meeting] = field(default_factory=dict)
-    mail: dict[tuple[int, int], _Box] = field(default_factory=lambda: defaultdict(_Box))
+    mail: dict[tuple[int, int, str], _Box] = field(default_factory=lambda: defaultdict(_Box))
     lock: threading.Lock = field(default_factory=threading.Lock)
     ended: threading.Event = field(default_factory=threading.Event)
 
@@ -88,10 +88,10 @@ class Meetings:
             meeting.barrier.abort()
         return meeting
 
-    def box(self, source: int, target: int) -> _Box:
-        """Messages from one rank to another, in their order."""
+    def box(self, source: int, target: int, group: str = "") -> _Box:
+        """Messages from one rank to another, in their order; those within a group by themselves."""
         with self.lock:
-            return self.mail[source, target]
+            return self.mail[source, target, group]
 
     def end(self) -> None:
         """Wakes all who wait: a rank has failed."""
@@ -166,6 +166,14 @@ class InProcess:
         found = [each.split(sent.tolist())[here] for each, sent in zip(every, counts, strict=True)]
         assert [len(each) for each in found] == list(receive), f"{group}: other numbers of rows than {receive}"
         return torch.cat(found)
+
+    def begin_shift(self, x: Tensor, received: Tensor, group: str) -> Callable[[], object]:
+        ranks = group_ranks(group)
+        here = ranks.index(self.rank)
+        before, after = ranks[here - 1], ranks[(here + 1) % len(ranks)]
+        self.meetings.box(self.rank, after, group).put(x.clone())
+        box = self.meetings.box(before, self.rank, group)
+        return _Awaited(transport=self, x=received, peer=before, box=box, number=box.ticket()).wait
 
     def sum_in_place(self, x: Tensor, group: str, impl: str) -> None:
         x.copy_(self.all_reduce(x, group, "sum", impl))

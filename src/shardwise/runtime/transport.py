@@ -8,8 +8,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from itertools import count
 from typing import Any, Protocol
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -43,6 +45,9 @@ class Transport(Protocol):
 
     def exchange_rows(self, x: Tensor, group: str, send: Sequence[int], receive: Sequence[int], impl: str) -> Tensor:
         """So many rows to and from each rank."""
+
+    def begin_shift(self, x: Tensor, received: Tensor, group: str) -> Callable[[], object]:
+        """Begins to send a contiguous x to the next rank of the group and to receive from the one before; the returned function waits."""
 
     def sum_in_place(self, x: Tensor, group: str, impl: str) -> None:
         """x becomes the sum over the group."""
@@ -79,6 +84,9 @@ class Distributed:
 
     def exchange_rows(self, x: Tensor, group: str, send: Sequence[int], receive: Sequence[int], impl: str) -> Tensor:
         return collectives.all_to_all(x, 0, send, 0, receive, find_group(group), impl)
+
+    def begin_shift(self, x: Tensor, received: Tensor, group: str) -> Callable[[], object]:
+        return collectives.start_shift(x, received, find_group(group))
 
     def sum_in_place(self, x: Tensor, group: str, impl: str) -> None:
         collectives.all_reduce(x, find_group(group), impl, inplace=True)
@@ -142,11 +150,34 @@ def _exchange_rows(x: Tensor, group: str, send: Tensor, receive: Tensor, rows: i
     return _current.get().exchange_rows(x, group, send.tolist(), receive.tolist(), impl)
 
 
+_tickets = count()
+_under_way: dict[int, tuple[Callable[[], object], Tensor, Tensor]] = {}  # ticket → how to wait, what is sent, where the other arrives
+
+
+def _begin_shift(x: Tensor, group: str, dim: int, sizes: Sequence[int], step: int, rank: int, impl: str) -> Tensor:
+    shape = list(x.shape)
+    assert shape[dim] == sizes[(rank - step) % len(sizes)], f"{group}: {shape[dim]} of rank {rank} in step {step} of {sizes}"
+    shape[dim] = sizes[(rank - step - 1) % len(sizes)]
+    sent, received = x.contiguous(), x.new_empty(shape)
+    ticket = next(_tickets)
+    _under_way[ticket] = _current.get().begin_shift(sent, received, group), sent, received
+    return torch.tensor([ticket])
+
+
+def _end_shift(ticket: Tensor, x: Tensor, dim: int, size: int) -> Tensor:
+    wait, _, received = _under_way.pop(int(ticket))
+    wait()
+    assert received.shape[dim] == size, f"{received.shape[dim]} elements have arrived, declared as {size}"
+    return received
+
+
 for _name, _function in (
     ("all_reduce", _all_reduce),
     ("all_gather", _all_gather),
     ("reduce_scatter", _reduce_scatter),
     ("all_to_all", _all_to_all),
     ("exchange_rows", _exchange_rows),
+    ("begin_shift", _begin_shift),
+    ("end_shift", _end_shift),
 ):
     LIBRARY.impl(_name, _function, "CompositeExplicitAutograd")

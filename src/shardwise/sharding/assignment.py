@@ -92,6 +92,9 @@ def possible(assignment: Assignment, op: Op, axis: str, choice: Choice) -> bool:
         return False
     if not sig.splits[choice.factor].blocked and choice.factor in _split_outside(assignment, op, axis):
         return False
+    split = sig.splits[choice.factor]
+    if choice.mirrored and not (split.blocked if split.mirrored is None else split.mirrored):
+        return False
     every = _all_sizes(assignment, op, axis)
     for sizes in every:
         pieces, rest = divmod(sizes[choice.factor], choice.blocks * choice.unit)

@@ -3,6 +3,8 @@
 Declared here with their shapes, so that programs can be traced, printed, checked and costed without any process group;
 `shardwise.runtime.transport` gives them their implementation. `group` names the process group (`tp:0,1` is axis tp over ranks 0 and 1);
 `impl` is one of the implementations that the cost model chose among. None changes its input or returns an alias of it.
+
+A shift is under way while the rank computes: `begin_shift` returns a ticket, which `end_shift` exchanges for what has arrived.
 """
 
 from __future__ import annotations
@@ -20,9 +22,13 @@ __all__ = [
     "all_reduce",
     "all_reduce_sum",
     "all_to_all",
+    "begin_shift",
+    "end_shift",
     "exchange_rows",
     "group_name",
     "group_ranks",
+    "is_end_of_shift",
+    "is_shift",
     "reduce_scatter",
 ]
 
@@ -34,6 +40,8 @@ LIBRARY.define(
     "all_to_all(Tensor x, str group, int split_dim, int[] split_sizes, int cat_dim, int[] cat_sizes, int rank, str impl) -> Tensor"
 )
 LIBRARY.define("exchange_rows(Tensor x, str group, Tensor send, Tensor receive, int rows, str impl) -> Tensor")
+LIBRARY.define("begin_shift(Tensor x, str group, int dim, int[] sizes, int step, int rank, str impl) -> Tensor")
+LIBRARY.define("end_shift(Tensor ticket, Tensor x, int dim, int size) -> Tensor")
 
 _ops = torch.ops.shardwise
 COLLECTIVES = {
@@ -42,6 +50,7 @@ COLLECTIVES = {
     _ops.reduce_scatter.default: "reduce_scatter",
     _ops.all_to_all.default: "all_to_all",
     _ops.exchange_rows.default: "exchange_rows",
+    _ops.begin_shift.default: "shift",
 }
 
 
@@ -76,6 +85,16 @@ def _all_to_all(
 @torch.library.register_fake("shardwise::exchange_rows", lib=LIBRARY)
 def _exchange_rows(x: Tensor, group: str, send: Tensor, receive: Tensor, rows: int, impl: str) -> Tensor:
     return _sized(x, 0, rows)
+
+
+@torch.library.register_fake("shardwise::begin_shift", lib=LIBRARY)
+def _begin_shift(x: Tensor, group: str, dim: int, sizes: Sequence[int], step: int, rank: int, impl: str) -> Tensor:
+    return torch.empty(1, dtype=torch.int64)
+
+
+@torch.library.register_fake("shardwise::end_shift", lib=LIBRARY)
+def _end_shift(ticket: Tensor, x: Tensor, dim: int, size: int) -> Tensor:
+    return _sized(x, dim, size)
 
 
 def group_name(axis: str, ranks: Sequence[int]) -> str:
@@ -123,6 +142,29 @@ def exchange_rows(x: Tensor, group: str, send: Tensor, receive: Tensor, rows: in
     send, receive: int64 [ranks], how many to and from each; rows: how many come where all ranks get equally many, for programs' shapes.
     """
     return _ops.exchange_rows(x, group, send, receive, rows, impl)
+
+
+def begin_shift(x: Tensor, group: str, dim: int, sizes: Sequence[int], step: int, rank: int, impl: str = "native") -> Tensor:
+    """Begins to send x to the next rank of the group, the last one's to the first, and to receive the one before's; a ticket for that.
+
+    sizes: how long each rank's own part is along `dim`; step: how often the parts have been sent on, so x is that of rank − step.
+    """
+    return _ops.begin_shift(x, group, dim, list(sizes), step, rank, impl)
+
+
+def end_shift(ticket: Tensor, x: Tensor, dim: int, sizes: Sequence[int], step: int, rank: int) -> Tensor:
+    """What has arrived, as `begin_shift` of the same x and arguments promised; until then x must be as it was."""
+    return _ops.end_shift(ticket, x, dim, sizes[(rank - step - 1) % len(sizes)])
+
+
+def is_shift(target: Any) -> bool:
+    """Whether an operator of a graph is `begin_shift`."""
+    return target is _ops.begin_shift.default
+
+
+def is_end_of_shift(target: Any) -> bool:
+    """Whether an operator of a graph is `end_shift`, whose result's memory is there from the beginning of the shift."""
+    return target is _ops.end_shift.default
 
 
 class _AllReduceSum(torch.autograd.Function):

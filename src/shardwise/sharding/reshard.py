@@ -25,7 +25,7 @@ a's: the gradient of P is I, of R is P, of I is I, of S is S, of E is E.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
 
@@ -33,9 +33,9 @@ import torch
 from torch import Tensor
 
 from shardwise.sharding.collectives import all_gather, all_reduce, all_to_all, reduce_scatter
-from shardwise.sharding.types import I, P, Placement, R, Routed, Shard, closed, lengths, opened, take
+from shardwise.sharding.types import I, P, Placement, R, Routed, Shard, by_ranks, closed, in_order, lengths, opened, take
 
-__all__ = ["Axis", "Reshard", "collective_of", "dual", "moves", "reshard"]
+__all__ = ["Axis", "Reshard", "collective_of", "dual", "moves", "reshard", "within"]
 
 Choose = Callable[[str, int, int], str]
 
@@ -97,16 +97,23 @@ class Reshard:
         sizes = lengths(self._size(shard), shard, self.axis.ranks)
         impl = self.choose("all_gather", _resized_bytes(x, shard.dim, sum(sizes)), self.axis.ranks)
         if shard.blocks == 1:
-            return all_gather(x, self.axis.group, shard.dim, sizes, impl)
+            return self._in_order(all_gather(x, self.axis.group, shard.dim, sizes, impl), shard.dim, shard)
         pieces = opened(x, shard.dim, shard.blocks)
-        return closed(all_gather(pieces, self.axis.group, shard.dim + 1, [size // shard.blocks for size in sizes], impl), shard.dim)
+        whole = all_gather(pieces, self.axis.group, shard.dim + 1, [size // shard.blocks for size in sizes], impl)
+        return closed(self._in_order(whole, shard.dim + 1, shard), shard.dim)
+
+    def _in_order(self, blocks: Tensor, dim: int, shard: Shard) -> Tensor:
+        return in_order(blocks, dim, self._size(shard), shard, self.axis.ranks)
+
+    def _by_ranks(self, blocks: Tensor, dim: int, shard: Shard) -> Tensor:
+        return by_ranks(blocks, dim, self._size(shard), shard, self.axis.ranks)
 
     def _reduce_scatter(self, x: Tensor, shard: Shard) -> Tensor:
         sizes = lengths(self._size(shard), shard, self.axis.ranks)
         impl = self.choose("reduce_scatter", x.nbytes, self.axis.ranks)
         if shard.blocks == 1:
-            return reduce_scatter(x, self.axis.group, shard.dim, sizes, self.axis.rank, impl)
-        pieces = opened(x, shard.dim, shard.blocks)
+            return reduce_scatter(self._by_ranks(x, shard.dim, shard), self.axis.group, shard.dim, sizes, self.axis.rank, impl)
+        pieces = self._by_ranks(opened(x, shard.dim, shard.blocks), shard.dim + 1, shard)
         part = reduce_scatter(pieces, self.axis.group, shard.dim + 1, [size // shard.blocks for size in sizes], self.axis.rank, impl)
         return closed(part, shard.dim)
 
@@ -120,7 +127,9 @@ class Reshard:
             x = opened(x, shard.dim, shard.blocks)
         places = {shard: shard.dim + (2 if shard.dim > min(source.dim, target.dim) else 1) for shard in (source, target)}
         gives, gets = [size // target.blocks for size in give], [size // source.blocks for size in get]
+        x = self._by_ranks(x, places[target], target)
         x = all_to_all(x, self.axis.group, places[target], gives, places[source], gets, self.axis.rank, impl)
+        x = self._in_order(x, places[source], source)
         for shard in sorted((source, target), key=lambda each: each.dim):
             x = closed(x, shard.dim)
         return x
@@ -131,8 +140,9 @@ class Reshard:
         before, own = sum(sizes[: self.axis.rank]) // shard.blocks, sizes[self.axis.rank] // shard.blocks
         after = self._size(shard) // shard.blocks - before - own
         if shard.blocks == 1:
-            return _padded(x, shard.dim, before, after)
-        return closed(_padded(opened(x, shard.dim, shard.blocks), shard.dim + 1, before, after), shard.dim)
+            return self._in_order(_padded(x, shard.dim, before, after), shard.dim, shard)
+        padded = _padded(opened(x, shard.dim, shard.blocks), shard.dim + 1, before, after)
+        return closed(self._in_order(padded, shard.dim + 1, shard), shard.dim)
 
 
 def _resized_bytes(x: Tensor, dim: int, size: int) -> int:
@@ -163,7 +173,9 @@ def reshard(x: Tensor, step: Reshard) -> Tensor:
     return _Function.apply(x, step)
 
 
-def moves(made: Mapping[str, Placement], wanted: Mapping[str, Placement]) -> list[tuple[str, Placement]]:
+def moves(
+    made: Mapping[str, Placement], wanted: Mapping[str, Placement], mesh: Mapping[str, int] | None = None
+) -> list[tuple[str, Placement]]:
     """The changes of one axis each, one after the other, that take a value from one type to another (axes outermost first).
 
     Of the axes that split one dim only the innermost can be changed alone. So an axis that keeps or gets a split of a dim inside another
@@ -171,14 +183,19 @@ def moves(made: Mapping[str, Placement], wanted: Mapping[str, Placement]) -> lis
 
         S(0) on cp, S(0) on tp → R on cp, S(0) on tp:     tp to I, cp to R, tp to S(0)
 
+    But where the outer one splits each of blocks of which the inner one's ranks have whole ones, each of these ranks has the same elements
+    with and without it (mesh: axis → ranks; without it this is not looked for):
+
+        S(0) on tp = 2 → S(0, blocks=2) on cp, S(0) on tp:     cp to S(0, blocks=2)
+
     Rows leave their home last and are back there first: how the axes inside split them is that of their home.
     """
     there = {axis: each for axis, each in wanted.items() if isinstance(each, Routed)}
     back = {axis: each for axis, each in made.items() if isinstance(each, Routed)}
     if there == back and all(made[axis] == wanted[axis] or 0 not in _dims(made[axis], wanted[axis]) for axis in made):
-        return _moves(made, wanted)
+        return _moves(made, wanted, mesh)
     homes = [{axis: each.home for axis, each in routed.items()} for routed in (back, there)]
-    between = _moves({**made, **homes[0]}, {**wanted, **homes[1]})
+    between = _moves({**made, **homes[0]}, {**wanted, **homes[1]}, mesh)
     return [*homes[0].items(), *between, *there.items()]
 
 
@@ -186,14 +203,20 @@ def _dims(*placements: Placement) -> set[int]:
     return {each.dim for each in placements if isinstance(each, Shard)}
 
 
-def _moves(made: Mapping[str, Placement], wanted: Mapping[str, Placement]) -> list[tuple[str, Placement]]:
+def _moves(made: Mapping[str, Placement], wanted: Mapping[str, Placement], mesh: Mapping[str, int] | None) -> list[tuple[str, Placement]]:
     axes = list(made)
     first: list[tuple[str, Placement]] = []
     last: list[tuple[str, Placement]] = []
     for index in reversed(range(len(axes))):
         axis, outside = axes[index], [each for each in axes[:index] if made[each] != wanted[each]]
-        changing = {shard.dim for each in outside for shard in (made[each], wanted[each]) if isinstance(shard, Shard)}
         source, target = made[axis], wanted[axis]
+        ranks = mesh[axis] if mesh is not None and source == target else 0
+        changing = {
+            shard.dim
+            for each in outside
+            for shard in (made[each], wanted[each])
+            if isinstance(shard, Shard) and not _has_blocks(target, shard, ranks)
+        }
         if isinstance(target, Shard) and target.dim in changing:
             if isinstance(source, Shard) and source.dim in changing:
                 first.append((axis, I))
@@ -201,6 +224,20 @@ def _moves(made: Mapping[str, Placement], wanted: Mapping[str, Placement]) -> li
         elif source != target:
             first.append((axis, target))
     return first + last
+
+
+def _has_blocks(inner: Placement, outer: Shard, ranks: int) -> bool:
+    """Whether each of an inner axis' ranks (0: not known) has whole blocks of what an outer one splits."""
+    return ranks > 0 and inner == Shard(outer.dim) and outer.blocks % ranks == 0
+
+
+def within(placement: Placement, inner: Mapping[str, Placement], mesh: Mapping[str, int]) -> Placement:
+    """An outer axis' placement as one of what a rank of the inner axes holds, which splits the same dim into whole blocks of it."""
+    if isinstance(placement, Shard):
+        ranks = prod(mesh[axis] for axis, each in inner.items() if isinstance(each, Shard) and each.dim == placement.dim)
+        assert placement.blocks % ranks == 0, f"{placement} is not in {ranks} times so many blocks"
+        return replace(placement, blocks=placement.blocks // ranks)
+    return placement
 
 
 def dual(placement: Placement) -> Placement:

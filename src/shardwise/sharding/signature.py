@@ -43,6 +43,7 @@ class Split:
     ranks. uneven: ranks may get unequal ranges; blocked: the range may be taken inside each of several blocks.
     ranges: ranks may get a range each; owned: one rank may get the whole factor, and the others nothing.
     microbatches: may be split over microbatches, one after the other (no: local code that communicates).
+    mirrored: ranks may get a run from each end; where not said, where they may take blocks.
     """
 
     addends: frozenset[int] = frozenset()
@@ -52,6 +53,7 @@ class Split:
     ranges: bool = True
     owned: bool = False
     microbatches: bool = True
+    mirrored: bool | None = None
 
     def allows(self, pieces: int, blocks: int, ranks: int, owner: int | None) -> bool:
         """Whether `ranks` ranks may divide so many pieces of each of `blocks` blocks, or `owner` have them all."""
@@ -142,7 +144,7 @@ def _text(tensor: Dims) -> str:
 @dataclass(frozen=True)
 class Choice:
     """What an axis does to a call: splits `factor`, read as (blocks, pieces, unit), evenly or in proportion to `shares`, or gives it to the
-    rank `owner`; or, without a factor, keeps it whole.
+    rank `owner`, or each rank a run from each end (`mirrored`); or, without a factor, keeps it whole.
 
     mode: "split", "I", "R", "P" with the number of the set of `linear` inputs that are summands, or "route": `factor`, which is dim 0 of
     all that hold it, is split as `routed` says, and the factor `experts`, where the call has one, into equal parts.
@@ -157,6 +159,7 @@ class Choice:
     shares: tuple[int, ...] = ()
     routed: Routed | None = None
     experts: str = ""
+    mirrored: bool = False
 
     @property
     def parts(self) -> Choice | None:
@@ -255,7 +258,8 @@ def _placement(tensor: Dims, choice: Choice, sizes: Mapping[str, int], ranks: in
             whole = outer * sizes[choice.factor] * inner
             if choice.owner is not None:
                 return Shard(index, owner=choice.owner)
-            return canonical(Shard(index, outer * choice.blocks, choice.unit * inner, shares=choice.shares), whole, ranks)
+            made = Shard(index, outer * choice.blocks, choice.unit * inner, shares=choice.shares, mirrored=choice.mirrored)
+            return canonical(made, whole, ranks)
     return None
 
 
@@ -280,4 +284,4 @@ def choice_for(sig: Signature, tensor: Dims, shard: Shard, sizes: Mapping[str, i
 
 def factor_part(choice: Choice, size: int, ranks: int, rank: int) -> Part:
     """The range of a factor of `size` that `rank` has under the choice."""
-    return part(size, Shard(0, choice.blocks, choice.unit, choice.owner, choice.shares), ranks, rank)
+    return part(size, Shard(0, choice.blocks, choice.unit, choice.owner, choice.shares, choice.mirrored), ranks, rank)

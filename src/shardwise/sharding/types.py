@@ -16,8 +16,10 @@ A part need not be one run of indices. A dim is read as (blocks, pieces, unit), 
     Shard(0, unit=2), 3 pieces   0 1 2 3 | 4 5                              (heads of 2 over 2 ranks: never half a head)
     Shard(0, owner=1)            – | 0 1 2 3                                (a whole table on one rank)
     Shard(0, shares=(3, 1))      0 1 2 3 4 5 | 6 7                          (samples by the speed of unlike devices)
+    Shard(0, mirrored=True)      0 1 6 7 | 2 3 4 5                          (tokens of which each looks at those before it)
 
 Pieces that the ranks do not divide are spread evenly, the first ranks getting one more; shares, where there are some, divide them exactly.
+Mirrored, the pieces are spread over twice as many runs, of which a rank has one counted from the front and one from the back.
 
 Rows that are where their experts are, `Routed`, are a split of dim 0 that the data decides: how many a rank holds is known when it runs.
 The gradient is split likewise.
@@ -43,7 +45,9 @@ __all__ = [
     "Routed",
     "Shard",
     "Type",
+    "by_ranks",
     "closed",
+    "in_order",
     "join",
     "local_shape",
     "opened",
@@ -55,18 +59,20 @@ __all__ = [
 @dataclass(frozen=True)
 class Shard:
     """Dim `dim`, read as (blocks, pieces, unit), with its pieces divided among the ranks, evenly or in proportion to `shares` (which have
-    no common divisor); or all of it on the rank `owner`."""
+    no common divisor), or evenly with half from each end (`mirrored`); or all of it on the rank `owner`."""
 
     dim: int
     blocks: int = 1
     unit: int = 1
     owner: int | None = None
     shares: tuple[int, ...] = ()
+    mirrored: bool = False
 
     def __repr__(self) -> str:
         extra = "".join(f", {name}={value}" for name, value in (("blocks", self.blocks), ("unit", self.unit)) if value != 1)
         extra += "" if self.owner is None else f", owner={self.owner}"
         extra += f", shares={':'.join(map(str, self.shares))}" if self.shares else ""
+        extra += ", mirrored" if self.mirrored else ""
         return f"S({self.dim}{extra})"
 
 
@@ -117,12 +123,13 @@ Type = Mapping[str, Placement]  # axis → placement, in the mesh's order of axe
 
 @dataclass(frozen=True, kw_only=True)
 class Part:
-    """A rank's part of a dim of `size`: of each of `blocks` equal blocks the elements from `start` to `stop`."""
+    """A rank's part of a dim of `size`: of each of `blocks` equal blocks the elements from `start` to `stop`, and those of `more`."""
 
     size: int
     blocks: int
     start: int
     stop: int
+    more: tuple[int, int] = (0, 0)
 
     @property
     def block(self) -> int:
@@ -132,11 +139,17 @@ class Part:
     @property
     def length(self) -> int:
         """Elements that the rank holds."""
-        return self.blocks * (self.stop - self.start)
+        return self.blocks * sum(stop - start for start, stop in self.runs)
 
-    def indices(self) -> Tensor:
+    @property
+    def runs(self) -> tuple[tuple[int, int], ...]:
+        """The runs (start, stop) of each block."""
+        return ((self.start, self.stop), self.more) if self.more[1] else ((self.start, self.stop),)
+
+    def indices(self, device: torch.device | None = None) -> Tensor:
         """The held elements' indices in the dim, int64 [length]."""
-        return (torch.arange(self.blocks)[:, None] * self.block + torch.arange(self.start, self.stop)[None]).reshape(-1)
+        within = torch.cat([torch.arange(*run, device=device) for run in self.runs])
+        return (torch.arange(self.blocks, device=device)[:, None] * self.block + within[None]).reshape(-1)
 
 
 def part(size: int, shard: Shard, ranks: int, rank: int) -> Part:
@@ -151,10 +164,18 @@ def part(size: int, shard: Shard, ranks: int, rank: int) -> Part:
         assert rest == 0 and len(shard.shares) == ranks, f"{pieces} pieces in shares of {shard.shares} among {ranks} ranks"
         start, stop = (each * sum(shard.shares[:end]) * shard.unit for end in (rank, rank + 1))
         return Part(size=size, blocks=shard.blocks, start=start, stop=stop)
-    each, more = divmod(pieces, ranks)
-    start = rank * each + min(rank, more)
-    stop = start + each + (rank < more)
-    return Part(size=size, blocks=shard.blocks, start=start * shard.unit, stop=stop * shard.unit)
+    if shard.mirrored:
+        front, back = (_run(pieces, shard.unit, 2 * ranks, run) for run in (rank, 2 * ranks - 1 - rank))
+        return Part(size=size, blocks=shard.blocks, start=front[0], stop=front[1], more=back)
+    start, stop = _run(pieces, shard.unit, ranks, rank)
+    return Part(size=size, blocks=shard.blocks, start=start, stop=stop)
+
+
+def _run(pieces: int, unit: int, runs: int, run: int) -> tuple[int, int]:
+    """The elements, from and to, of one of so many runs of pieces."""
+    each, more = divmod(pieces, runs)
+    start = run * each + min(run, more)
+    return start * unit, (start + each + (run < more)) * unit
 
 
 def lengths(size: int, shard: Shard, ranks: int) -> list[int]:
@@ -167,16 +188,20 @@ def canonical(shard: Shard, size: int, ranks: int) -> Shard:
     if shard.owner is not None:
         return shard
     pieces = size // (shard.blocks * shard.unit)
-    return replace(shard, unit=1) if shard.shares or pieces % ranks == 0 else shard
+    return replace(shard, unit=1) if shard.shares or pieces % (2 * ranks if shard.mirrored else ranks) == 0 else shard
 
 
 def take(tensor: Tensor, shard: Shard, ranks: int, rank: int) -> Tensor:
     """A rank's part of the whole tensor (a view where blocks == 1)."""
     mine = part(tensor.shape[shard.dim], shard, ranks, rank)
     if mine.blocks == 1:
-        return tensor.narrow(shard.dim, mine.start, mine.length)
-    every = opened(tensor, shard.dim, mine.blocks)
-    return closed(every.narrow(shard.dim + 1, mine.start, mine.stop - mine.start), shard.dim)
+        return _runs(tensor, shard.dim, mine)
+    return closed(_runs(opened(tensor, shard.dim, mine.blocks), shard.dim + 1, mine), shard.dim)
+
+
+def _runs(block: Tensor, dim: int, mine: Part) -> Tensor:
+    runs = [block.narrow(dim, start, stop - start) for start, stop in mine.runs]
+    return runs[0] if len(runs) == 1 else torch.cat(runs, dim)
 
 
 def opened(tensor: Tensor, dim: int, blocks: int) -> Tensor:
@@ -200,10 +225,28 @@ def _viewed(tensor: Tensor, sizes: list[int]) -> Tensor:
 
 def join(parts: list[Tensor], shard: Shard) -> Tensor:
     """The whole tensor from all ranks' parts."""
+    size = sum(each.shape[shard.dim] for each in parts)
     if shard.blocks == 1:
-        return torch.cat(parts, shard.dim)
+        return in_order(torch.cat(parts, shard.dim), shard.dim, size, shard, len(parts))
     opened = [each.unflatten(shard.dim, (shard.blocks, -1)) for each in parts]
-    return torch.cat(opened, shard.dim + 1).flatten(shard.dim, shard.dim + 1)
+    return in_order(torch.cat(opened, shard.dim + 1), shard.dim + 1, size, shard, len(parts)).flatten(shard.dim, shard.dim + 1)
+
+
+def in_order(blocks: Tensor, dim: int, size: int, shard: Shard, ranks: int) -> Tensor:
+    """All ranks' parts, one after the other along `dim` in each block of a dim of `size`, as they lie in the whole."""
+    if not shard.mirrored:
+        return blocks
+    runs = [stop - start for rank in range(ranks) for start, stop in part(size, shard, ranks, rank).runs]
+    found = blocks.split_with_sizes(runs, dim)
+    return torch.cat([*found[::2], *found[::-1][::2]], dim)
+
+
+def by_ranks(blocks: Tensor, dim: int, size: int, shard: Shard, ranks: int) -> Tensor:
+    """What `in_order` takes, from what it gives."""
+    if not shard.mirrored:
+        return blocks
+    parts = [part(size, shard, ranks, rank) for rank in range(ranks)]
+    return torch.cat([blocks.narrow(dim, start, stop - start) for each in parts for start, stop in each.runs], dim)
 
 
 def local_shape(shape: tuple[int, ...], type_: Type, mesh: Mapping[str, int], coordinates: Mapping[str, int]) -> tuple[int, ...]:

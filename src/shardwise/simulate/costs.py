@@ -20,7 +20,16 @@ from shardwise.program.program import ParameterPart, Program, StageProgram
 from shardwise.program.reductions import Reduction, Regathering, reductions, regatherings
 from shardwise.program.tables import Slot, in_flight
 from shardwise.sharding.collectives import COLLECTIVES
-from shardwise.simulate.traffic import gather_traffic, graph_traffic, reduction_traffic, traffic_of, traffic_seconds, traffic_shares
+from shardwise.simulate.traffic import (
+    Traffic,
+    computed_beside,
+    gather_traffic,
+    graph_traffic,
+    reduction_traffic,
+    traffic_of,
+    traffic_seconds,
+    traffic_shares,
+)
 
 __all__ = [
     "OPTIMIZER_STATES",
@@ -32,6 +41,7 @@ __all__ = [
     "kept_values",
     "memory_use",
     "node_seconds",
+    "passing_traffic",
     "saved_values",
     "sink_seconds",
     "stage_memory",
@@ -77,22 +87,33 @@ class MemoryUse:
 
 def graph_seconds(graph: fx.Graph, cluster: Cluster) -> Seconds:
     """One run of a graph on a rank. Where ranks share cores, collectives take part of their time from them."""
-    each = node_seconds(graph, cluster)
-    talk = traffic_shares(graph_traffic(graph), cluster)
-    alone = sum(seconds for node, seconds in each.items() if node.target not in COLLECTIVES)
+    each = _computing_seconds(graph, cluster)
+    talk = traffic_shares(graph_traffic(graph, computed_beside(graph, each)), cluster)
+    alone = sum(each.values())
     return Seconds(compute_s=alone + talk.compute_s, communicate_s=talk.communicate_s)
 
 
+def passing_traffic(graph: fx.Graph, cluster: Cluster) -> list[Traffic]:
+    """What one run of a graph on a rank sends, and how long it computes beside that."""
+    return graph_traffic(graph, computed_beside(graph, _computing_seconds(graph, cluster)))
+
+
 def node_seconds(graph: fx.Graph, cluster: Cluster) -> dict[fx.Node, float]:
-    """Of every call of a graph on a rank."""
+    """Of every call of a graph on a rank; of a shift what the computing beside it does not hide."""
+    each = _computing_seconds(graph, cluster)
+    beside = computed_beside(graph, each)
+    talk = [node for node in graph.nodes if node.op == "call_function" and node.target in COLLECTIVES]
+    return each | {node: traffic_seconds([traffic_of(node, beside.get(node, 0.0))], cluster) for node in talk}
+
+
+def _computing_seconds(graph: fx.Graph, cluster: Cluster) -> dict[fx.Node, float]:
+    """Of every call of a graph that is no collective."""
     fused = fused_traffic(graph) if cluster.rates.fuses else {}
     found: dict[fx.Node, float] = {}
     for node in graph.nodes:
-        if node.op != "call_function":
+        if node.op != "call_function" or node.target in COLLECTIVES:
             continue
-        if node.target in COLLECTIVES:
-            found[node] = traffic_seconds([traffic_of(node)], cluster)
-        elif node in fused:
+        if node in fused:
             found[node] = streaming_seconds(*fused[node], cluster)
         else:
             args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta.get("val"))

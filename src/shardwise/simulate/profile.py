@@ -14,8 +14,8 @@ from shardwise.errors import LayoutError
 from shardwise.program.actions import Kind
 from shardwise.program.holdings import modules_held
 from shardwise.program.program import Edge, Program, StageProgram
-from shardwise.simulate.costs import Seconds, StageMemory, stage_memory, stage_times, transfer_seconds
-from shardwise.simulate.traffic import Traffic, gather_traffic, graph_traffic, reduction_traffic, traffic_seconds
+from shardwise.simulate.costs import Seconds, StageMemory, passing_traffic, stage_memory, stage_times, transfer_seconds
+from shardwise.simulate.traffic import Traffic, gather_traffic, reduction_traffic, traffic_seconds
 
 __all__ = ["EdgeProfile", "Profile", "StageProfile", "computing_ranks", "on_links", "profile_programs"]
 
@@ -77,7 +77,7 @@ def profile_programs(programs: Mapping[int, Program], cluster: Cluster, optimize
         seen = cluster.seen_by(computing_ranks(program))
         times, memory = stage_times(program, seen, optimizer), stage_memory(program, optimizer)
         for number, stage in program.stages.items():
-            talk = _traffic(program, number) if cluster.machines else {}
+            talk = _traffic(program, number, seen) if cluster.machines else {}
             on_rank = _OnRank(stage=stage, copy=program.coordinates["dp"], times=times[number], memory=memory[number], traffic=talk)
             stages.setdefault(number, []).append(on_rank)
         transfers = transfer_seconds(program, seen)
@@ -117,9 +117,9 @@ class _OnRank:
         return sum(each.compute_s + each.communicate_s for kind, each in self.times.items() if kind in _PASSES)
 
 
-def _traffic(program: Program, number: int) -> dict[Kind, list[Traffic]]:
+def _traffic(program: Program, number: int, cluster: Cluster) -> dict[Kind, list[Traffic]]:
     """Of a stage's actions on a rank; what it does once for all its stages counts with the first."""
-    found = {kind: graph_traffic(graph) for kind, graph in program.stages[number].graphs.items()}
+    found = {kind: passing_traffic(graph, cluster) for kind, graph in program.stages[number].graphs.items()}
     once = {Kind.REDUCE: reduction_traffic(program), Kind.UPDATE: gather_traffic(program)}
     return found | once if number == next(iter(program.stages)) else found
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from math import prod
 
 from pydantic import BaseModel, ConfigDict
@@ -15,16 +15,26 @@ from shardwise.cost.compute import streaming_seconds
 from shardwise.cost.memory import tensor_bytes
 from shardwise.program.program import Program
 from shardwise.program.reductions import reductions, regatherings
-from shardwise.sharding.collectives import COLLECTIVES, group_ranks
+from shardwise.sharding.collectives import COLLECTIVES, group_ranks, is_end_of_shift, is_shift
 
-__all__ = ["Traffic", "counted", "gather_traffic", "graph_traffic", "reduction_traffic", "traffic_of", "traffic_seconds", "traffic_shares"]
+__all__ = [
+    "Traffic",
+    "computed_beside",
+    "counted",
+    "gather_traffic",
+    "graph_traffic",
+    "reduction_traffic",
+    "traffic_of",
+    "traffic_seconds",
+    "traffic_shares",
+]
 
 
 class Traffic(BaseModel):
     """A collective of a group of ranks, each `stride` after the one before, and how many times it is done.
 
     kind, nbytes: as in `shardwise.cost.collectives`; impl: None where the fastest is taken. inner: whether the parts lie inside the tensor,
-    not one after the other, so that it is copied as well where the software does that.
+    not one after the other, so that it is copied as well where the software does that. beside_s: seconds that the rank computes meanwhile.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -36,10 +46,11 @@ class Traffic(BaseModel):
     impl: str | None = None
     times: int = 1
     inner: bool = False
+    beside_s: float = 0.0
 
 
-def traffic_of(node: fx.Node) -> Traffic:
-    """Of one collective in a graph."""
+def traffic_of(node: fx.Node, beside_s: float = 0.0) -> Traffic:
+    """Of one collective in a graph. beside_s: as of `Traffic`."""
     kind = COLLECTIVES[node.target]  # type: ignore[index]
     source = node.args[0]
     assert isinstance(source, fx.Node)
@@ -47,12 +58,33 @@ def traffic_of(node: fx.Node) -> Traffic:
     ranks, stride = _group(str(node.args[1]))
     kind = "all_to_all" if kind == "exchange_rows" else kind
     inner = kind in ("all_gather", "reduce_scatter") and prod(source.meta["val"].shape[: int(str(node.args[2]))]) > 1
-    return Traffic(kind=kind, nbytes=nbytes, ranks=ranks, stride=stride, impl=str(node.args[-1]), inner=inner)
+    return Traffic(kind=kind, nbytes=nbytes, ranks=ranks, stride=stride, impl=str(node.args[-1]), inner=inner, beside_s=beside_s)
 
 
-def graph_traffic(graph: fx.Graph) -> list[Traffic]:
-    """Of one run of a graph on a rank."""
-    return counted(traffic_of(node) for node in graph.nodes if node.op == "call_function" and node.target in COLLECTIVES)
+def graph_traffic(graph: fx.Graph, beside: Mapping[fx.Node, float]) -> list[Traffic]:
+    """Of one run of a graph on a rank. beside: of collectives that are under way while the rank computes, the seconds of that."""
+    talk = [node for node in graph.nodes if node.op == "call_function" and node.target in COLLECTIVES]
+    return counted(traffic_of(node, beside.get(node, 0.0)) for node in talk)
+
+
+def computed_beside(graph: fx.Graph, seconds: Mapping[fx.Node, float]) -> dict[fx.Node, float]:
+    """For each shift the seconds of computing between its beginning and its end. seconds: of what computes.
+
+    What lies between the ends of several is divided among them by the bytes that they send.
+    """
+    under_way: dict[fx.Node, int] = {}
+    found: dict[fx.Node, float] = {}
+    for node in graph.nodes:
+        if is_shift(node.target):
+            under_way[node] = tensor_bytes(node.args[0].meta["val"])
+            found[node] = 0.0
+        elif is_end_of_shift(node.target):
+            under_way.pop(node.args[0], None)
+        elif under_way and node in seconds:
+            total = sum(under_way.values())
+            for each, nbytes in under_way.items():
+                found[each] += seconds[node] * nbytes / max(1, total)
+    return found
 
 
 def reduction_traffic(program: Program) -> list[Traffic]:
@@ -98,7 +130,7 @@ def _shares(each: Traffic, cluster: Cluster) -> Shares:
         return Shares(compute_s=0.0, communicate_s=collective_cost(each.kind, each.nbytes, each.ranks, cluster, each.stride).seconds)
     share = collective_shares(each.kind, each.impl, each.nbytes, each.ranks, cluster, each.stride)
     copied_s = streaming_seconds(each.nbytes, each.nbytes, cluster) if each.inner and cluster.rates.copies_inner else 0.0
-    return Shares(compute_s=share.compute_s, communicate_s=share.communicate_s + copied_s)
+    return Shares(compute_s=share.compute_s, communicate_s=max(0.0, share.communicate_s + copied_s - each.beside_s))
 
 
 def _group(name: str) -> tuple[int, int]:

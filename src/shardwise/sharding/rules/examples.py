@@ -83,6 +83,7 @@ EXAMPLES: Mapping[str, Example] = {
     "shardwise.valid_count": Example(shapes="4:int", args="None, -100, torch.float32"),
     "shardwise.batch_norm": Example(shapes="4,6,5 6 6 6 6", args="0.1, 1e-5"),
     "shardwise.keyed_dropout": Example(shapes="4,6 2:int", args="0.1, key=0"),
+    "shardwise.dropped_attention": Example(shapes="4,6,5,8 4,6,5,8 4,6,5,8 5,5 2:int", args="0.1, False, 0.3, key=0"),
 }
 
 _GUESSES = ("4,6", "4,6,8", "4,6,8,10", "4,6,8,10,12", "4,6:int", "12", "6,6", "4,6,6", "4,6:bool", "4,6,2", "4,6:complex")

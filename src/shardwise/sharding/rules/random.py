@@ -17,9 +17,10 @@ from shardwise.capture.draws import Held
 from shardwise.capture.graph import Op
 from shardwise.sharding.rules.registry import rule
 from shardwise.sharding.rules.shape import simple_dims
-from shardwise.sharding.signature import AxisSplit, Call, Signature, Split
+from shardwise.sharding.signature import AxisSplit, Call, Dim, Signature, Split
+from shardwise.sharding.types import Part
 
-__all__ = ["FAST", "fast"]
+__all__ = ["FAST", "fast", "fast_seeds", "held_along", "in_fours", "indices_of"]
 
 _STATE = {"state": "one state for all"}
 
@@ -97,21 +98,31 @@ def held_part(call: Call, shape: Sequence[int], state: Tensor) -> Held:
     """Which elements this rank holds of a whole tensor of `shape`, whose dims are the factors d0, d1, …"""
     splits = [call.splits.get(f"d{dim}", ()) for dim in range(len(shape))]
     along = [global_indices(size, split, state[1], call.device) for size, split in zip(shape, splits, strict=True)]
-    one = torch.zeros(1, dtype=torch.int64, device=call.device)
-    rows, local = one, tuple(each.numel() for each in along)
+    if not shape:
+        one = torch.zeros(1, dtype=torch.int64, device=call.device)
+        return Held(rows=one, columns=one, width=1, shape=(), runs=True)
+    return held_along(shape, along, runs=in_fours([split.part for split in splits[-1]], inside=_inside(splits[-1])))
+
+
+def held_along(shape: Sequence[int], along: Sequence[Tensor], *, runs: bool) -> Held:
+    """The elements of a whole tensor of `shape` at the given indices of each dim. runs: as of `Held`."""
+    rows = torch.zeros(1, dtype=torch.int64, device=along[-1].device)
     for size, each in zip(shape[:-1], along[:-1], strict=True):
         rows = (rows[:, None] * size + each[None]).reshape(-1)
-    if not shape:
-        return Held(rows=rows, columns=one, width=1, shape=local, runs=True)
-    return Held(rows=rows, columns=along[-1], width=shape[-1], shape=local, runs=_in_fours(splits[-1]))
+    return Held(rows=rows, columns=along[-1], width=shape[-1], shape=tuple(each.numel() for each in along), runs=runs)
 
 
-def _in_fours(splits: Sequence[AxisSplit]) -> bool:
-    """Whether a rank holds of a dim, split so, whole runs of four neighbours, each from a multiple of four on (but for the dim's end)."""
-    parts = [split.part for split in splits]
-    if len(parts) == 1 and parts[0].blocks == 1 and splits[0].rank is not None:
+def _inside(splits: Sequence[AxisSplit]) -> bool:
+    """Whether the rank's part of a dim is the same in all microbatches."""
+    return all(split.rank is not None for split in splits)
+
+
+def in_fours(parts: Sequence[Part], *, inside: bool = True) -> bool:
+    """Whether a rank holds of a dim, split so, whole runs of four neighbours, each from a multiple of four on (but for the dim's end).
+    inside: whether it is the same part in all microbatches."""
+    if len(parts) == 1 and parts[0].blocks == 1 and inside and len(parts[0].runs) == 1:
         return parts[0].start % 4 == 0
-    return all(number % 4 == 0 for part in parts for number in (part.start, part.stop, part.block if part.blocks > 1 else 0))
+    return all(number % 4 == 0 for part in parts for number in (part.start, part.stop, *part.more, part.block if part.blocks > 1 else 0))
 
 
 def global_indices(size: int, splits: Sequence[AxisSplit], microbatch: Tensor, device: torch.device) -> Tensor:
@@ -119,10 +130,19 @@ def global_indices(size: int, splits: Sequence[AxisSplit], microbatch: Tensor, d
     index = torch.arange(size, device=device)
     for split in splits:
         part = split.part
-        rows = torch.arange(part.blocks, device=device)[:, None] * part.block + torch.arange(part.start, part.stop, device=device)[None]
+        rows = part.indices(device)
         if split.rank is None:
             rows = rows + microbatch * (part.stop - part.start)
-        index = index[rows.reshape(-1)]
+        index = index[rows]
+    return index
+
+
+def indices_of(call: Call, dim: Dim, state: Tensor) -> Tensor:
+    """The indices that this rank holds of a dim that is a product of factors, int64 [local]."""
+    index = torch.zeros(1, dtype=torch.int64, device=call.device)
+    for name in dim:
+        each = global_indices(call.sizes[name], call.splits.get(name, ()), state[1], call.device)
+        index = (index[:, None] * call.sizes[name] + each[None]).reshape(-1)
     return index
 
 
@@ -137,15 +157,15 @@ def fast(op: Op, sig: Signature) -> Signature:
 def _fast_dropout(call: Call, tensors: Sequence[Tensor]) -> Any:
     x, state = tensors
     probability = call.op.args[2]
-    return draws.dropped(x, draws.fast_keep(call.shapes[0], state, probability, **_seeds(call)), probability)
+    return draws.dropped(x, draws.fast_keep(call.shapes[0], state, probability, **fast_seeds(call)), probability)
 
 
 def _fast_draw(call: Call, tensors: Sequence[Tensor]) -> Any:
     distribution, parameters, dtype = call.op.args[2:]
-    return draws.fast_draw(call.shapes[0], tensors[0], distribution, parameters, dtype, **_seeds(call))
+    return draws.fast_draw(call.shapes[0], tensors[0], distribution, parameters, dtype, **fast_seeds(call))
 
 
-def _seeds(call: Call) -> Mapping[str, Any]:
+def fast_seeds(call: Call) -> Mapping[str, Any]:
     """Equal on ranks that hold the same part, and for all microbatches unless these split the call."""
     splits = [split for _, found in sorted(call.splits.items()) for split in found]
     places = [split.rank for split in splits if split.rank is not None]
