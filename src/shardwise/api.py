@@ -103,21 +103,24 @@ def parallelize(
     from shardwise.runtime.group import join_group
     from shardwise.runtime.job import Job
     from shardwise.runtime.memory import give_back_freed_memory
+    from shardwise.runtime.source import Source
 
     join_group(timeout_s)
     given = _resized(batch, plan.global_batch, batch_dims or {})
     module, graph, deferred = _captured(model, given, loss, batch_dims)
+    start = _weights(module, graph, deferred, weights)
     job = Job(
         graph,
         plan,
         apply_plan(plan, graph),
-        _weights(module, graph, deferred, weights),
+        start,
         optimizer,
         device=_device(),
         seed=seed,
         timeout_s=timeout_s,
         clip_norm=clip_norm,
         check_finite=check_finite,
+        source=Source(module, given, loss, batch_dims, start),
     )
     if deferred is None:
         _release(module, job)

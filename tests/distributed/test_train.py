@@ -25,7 +25,7 @@ class StandInJob:
         self.steps = 0
         self.events = [Event(action=Action(kind=Kind.UPDATE), start_s=1.0, end_s=2.0)]
 
-    def evaluate(self, batch: dict[str, torch.Tensor]) -> float:
+    def eval(self, batch: dict[str, torch.Tensor]) -> float:
         return 5.0 - self.steps
 
     def step(self, batch: dict[str, torch.Tensor]) -> float:

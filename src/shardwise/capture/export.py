@@ -12,13 +12,14 @@ import logging
 import operator
 import traceback
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils import _pytree as pytree
 
 from shardwise.capture.blocks import find_blocks
 from shardwise.capture.functional import functional
@@ -27,10 +28,10 @@ from shardwise.capture.keep import Treatment, keeping
 from shardwise.capture.normalize import NOISE, RANDOM_STATE, is_random, normalize, passes_through
 from shardwise.capture.opaque import EXPECT, OPERATOR, Opaque, Result, opaque_of
 from shardwise.capture.operators import strided
-from shardwise.capture.record import Recording, record
+from shardwise.capture.record import TENSOR, Recording, record
 from shardwise.errors import BatchError, CaptureError, ValuesNeeded
 
-__all__ = ["capture", "loss_of"]
+__all__ = ["Structure", "capture", "capture_inference", "loss_of"]
 
 Loss = Callable[[Any], torch.Tensor]
 
@@ -45,15 +46,54 @@ def capture(
     batch_dims: input → its batch dim (None: the same tensor for every sample); dim 0 where not named.
     Raises CaptureError, naming the module and line, and BatchError when the inputs disagree on the batch size.
     """
+    return _captured(model, batch, _LossOnly(model, loss), batch_dims, trains=True)
+
+
+def capture_inference(
+    model: nn.Module,
+    batch: Mapping[str, Any],
+    *,
+    wanted: Callable[[Any], Any] | None = None,
+    batch_dims: Mapping[str, int | None] | None = None,
+    changing: Collection[str] = (),
+    fill: Callable[[], None] | None = None,
+) -> tuple[Graph, Structure]:
+    """The forward pass in the mode that the model is in, without gradients, as a Graph with `outputs`, and how they form its output.
+
+    wanted: makes what is wanted of the module's output; all of it by default.
+    changing: names of buffers that training changes between runs. Buffers that this forward pass would change are left as they are.
+    fill: called once if the values of parameters are needed, which they need not have before.
+    Raises as `capture`, and CaptureError for an output without tensors.
+    """
+    wrapped = _Outputs(model, wanted)
+    graph = _captured(model, batch, wrapped, batch_dims, trains=False, changing=changing, fill=fill)
+    return graph, wrapped.structure
+
+
+def _captured(
+    model: nn.Module,
+    batch: Mapping[str, Any],
+    wrapped: nn.Module,
+    batch_dims: Mapping[str, int | None] | None,
+    *,
+    trains: bool,
+    changing: Collection[str] = (),
+    fill: Callable[[], None] | None = None,
+) -> Graph:
+    """The graph of `wrapped`, which returns what is wanted of the model's output."""
     tensors = {name: value for name, value in batch.items() if isinstance(value, torch.Tensor)}
     dims = _batch_dims(tensors, batch_dims or {})
     names = {module: name or type(model).__name__ for name, module in reversed(list(model.named_modules()))}
     treatment = Treatment()
     while True:
-        recording = _record(model, batch, loss, treatment) if treatment.needs_recording else Recording()
+        if treatment.needs_recording and fill is not None:
+            fill()
+            fill = None
+        recording = _record(model, batch, wrapped, treatment) if treatment.needs_recording else Recording()
         try:
             with keeping(treatment, recording, names) as held:
-                graph = _Converter(_functional(_export(model, batch, loss), model), model, dims).graph()
+                exported = _functional(_export(model, batch, wrapped), model)
+                graph = _Converter(exported, model, dims, changing).graph(trains=trains)
         except _NotFollowed as error:
             _treat_more(treatment, recording, error, model, names)
             continue
@@ -84,7 +124,7 @@ def _treat_more(treatment: Treatment, recording: Recording, error: _NotFollowed,
     raise CaptureError(error.explain(model, names)) from error.__cause__
 
 
-def _record(model: nn.Module, batch: Mapping[str, Any], loss: Loss | None, treatment: Treatment) -> Recording:
+def _record(model: nn.Module, batch: Mapping[str, Any], wrapped: nn.Module, treatment: Treatment) -> Recording:
     """What must be known of a run on the example batch."""
     tensors = [*model.parameters(), *model.buffers(), *(value for value in batch.values() if isinstance(value, torch.Tensor))]
     if any(tensor.is_meta for tensor in tensors):
@@ -93,7 +133,7 @@ def _record(model: nn.Module, batch: Mapping[str, Any], loss: Loss | None, treat
             f"{type(model).__name__} cannot be captured from shapes alone: {why}. Build the model and the batch on cpu instead of meta: "
             "a run on real tensors tells what is missing"
         )
-    return record(model, lambda: _LossOnly(model, loss)(**batch), list(treatment.whole), list(treatment.tails))
+    return record(model, lambda: wrapped(**batch), list(treatment.whole), list(treatment.tails))
 
 
 def _batch_dims(tensors: Mapping[str, torch.Tensor], given: Mapping[str, int | None]) -> dict[str, int]:
@@ -122,6 +162,42 @@ class _LossOnly(nn.Module):
         return loss_of(self.model(**batch), self.loss, self.model)
 
 
+@dataclass(kw_only=True)
+class Structure:
+    """How tensors form a module's output. leaves: TENSOR where one of them stands."""
+
+    spec: Any = None
+    leaves: list[Any] = field(default_factory=list)
+
+    def filled(self, tensors: Iterable[torch.Tensor]) -> Any:
+        """The output of these tensors."""
+        given = iter(tensors)
+        return pytree.tree_unflatten([next(given) if leaf is TENSOR else leaf for leaf in self.leaves], self.spec)
+
+
+class _Outputs(nn.Module):
+    """Returns all tensors of the output in a list, and notes how they form it; with `wanted`, what that makes of it."""
+
+    def __init__(self, model: nn.Module, wanted: Callable[[Any], Any] | None) -> None:
+        super().__init__()
+        self.model = model
+        self.train(model.training)
+        self.wanted = wanted
+        self.structure = Structure()
+
+    def forward(self, **batch: Any) -> list[torch.Tensor]:
+        output = self.model(**batch)
+        leaves, spec = pytree.tree_flatten(output if self.wanted is None else self.wanted(output))
+        self.structure.spec, self.structure.leaves = spec, [TENSOR if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
+        tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+        if not tensors:
+            raise CaptureError(
+                f"{type(self.model).__name__} returns a {type(output).__name__} in which no tensor is found; return tensors, or lists or "
+                "dicts of them"
+            )
+        return tensors
+
+
 def loss_of(output: Any, loss: Loss | None, model: nn.Module) -> torch.Tensor:
     """The scalar loss in a module's output. Raises CaptureError, which says how to give one, when there is none."""
     value = loss(output) if loss is not None else getattr(output, "loss", output)
@@ -136,13 +212,13 @@ def loss_of(output: Any, loss: Loss | None, model: nn.Module) -> torch.Tensor:
     return value.reshape(())
 
 
-def _export(model: nn.Module, batch: Mapping[str, Any], loss: Loss | None) -> torch.export.ExportedProgram:
+def _export(model: nn.Module, batch: Mapping[str, Any], wrapped: nn.Module) -> torch.export.ExportedProgram:
     # A tensor passed under two names would be captured as one input: give each name its own.
     device = torch.device("meta") if any(parameter.is_meta for parameter in model.parameters()) else None
     example = {name: _described(value, device) if isinstance(value, torch.Tensor) else value for name, value in batch.items()}
     try:
         with _quiet():
-            return torch.export.export(_LossOnly(model, loss), (), kwargs=example, strict=False)
+            return torch.export.export(wrapped, (), kwargs=example, strict=False)
     except CaptureError:
         raise
     except Exception as error:
@@ -299,10 +375,13 @@ def _functional(exported: torch.export.ExportedProgram, model: nn.Module) -> tor
 class _Converter:
     """Walks an exported program and builds the Graph."""
 
-    def __init__(self, exported: torch.export.ExportedProgram, model: nn.Module, batch_dims: dict[str, int]) -> None:
+    def __init__(
+        self, exported: torch.export.ExportedProgram, model: nn.Module, batch_dims: dict[str, int], changing: Collection[str]
+    ) -> None:
         self.exported = exported
         self.model = model
         self.batch_dims = batch_dims
+        self.changing = frozenset(changing)
         self.ops: list[Op] = []
         self.names: dict[str, int] = {}
         self.parameters, self.buffers, self.inputs = {}, {}, {}  # type: dict[str, Value], dict[str, Value], dict[str, Value]
@@ -312,31 +391,34 @@ class _Converter:
         self.first_names, self.aliases = _ties(model)
         self.frozen = {name for name, parameter in model.named_parameters(remove_duplicate=False) if not parameter.requires_grad}
 
-    def graph(self) -> Graph:
+    def graph(self, *, trains: bool) -> Graph:
         env: dict[torch.fx.Node, Any] = {}
         placeholders = [node for node in self.exported.graph.nodes if node.op == "placeholder"]
         for node, spec in zip(placeholders, self.exported.graph_signature.input_specs, strict=True):
             env[node] = self._source(node, spec)
         results = self._walk(self.exported.graph_module, env, grad=True)
-        loss, updates = self._outputs(results)
-        updates = {**self.changed, **updates}
-        if not loss.requires_grad:
+        outputs, updates = self._outputs(results)
+        updates = {**self.changed, **updates} if trains else {}
+        if trains and not outputs[0].requires_grad:
             raise CaptureError("the loss depends on no parameter that requires a gradient; there is nothing to train")
         updates = {name: self._made(value) for name, value in updates.items()}
-        self._drop_unused({loss, *updates.values(), *(check.value for check in self.checks)}, set(updates))
+        outputs = outputs if trains else [self._made(value) for value in outputs]
+        self._drop_unused({*outputs, *updates.values(), *(check.value for check in self.checks)}, set(updates))
         graph = Graph(
             parameters=self.parameters,
             buffers=self.buffers,
             inputs=self.inputs,
             ops=self.ops,
-            loss=loss,
+            loss=outputs[0],
+            outputs=() if trains else tuple(outputs),
+            changing=self.changing,
             aliases=self.aliases,
             updates=updates,
             batch_dims={name: dim for name, dim in self.batch_dims.items() if name in self.inputs},
             constants=self.constants,
             checks=self.checks,
         )
-        _forget_gradients(graph)
+        _forget_gradients(graph, trains=trains)
         self._refuse_early_answers(graph)
         _assign_keys(graph.ops)
         graph.blocks = find_blocks(graph.ops)
@@ -446,7 +528,7 @@ class _Converter:
     def _refuse_early_answers(self, graph: Graph) -> None:
         """Answers that depend on parameters may change from step to step: the code that asks must be kept."""
         known = {value for value in graph.inputs.values() if value.name != RANDOM_STATE}
-        known |= {value for name, value in graph.buffers.items() if name not in graph.updates}
+        known |= {value for name, value in graph.buffers.items() if name not in graph.updates and name not in graph.changing}
         for op in graph.ops:
             if not op.requires_grad and all(value in known for value in op.inputs):
                 known.update(op.outputs)
@@ -470,19 +552,19 @@ class _Converter:
         count = self.names[name] = self.names.get(name, -1) + 1
         return f"{name}.{count}" if count else name
 
-    def _outputs(self, results: Any) -> tuple[Value, dict[str, Value]]:
+    def _outputs(self, results: Any) -> tuple[list[Value], dict[str, Value]]:
         updates: dict[str, Value] = {}
-        loss = None
+        outputs: list[Value] = []
         for spec, value in zip(self.exported.graph_signature.output_specs, results, strict=True):
             if spec.kind.name == "BUFFER_MUTATION":
                 name = str(spec.target).removeprefix("model.")
                 updates[self.first_names.get(name, name)] = value
             elif spec.kind.name == "USER_OUTPUT":
-                loss = value
+                outputs.append(value)
             else:
                 raise CaptureError(f"the forward pass changes {spec.target} ({spec.kind.name}); only buffers may change")
-        assert loss is not None
-        return loss, updates
+        assert outputs
+        return outputs, updates
 
     def _drop_unused(self, wanted: set[Value], changed: set[str]) -> None:
         used, kept = set(wanted), []
@@ -499,9 +581,9 @@ def operator_name_or_none(target: Any) -> str:
     return str(target) if isinstance(target, torch._ops.OpOverload) else ""
 
 
-def _forget_gradients(graph: Graph) -> None:
+def _forget_gradients(graph: Graph, *, trains: bool) -> None:
     """No gradient flows into what the loss does not depend on differentiably: such parameters are like frozen ones."""
-    reaching = {graph.loss}
+    reaching = {graph.loss} if trains else set()
     for op in reversed(graph.ops):
         if any(value in reaching for value in op.outputs):
             reaching.update(value for value in op.inputs if value.requires_grad and op.requires_grad)

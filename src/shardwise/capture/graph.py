@@ -116,6 +116,8 @@ class Graph:
     updates: buffers that the forward pass changes → the value that replaces them.
     blocks: runs of repeated operators, for each the list of equal operator sequences.
     global_batch: samples in the batch (size of each input's batch dim); batch_dims: input → its batch dim.
+    outputs: of a graph captured for inference, what the model returns, and `loss` is the first of them; () of one to train.
+    changing: buffers that are changed between runs of the graph, though not by it.
     kept: submodules that are one operator each → why they could not be captured. checks: what a batch must be like.
     """
 
@@ -131,6 +133,8 @@ class Graph:
     constants: dict[str, Any] = field(default_factory=dict)
     kept: dict[str, str] = field(default_factory=dict)
     checks: list[Check] = field(default_factory=list)
+    outputs: tuple[Value, ...] = ()
+    changing: frozenset[str] = frozenset()
 
     @property
     def global_batch(self) -> int:
@@ -160,13 +164,13 @@ class Graph:
     def run(self, state: Mapping[str, torch.Tensor], batch: Mapping[str, torch.Tensor]) -> dict[Value, torch.Tensor]:
         """Computes the graph on one device; the reference for every split of it.
 
-        state: parameters and buffers by name. Returns the loss and the buffers' new values, by graph value.
+        state: parameters and buffers by name. Returns the loss, the outputs and the buffers' new values, by graph value.
         """
         tensors: dict[Value, torch.Tensor] = {}
         for group, source in ((self.parameters, state), (self.buffers, state), (self.inputs, batch)):
             tensors |= {value: source[name] for name, value in group.items()}
         last_use = {value: op for op in self.ops for value in (*op.inputs, *op.outputs)}
-        keep = {self.loss, *self.updates.values()}
+        keep = {self.loss, *self.outputs, *self.updates.values()}
         for op in self.ops:
             with torch.set_grad_enabled(op.requires_grad):
                 results = call(op, [tensors[value] for value in op.inputs])

@@ -21,7 +21,7 @@ from shardwise.sharding.sequence import sequence_choices, sequence_dims, split_s
 from shardwise.sharding.signature import Choice, Signature
 from shardwise.sharding.types import I, Placement, Shard
 
-__all__ = ["Applied", "analyse", "apply_plan", "assign"]
+__all__ = ["Analysis", "Applied", "analyse", "apply_plan", "assign", "check_choice"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,7 +143,7 @@ def apply_plan(plan: Plan, graph: Graph, *, same_fingerprint: bool = True) -> Ap
     for op in graph.ops:
         text = looked_up(plan.operators, op.key) or "R"
         choice = Choice("R") if op in analysis.prelude else read_choice(text, op.key)
-        _check_choice(assignment, op, choice)
+        check_choice(assignment, op, choice)
         set_choice(assignment, op, "tp", choice)
     for name, value in graph.parameters.items():
         given = looked_up(plan.parameters, name)
@@ -177,7 +177,8 @@ def _check_placement(value: Value, kept: Placement, ranks: int) -> None:
         raise PlanError(f"{value.name} {list(value.shape)} cannot be kept as {kept!r} on tp={ranks}: that dim has no {ranks} such pieces")
 
 
-def _check_choice(assignment: Assignment, op: Op, choice: Choice) -> None:
+def check_choice(assignment: Assignment, op: Op, choice: Choice) -> None:
+    """Raises PlanError where the operator cannot be split so on the tensor axis; the choices of the axes outside it stand already."""
     sig = assignment.signatures[op]
     if choice.mode == "P" and choice.linear >= len(sig.linear):
         raise PlanError(f"{op.key} is not linear in its inputs: it cannot work on summands; choose I or R")

@@ -47,7 +47,7 @@ def build_programs(
 ) -> dict[int, Program]:
     """The programs of `ranks` (all by default); a rank's transfers are ordered against those of its pipeline neighbours.
 
-    schedule: each pipeline rank's slots, or the name of a schedule with one stage a rank.
+    schedule: each pipeline rank's slots, or the name of a schedule with one stage a rank. Without a BACKWARD in it nothing is trained.
     """
     tables = rank_tables(schedule, cut.stages, 1, assignment.mesh["mb"]) if isinstance(schedule, str) else schedule
     mesh = Places.of(assignment, len(tables))
@@ -134,8 +134,10 @@ class _Column:
             rank: rank_actions(row, programs[rank].edges, lambda stage: self.mesh.rank(placement[stage], self.place))
             for rank, row in zip(programs, self.tables, strict=True)
         }
+        trains = any(slot.kind is Kind.BACKWARD for row in self.tables for slot in row)
         for rank, actions in order_transfers(lists).items():
-            programs[rank].actions = [Action(kind=Kind.PRELUDE), *actions, Action(kind=Kind.REDUCE), Action(kind=Kind.UPDATE)]
+            ends = [Action(kind=Kind.REDUCE), Action(kind=Kind.UPDATE)] if trains else []
+            programs[rank].actions = [Action(kind=Kind.PRELUDE), *actions, *ends]
         return programs
 
     def _program(self, pipe: int, placement: tuple[int, ...]) -> Program:

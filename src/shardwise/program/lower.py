@@ -54,6 +54,10 @@ class Cut:
     def stages(self) -> int:
         return max(self.stage_of.values(), default=0) + 1
 
+    def returned_by(self, output: Value) -> int:
+        """The stage that returns an output of a graph for inference; those of the prelude are the first one's."""
+        return self.stage_of.get(output.producer, 0)  # type: ignore[arg-type]
+
 
 def parameter_part(assignment: Assignment, value: Value, coordinates: Mapping[str, int], stages: tuple[int, ...] = ()) -> ParameterPart:
     """What the rank at `coordinates` keeps of a parameter or buffer."""
@@ -133,7 +137,7 @@ class _Stage:
 
     def _run_prelude(self) -> None:
         """The prelude's operators that this stage reads, and what they read."""
-        needed = {value for op in self.ops for value in op.inputs}
+        needed = {value for op in self.ops for value in op.inputs} | set(self._given())
         wanted: list[Op] = []
         for op in reversed(self.graph.ops):
             if op in self.cut.prelude and any(value in needed for value in op.outputs):
@@ -378,7 +382,9 @@ class _Stage:
                 made = self.assignment.produced(value)
                 outputs.append((Binding("buffer", name), self._resharded(self.body, self.nodes, value, made, kept, value.producer.module)))
         loss_axes: tuple[str, ...] = ()
-        if self.cut.stage_of[self.graph.loss.producer] == self.stage:  # type: ignore[index]
+        if self.graph.outputs:
+            outputs += [(Binding("output", str(self.graph.outputs.index(value))), self._output(value)) for value in self._given()]
+        elif self.cut.stage_of[self.graph.loss.producer] == self.stage:  # type: ignore[index]
             loss_axes = self._loss(outputs, seeds)
         return outputs, seeds, loss_axes
 
@@ -400,6 +406,18 @@ class _Stage:
         outputs.append((Binding("loss"), node))
         seeds.append((node, self._gradient_input("seed", self.tracer.tensor((), loss.dtype), Binding("seed"))))
         return tuple(axis for axis, placement in wanted.items() if placement == P and axis != "mb")
+
+    def _given(self) -> list[Value]:
+        """The outputs that this stage returns, each once."""
+        return [value for value in dict.fromkeys(self.graph.outputs) if self.cut.returned_by(value) == self.stage]
+
+    def _output(self, value: Value) -> fx.Node:
+        """An output as it is to be joined: whole but for the samples, of which there are parts over data ranks and microbatches."""
+        made = self.assignment.produced(value)
+        wanted = {axis: placement if axis in ("dp", "mb") else I for axis, placement in made.items()}
+        if value.producer in self.cut.prelude:
+            return self._crossing(value, wanted)
+        return self._resharded(self.body, self.nodes, value, made, wanted, "")
 
     def _gradient_input(self, name: str, meta: torch.Tensor, binding: Binding) -> fx.Node:
         node = self.body.placeholder(_identifier(name), meta, forward=False)

@@ -16,7 +16,7 @@ from shardwise.sharding.types import Placement, Shard
 
 __all__ = ["Binding", "Crossing", "Edge", "ParameterPart", "Program", "StageProgram", "code"]
 
-BindingKind = Literal["parameter", "buffer", "crossing", "edge", "random", "seed", "saved", "loss"]
+BindingKind = Literal["parameter", "buffer", "crossing", "edge", "random", "seed", "saved", "loss", "output"]
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,6 @@ from shardwise.sharding.types import take
 __all__ = ["Event", "Executor"]
 
 _WAITED_IN_VAIN = re.compile(r"timed out|connection (was )?(closed|reset)", re.IGNORECASE)  # gloo's and NCCL's words
-_FORWARD_ONLY = (Kind.PRELUDE, Kind.POST, Kind.RECV, Kind.FORWARD, Kind.SEND)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,10 +45,7 @@ class Executor:
         self, program: Program, state: dict[str, Tensor], gradients: Gradients, transport: Transport, device: torch.device
     ) -> None:
         self.program, self.state, self.gradients, self.transport, self.device = program, state, gradients, transport, device
-        with torch.no_grad():
-            self.preludes = {
-                number: Prelude(stage, {part.name: state[part.name] for part in stage.buffers}) for number, stage in program.stages.items()
-            }
+        self.renew()
         self.forward = {number: callable_of(stage.forward) for number, stage in program.stages.items()}
         self.backward = _backward_functions(program, gradients)
         self.buffers = {
@@ -81,6 +77,14 @@ class Executor:
             Kind.REDUCE: lambda action: self.gradients.reduce(),
         }
 
+    @torch.no_grad()
+    def renew(self) -> None:
+        """Computes what depends on fixed buffers alone, or on nothing."""
+        self.preludes = {
+            number: Prelude(stage, {part.name: self.state[part.name] for part in stage.buffers})
+            for number, stage in self.program.stages.items()
+        }
+
     def step(self, batch: Mapping[str, Tensor], step_key: int, update: Callable[[], None]) -> float:
         """One training step on this rank's part of the batch; returns what this rank adds to the loss."""
         self.act[Kind.UPDATE] = lambda action: update()
@@ -93,10 +97,11 @@ class Executor:
         """What this rank has added to the loss in the present or last run."""
         return sum(loss.item() for loss in self.losses)
 
-    def evaluate(self, batch: Mapping[str, Tensor], step_key: int) -> float:
-        """The forward pass alone, with the buffers left as they are."""
-        actions = [action for action in self.program.actions if action.kind in _FORWARD_ONLY]
-        return self._run(actions, batch, step_key, backward=False)
+    def evaluate(self, batch: Mapping[str, Tensor], step_key: int) -> dict[str, list[Tensor]]:
+        """A program for inference: the number of each output that this rank's stages make → one of each microbatch."""
+        self._run(self.program.actions, batch, step_key, backward=False)
+        found, self.outputs = self.outputs, {}
+        return found
 
     @torch.no_grad()
     def _run(self, actions: list[Action], batch: Mapping[str, Tensor], step_key: int, *, backward: bool = True) -> float:
@@ -106,6 +111,7 @@ class Executor:
         self.saved: dict[tuple[Kind, int, int], list[Any]] = {}  # (who takes it, stage, microbatch) → what the part before it saved
         self.changed: dict[str, Tensor] = {}  # buffers, from the next step on
         self.losses: list[Tensor] = []
+        self.outputs: dict[str, list[Tensor]] = {}
         self.pending: list[tuple[Action, Any, Tensor]] = []
         self.posted: dict[tuple[str, int, bool], tuple[Any, Tensor]] = {}
         self.events = []
@@ -147,6 +153,8 @@ class Executor:
                 self._made(binding.name, microbatch, value, gradient=False)
             elif binding.kind == "buffer":
                 self.changed[binding.name] = value  # not put into the state: other stages and the backward pass may read the old one
+            elif binding.kind == "output":
+                self.outputs.setdefault(binding.name, []).append(value)
             else:
                 self.losses.append(value)
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from math import prod
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from shardwise.capture.graph import Graph
 from shardwise.errors import BatchError, LayoutError, PlanError
@@ -19,6 +21,7 @@ from shardwise.program.build import Places, build_programs
 from shardwise.program.check import check_own
 from shardwise.program.program import Program
 from shardwise.program.reductions import DATA_AXES, joined_ranks
+from shardwise.runtime.answers import Answers
 from shardwise.runtime.executor import Event, Executor
 from shardwise.runtime.exhausted import explained, held_bytes, wanted_bytes
 from shardwise.runtime.gradients import Gradients
@@ -27,16 +30,28 @@ from shardwise.runtime.needs import Need, needs
 from shardwise.runtime.norm import GradientNorm
 from shardwise.runtime.optimizer import OptimizerFactory, absent, make_on_parts, make_optimizers, prefer_fused
 from shardwise.runtime.parameters import Parameters
+from shardwise.runtime.source import Source
+from shardwise.runtime.state import load_state, state_of_job
 from shardwise.runtime.transport import Distributed
 from shardwise.runtime.weights import Weights
 from shardwise.runtime.whole import WholeParameters, is_split
 from shardwise.sharding.types import Shard
 from shardwise.sharding.types import part as part_of
 
-__all__ = ["Job", "batch_part", "step_key"]
+__all__ = ["Job", "Step", "batch_part", "step_key"]
 
 Choose = Callable[[str, int, int], str]
 Result = TypeVar("Result")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """A step that was done. number: the first is 1; grad_norm: as `Job.grad_norm`; time_s: seconds on this rank."""
+
+    number: int
+    loss: float
+    grad_norm: float
+    time_s: float
 
 
 class Job:
@@ -60,6 +75,7 @@ class Job:
         timeout_s: float = 300.0,
         clip_norm: float | None = None,
         check_finite: bool = True,
+        source: Source | None = None,
     ) -> None:
         self.graph, self.plan, self.device, self.seed = graph, plan, device, seed
         self.steps = 0
@@ -71,9 +87,13 @@ class Job:
         check_own(self.program, applied.assignment, applied.cut)
         create_groups(_all_groups(self.program, plan, graph, applied), timeout_s)
         transport = Distributed()
+        self.named: dict[str, nn.Parameter] = {}  # every trained parameter as an optimizer of this rank has it
         self._within_memory(lambda: self._set_up(weights, optimizer, transport, choose), lambda: "setting up")
         self.norm = self._norm(clip_norm) if clip_norm is not None or check_finite else None
         self.loss = self.grad_norm = math.nan
+        self._source = source
+        self._hooks: list[Callable[[Step], object]] = []
+        self._answers = None if source is None else Answers(source, plan, applied, self.program, self.state, transport, device)
 
     def _set_up(self, weights: Weights, optimizer: OptimizerFactory, transport: Distributed, choose: Choose) -> None:
         parts = [*self.program.parameters, *self.program.buffers]
@@ -116,6 +136,7 @@ class Job:
         here = {name: each for name, each in self.parameters.of.items() if name not in gathered} | whole.of
         dtypes = {name: value.dtype for name, value in self.graph.parameters.items()}
         mine = [(name, here[name] if name in here else absent(shape, dtypes[name], self.device)) for name, shape in shapes.items()]
+        self.named = dict(mine)
         made = make_on_parts(factory, shapes, mine) if self.plan.ranks > 1 else make_optimizers(factory, mine)
         whole.release()
         return whole, [prefer_fused(optimizer) for optimizer in made]
@@ -145,12 +166,18 @@ class Job:
         Raises BatchError when names, shapes or dtypes are not those that the plan was made for, NotFiniteError when the loss or a gradient
         is infinite or not a number: the parameters are then as they were before the step.
         """
+        started = time.perf_counter()
         part = self._part(batch, local)
-        if self.graph.checks and not local:
-            self._check_answers(batch)
+        if self.graph.checks:
+            self._check_answers(self._gathered(batch) if local else batch)
         self.steps += 1
         loss = self._within_memory(lambda: self.executor.step(part, step_key(self.seed, self.steps), self._update), self._doing)
-        return self._total(loss) if self.norm is None else self.loss
+        if self.norm is None:
+            self.loss = self._total(loss)
+        done = Step(number=self.steps, loss=self.loss, grad_norm=self.grad_norm, time_s=time.perf_counter() - started)
+        for hook in self._hooks:
+            hook(done)
+        return self.loss
 
     def _update(self) -> None:
         if self.norm is not None:
@@ -161,16 +188,78 @@ class Job:
         self.whole.spread()
         self.parameters.gather()
 
-    def evaluate(self, batch: Mapping[str, Tensor], *, local: bool = False) -> float:
-        """The loss on a batch, nothing changed."""
-        part = self._part(batch, local)
-        if self.graph.checks and not local:
-            self._check_answers(batch)
-        return self._total(self._within_memory(lambda: self.executor.evaluate(part, step_key(self.seed, self.steps)), self._doing))
+    def eval(self, batch: Mapping[str, Any], *, local: bool = False) -> float:
+        """The loss in eval mode (no dropout, BatchNorm with its running statistics), equal on all ranks; nothing is changed.
+
+        batch: the whole one, the same on every rank, of any number of samples; with local=True the samples that this rank has read (data
+        ranks have those that follow each other). Another shape than before is compiled for, with a ShardwiseWarning.
+        Raises CaptureError, BatchError, and PlanError where eval mode reads what training keeps on other ranks.
+        """
+        whole = self._gathered(batch) if local else batch
+        return self._within_memory(lambda: self.answers.loss(whole, step_key(self.seed, self.steps)), lambda: "evaluating")
+
+    def predict(self, inputs: Mapping[str, Any]) -> Any:
+        """What the model returns in eval mode for these keyword arguments of its forward, as on one device, on every rank.
+
+        inputs, raises: as `eval`; the labels may be left out where the model can do without.
+        """
+        return self._within_memory(lambda: self.answers.output(inputs, step_key(self.seed, self.steps)), lambda: "predicting")
+
+    @property
+    def answers(self) -> Answers:
+        """Runs the model in eval mode."""
+        assert self._answers is not None, "the job was made without its model"
+        return self._answers
+
+    @property
+    def source(self) -> Source:
+        """The model that the job was made from."""
+        assert self._source is not None, "the job was made without its model"
+        return self._source
+
+    def on_step(self, function: Callable[[Step], object]) -> None:
+        """Has `function` called after each step, on this rank; functions are called in the order in which they were given."""
+        self._hooks.append(function)
 
     def gradient(self) -> dict[str, Tensor]:
         """This rank's part of each gradient of the last step."""
         return dict(self.gradients.parts)
+
+    def state_dict(self, *, sharded: bool = False) -> dict[str, Any]:
+        """Parameters, buffers, the optimizer's state and what the next step's random numbers follow from. Call it on every rank.
+
+        {"model": …, "optimizer": {"state": name → …, "groups": […]}, "steps": …, "seed": …}, whole and in CPU memory on rank 0, {} on
+        others; "model" has the keys of the model's own state_dict(). sharded: this rank's own parts instead, not copied.
+        Raises PlanError for a split parameter's optimizer state that is not split like it.
+        """
+        return state_of_job(self, sharded=sharded)
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes on from what `state_dict` returned: a whole one, given on every rank, of any layout; or a rank's own part, of the same plan.
+
+        Raises PlanError for the state of another model, optimizer or rank.
+        """
+        load_state(self, state)
+
+    def renew(self) -> None:
+        """Computes again what was computed when the job was made: values that never change have been changed after all."""
+        self.executor.renew()
+        self.fixed = {name: self.state.get(name, value) for name, value in self.fixed.items()}
+        if self._answers is not None:
+            self._answers.forget()
+
+    def _gathered(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+        """The whole batch, from the samples that data ranks have read."""
+        place = self.program.coordinates
+        first = all(place[axis] == 0 for axis in place if axis != "dp")
+        found: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(found, (place["dp"], dict(batch)) if first else None)
+        parts = [part for _, part in sorted((each for each in found if each is not None), key=lambda each: each[0])]
+        dims = {name: self.graph.batch_dims.get(name) for name in self.graph.inputs}
+        return {
+            name: torch.cat([part[name] for part in parts], dim) if (dim := dims.get(name)) is not None else value
+            for name, value in batch.items()
+        }
 
     def _part(self, batch: Mapping[str, Tensor], local: bool) -> dict[str, Tensor]:
         return batch_part(self.graph, self.plan, self.program, batch, self.device, local=local)

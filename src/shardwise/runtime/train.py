@@ -44,7 +44,7 @@ class Job(Protocol):
     def step(self, batch: dict[str, torch.Tensor]) -> float:
         """One optimizer step on the global batch; the loss."""
 
-    def evaluate(self, batch: dict[str, torch.Tensor]) -> float:
+    def eval(self, batch: dict[str, torch.Tensor]) -> float:
         """The loss on the global batch, nothing changed."""
 
 
@@ -129,7 +129,7 @@ def train_rank(build: Build, plan: Plan, text: ByteText, settings: Settings) -> 
     torch.manual_seed(settings.seed)
     held_out = text.held_out_batch(size=settings.batch_size)
     job = sw.parallelize(build, held_out, plan=plan, optimizer=_adamw(settings.learning_rate), weights=settings.weights)
-    before = job.evaluate(held_out)
+    before = job.eval(held_out)
     losses, times = _loop(job, text, settings, shown=settings.shown and place.rank == 0)
     actions = [_recorded(event) for event in job.events]
     return RankResult(
@@ -138,7 +138,7 @@ def train_rank(build: Build, plan: Plan, text: ByteText, settings: Settings) -> 
         step_times_s=times,
         peak_memory_bytes=memory.peak_bytes(),
         held_out_before=before,
-        held_out_after=job.evaluate(held_out),
+        held_out_after=job.eval(held_out),
         actions=actions,
     )
 

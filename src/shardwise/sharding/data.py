@@ -29,7 +29,7 @@ __all__ = ["batch_choices", "microbatch_obstacle", "place_of", "places_of", "pre
 def prelude_of(graph: Graph) -> set[Op]:
     """The operators that depend on batch inputs and fixed buffers alone. What changes a buffer is no part of it."""
     known = {value for name, value in graph.inputs.items() if name != RANDOM_STATE}
-    known |= {value for name, value in graph.buffers.items() if name not in graph.updates}
+    known |= {value for name, value in graph.buffers.items() if name not in graph.updates and name not in graph.changing}
     found: set[Op] = set()
     changing = set(graph.updates.values())
     for op in graph.ops:
@@ -141,6 +141,6 @@ def microbatch_obstacle(graph: Graph, signatures: Mapping[Op, Signature], batch:
             ):
                 where = f"{op.name} in {op.module or 'the model'}"
                 return f"{where} combines the samples of the whole batch ({value.name} is {made} over microbatches, it needs {wanted})"
-    if (made := trial.produced(graph.loss)["mb"]) != P:
+    if not graph.outputs and (made := trial.produced(graph.loss)["mb"]) != P:
         return f"the loss is {made} over microbatches, not a sum over samples"
     return ""

@@ -144,4 +144,4 @@ def read_as_split(
                 wanted, _ = over_microbatches(assignment, value, wanted, place)
             if not isinstance(type_, Shard) or wanted[axis] != type_:
                 return False
-    return any(readers[value] for value in op.outputs) and graph.loss not in op.outputs
+    return any(readers[value] for value in op.outputs) and {graph.loss, *graph.outputs}.isdisjoint(op.outputs)
