@@ -6,6 +6,7 @@ python examples/demo.py [--data PATH] [--steps N] [--out out/demo]
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import sys
 import time
@@ -17,8 +18,9 @@ from rich.console import Console
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import shardwise as sw
+from shardwise.data import ByteText, Corpus
+from shardwise.data.text import VOCABULARY
 from shardwise.report import Measured, save_traces, write_report
-from shardwise.runtime.data import VOCABULARY, ByteText
 from shardwise.runtime.train import Settings, TrainingRun, train
 
 RANKS = 4
@@ -88,7 +90,7 @@ def run(arguments: argparse.Namespace) -> None:
         build,
         plan=plan,
         ranks=RANKS,
-        text=text,
+        read=functools.partial(read, arguments.data),
         settings=Settings(steps=steps, batch_size=GLOBAL_BATCH, seed=SEED, most_s=None if arguments.steps else TRAINING_S),
     )
 
@@ -101,6 +103,11 @@ def run(arguments: argparse.Namespace) -> None:
 
 def headline(title: str) -> None:
     console.print(f"\n[bold]{title}[/bold]")
+
+
+def read(path: Path | None) -> Corpus:
+    """On each rank."""
+    return ByteText.load(path, sequence=SEQUENCE).corpus
 
 
 def choose_plan(text: ByteText) -> sw.Plan:

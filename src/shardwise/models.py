@@ -25,7 +25,7 @@ from shardwise.errors import ModelError
 from shardwise.presets import batches
 from shardwise.presets.batches import Batch
 
-__all__ = ["Batch", "load_model"]
+__all__ = ["Batch", "call_function", "load_model"]
 
 _FORMS = (
     "Use PRESET (such as gpt3-175b), hf:CONFIG.json (a transformers configuration) "
@@ -75,15 +75,24 @@ def _from_preset(name: str, batch_size: int | None, sequence: int | None, seed: 
 
 
 def _from_function(path: Path, name: str, seed: int) -> tuple[nn.Module, Batch]:
+    return _checked(_called(path, name, "model, batch", seed), f"{path}:{name}")
+
+
+def call_function(spec: str) -> Any:
+    """What the function of FILE.py:FUNCTION returns. Raises ModelError where there is none, or it raises."""
+    path, _, name = spec.rpartition(":")
+    return _called(Path(path), name, "dataset")
+
+
+def _called(path: Path, name: str, returned: str, seed: int = 0) -> Any:
     function = getattr(_import_file(path), name, None)
     if not callable(function):
-        raise ModelError(f"{path} has no function {name!r}. Define `def {name}(): ... return model, batch` there.")
+        raise ModelError(f"{path} has no function {name!r}. Define `def {name}(): ... return {returned}` there.")
     torch.manual_seed(seed)
     try:
-        result = function()
+        return function()
     except Exception as error:
         raise ModelError(f"{path}:{name} raised {type(error).__name__}: {error}") from error
-    return _checked(result, f"{path}:{name}")
 
 
 def _import_file(path: Path) -> ModuleType:

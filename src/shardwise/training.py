@@ -16,18 +16,21 @@ from torch import nn
 from shardwise.asked import Asked
 from shardwise.capture.export import capture
 from shardwise.cluster.machine import available_memory_bytes
+from shardwise.data.text import VOCABULARY
 from shardwise.environment import rank_environment
-from shardwise.errors import DataError, ModelError
+from shardwise.errors import ModelError
 from shardwise.models import Batch, load_model
 from shardwise.planner.plan import Random, simulate
 from shardwise.planner.preflight import preflight
 from shardwise.report import Measured, save_traces, write_report
-from shardwise.runtime.data import VOCABULARY, ByteText
 from shardwise.runtime.group import process_group
+from shardwise.runtime.metrics import require_tensorboard
 from shardwise.runtime.train import WAIT_S, Settings, TrainingRun, train, train_rank
+from shardwise.training_data import read_corpus
 
 if TYPE_CHECKING:
     from shardwise import Infeasible, Plan
+    from shardwise.data import Corpus
 
 __all__ = ["TrainRequest", "run_training"]
 
@@ -37,7 +40,7 @@ class TrainRequest:
     """The command's options, None where they were not given; shown: whether progress is displayed."""
 
     model: str
-    data: Path | None
+    data: str | None
     steps: int
     learning_rate: float
     seed: int
@@ -50,11 +53,16 @@ class TrainRequest:
     port: int
     out: Path
     weights: Path | None = None
+    evaluate_every: int = 0
+    workers: int = 0
+    tensorboard: bool = False
     shown: bool = True
 
 
 def run_training(request: TrainRequest) -> dict[str, Any] | Infeasible | None:
     """Train; the summary to print, None on all ranks but the first when torchrun started this process."""
+    if request.tensorboard:
+        require_tensorboard()
     return _as_parent(request) if rank_environment() is None else _as_rank(request)
 
 
@@ -62,12 +70,13 @@ def _as_parent(request: TrainRequest) -> dict[str, Any] | Infeasible:
     import shardwise as sw
 
     model, batch = _model_on_meta(request)
-    text, settings = _text(request, batch), _settings(request, batch)
+    settings, read = _settings(request, batch), _reader(request, batch)
+    read()  # what is wrong with the data is said before ranks start
     plan = _plan(request, model, batch)
     if isinstance(plan, sw.Infeasible):
         return plan
     preflight(plan, capture(model, batch), limit_bytes=available_memory_bytes() // plan.ranks)
-    run = train(_builder(request), plan=plan, ranks=plan.ranks, text=text, settings=settings, port=request.port)
+    run = train(_builder(request), plan=plan, ranks=plan.ranks, read=read, settings=settings, port=request.port)
     return _written(request, plan, run)
 
 
@@ -76,12 +85,12 @@ def _as_rank(request: TrainRequest) -> dict[str, Any] | Infeasible | None:
 
     with process_group(timeout_s=WAIT_S) as place:
         model, batch = _model_on_meta(request)
-        text, settings = _text(request, batch), _settings(request, batch)
+        settings, read = _settings(request, batch), _reader(request, batch)
         plan = _plan_of_rank_0(request, model, batch)
         if isinstance(plan, sw.Infeasible):
             return plan
         results: list[Any] = [None] * place.ranks
-        dist.all_gather_object(results, train_rank(_builder(request), plan, text, settings))
+        dist.all_gather_object(results, train_rank(_builder(request), plan, read, settings))
     return _written(request, plan, TrainingRun.of(results)) if place.rank == 0 else None
 
 
@@ -120,29 +129,28 @@ def _plan_of_rank_0(request: TrainRequest, model: nn.Module, batch: Batch) -> Pl
 
 def _model_on_meta(request: TrainRequest) -> tuple[nn.Module, Batch]:
     model, batch = load_model(request.model, batch_size=request.global_batch, sequence=request.sequence, device="meta")
-    if set(batch) != {"input_ids", "labels"}:
-        raise ModelError(
-            f"`train` reads text, so the model's batch must be input_ids and labels; {request.model} takes {', '.join(sorted(batch))}. "
-            "For other data write a loop: examples/train_loop.py has one."
-        )
-    _check_vocabulary(model, request.model)
+    if request.data is None or ":" not in request.data:
+        _check_vocabulary(model, request.model, batch)
     return model, batch
 
 
-def _text(request: TrainRequest, batch: Batch) -> ByteText:
-    if batch["input_ids"].dim() != 2:
-        raise DataError(f"input_ids must be [batch, sequence]; {request.model} makes it {list(batch['input_ids'].shape)}.")
-    return ByteText.load(request.data, sequence=batch["input_ids"].shape[1])
+def _reader(request: TrainRequest, batch: Batch) -> functools.partial[Corpus]:
+    """Called on each rank. The batch says what the model reads."""
+    return functools.partial(read_corpus, request.data, {name: (value.dtype, tuple(value.shape)) for name, value in batch.items()})
 
 
 def _settings(request: TrainRequest, batch: Batch) -> Settings:
     return Settings(
         steps=request.steps,
-        batch_size=request.global_batch or batch["input_ids"].shape[0],
+        batch_size=request.global_batch or next(iter(batch.values())).shape[0],
         learning_rate=request.learning_rate,
         seed=request.seed,
         shown=request.shown,
         weights=request.weights,
+        evaluate_every=request.evaluate_every,
+        workers=request.workers,
+        out=request.out,
+        tensorboard=request.tensorboard,
     )
 
 
@@ -155,7 +163,10 @@ def _build(spec: str, batch_size: int | None, sequence: int | None, seed: int) -
     return load_model(spec, batch_size=batch_size, sequence=sequence, seed=seed)[0]
 
 
-def _check_vocabulary(model: nn.Module, spec: str) -> None:
+def _check_vocabulary(model: nn.Module, spec: str, batch: Batch) -> None:
+    """Text is read as bytes."""
+    if set(batch) != {"input_ids", "labels"}:
+        return
     tables = [module.num_embeddings for module in model.modules() if isinstance(module, torch.nn.Embedding)]
     if tables and max(tables) < VOCABULARY:
         raise ModelError(f"{spec} has a vocabulary of {max(tables)}, but bytes need {VOCABULARY}. Set vocab_size to {VOCABULARY} or more.")
@@ -169,7 +180,8 @@ def _written(request: TrainRequest, plan: Plan, run: TrainingRun) -> dict[str, A
     simulation, measured = simulate(plan), Measured.of(run, plan)
     write_report(report_path, plan, simulation, measured)
     save_traces(trace_path, simulation, measured)
-    run_path.write_text(json.dumps({"losses": run.losses, "step_times_s": run.step_times_s, "memory_bytes": run.memory_bytes}, indent=1))
+    found = {"losses": run.losses, "step_times_s": run.step_times_s, "memory_bytes": run.memory_bytes, "held_out": run.held_out}
+    run_path.write_text(json.dumps(found, indent=1))
     return {
         "steps": len(run.losses),
         "loss_first": run.losses[0],
@@ -180,6 +192,7 @@ def _written(request: TrainRequest, plan: Plan, run: TrainingRun) -> dict[str, A
         "memory_bytes": run.memory_bytes,
         "plan": str(plan_path),
         "training": str(run_path),
+        "metrics": str(request.out / "metrics.jsonl"),
         "report": str(report_path),
         "trace": str(trace_path),
     }

@@ -15,9 +15,7 @@ from shardwise.simulate.simulator import Simulation
 
 
 def run(actions: list[list[RecordedAction]]) -> TrainingRun:
-    return TrainingRun(
-        losses=[2.0], held_out_before=3.0, held_out_after=2.0, step_times_s=[0.5], memory_bytes=[1, 2, 3, 4], actions=actions
-    )
+    return TrainingRun(losses=[2.0], held_out={0: 3.0, 1: 2.0}, step_times_s=[0.5], memory_bytes=[1, 2, 3, 4], actions=actions)
 
 
 def records(start_s: float) -> list[RecordedAction]:

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from shardwise.commands.config import ConfigOption
 from shardwise.commands.options import (
     DEFAULT_CLUSTER,
     GlobalBatchOption,
@@ -27,7 +28,11 @@ __all__ = ["train"]
 
 def train(
     model: ModelOption = None,
-    data: Annotated[Path | None, typer.Option("--data", help="A text file, read as bytes. Default: Python's own sources.")] = None,
+    config: ConfigOption = None,
+    data: Annotated[
+        str | None,
+        typer.Option("--data", help="Text, or a folder of text, images or recordings; or FILE.py:FUNCTION, which returns a dataset."),
+    ] = None,
     steps: Annotated[int, typer.Option("--steps", min=1, help="Optimizer steps.")] = 100,
     learning_rate: Annotated[float, typer.Option("--lr", min=0.0, help="AdamW's learning rate.")] = 1e-3,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Of the weights and the order of the data.")] = 0,
@@ -42,13 +47,18 @@ def train(
     weights: Annotated[
         Path | None, typer.Option("--weights", help="Begin from these: a .safetensors file, an index of several, or their directory.")
     ] = None,
+    evaluate_every: Annotated[
+        int, typer.Option("--eval-every", min=0, help="Steps between two evaluations on held-out data; 0: before and after.")
+    ] = 0,
+    workers: Annotated[int, typer.Option("--workers", min=0, help="Processes of each rank that read data; 0: a thread.")] = 0,
+    tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Also write TensorBoard's event files.")] = False,
     port: Annotated[int, typer.Option("--port", min=0, max=65535, help="For the ranks to meet at; 0 takes a free one.")] = 0,
-    out: Annotated[Path, typer.Option("--out", help="A directory for plan.json, training.json, report.html and trace.json.")] = Path(
-        "out/train"
-    ),
+    out: Annotated[
+        Path, typer.Option("--out", help="A directory for plan.json, metrics.jsonl, training.json, report.html and trace.json.")
+    ] = Path("out/train"),
     as_json: JsonOption = False,
 ) -> None:
-    """Train a language model on the bytes of a text, split over local ranks, which this command starts itself.
+    """Train a model on text, images, recordings or a dataset of your own, split over local ranks, which this command starts itself.
 
     Started by torchrun it is one of the ranks instead; then --cluster or --plan must describe all nodes.
 
@@ -57,6 +67,8 @@ def train(
     shardwise train --model hf:config.json --data book.txt --steps 200 --cluster local:4
 
     shardwise train --model hf:config.json --plan plan.json
+
+    shardwise train --config run.toml --steps 50
 
     torchrun --nnodes 2 --nproc-per-node 4 ... -m shardwise train --model hf:config.json --plan plan.json
     """
@@ -77,6 +89,9 @@ def train(
         port=port,
         out=out,
         weights=weights,
+        evaluate_every=evaluate_every,
+        workers=workers,
+        tensorboard=tensorboard,
         shown=not as_json,
     )
     summary = feasible(run_training(request))

@@ -116,7 +116,7 @@ def _stages(graph: Graph, prelude: set[Op], trained: Applied) -> dict[Op, int]:
     for op in graph.ops:
         if op in prelude:
             continue
-        least = max((found[value.producer] for value in op.inputs if value.producer in found), default=0)  # type: ignore[index]
+        least = max((found[value.producer] for value in op.inputs if value.producer in found), default=0)
         held = [set(holders[value.name]) for value in op.inputs if value.name in holders]
         common = set.intersection(*held) if held else set()
         stage = known.get(op.key)

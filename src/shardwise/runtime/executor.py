@@ -63,6 +63,7 @@ class Executor:
         }
         self.events: list[Event] = []
         self.current: Action | None = None
+        self.outputs: dict[str, list[Tensor]] = {}  # of a program for inference: number of the output → one of each microbatch
         self.act: dict[Kind, Callable[[Action], None]] = {
             Kind.PRELUDE: self._prelude,
             Kind.FORWARD: self._forward,
@@ -100,7 +101,8 @@ class Executor:
     def evaluate(self, batch: Mapping[str, Tensor], step_key: int) -> dict[str, list[Tensor]]:
         """A program for inference: the number of each output that this rank's stages make → one of each microbatch."""
         self._run(self.program.actions, batch, step_key, backward=False)
-        found, self.outputs = self.outputs, {}
+        found = self.outputs
+        self.outputs = {}
         return found
 
     @torch.no_grad()
@@ -111,7 +113,7 @@ class Executor:
         self.saved: dict[tuple[Kind, int, int], list[Any]] = {}  # (who takes it, stage, microbatch) → what the part before it saved
         self.changed: dict[str, Tensor] = {}  # buffers, from the next step on
         self.losses: list[Tensor] = []
-        self.outputs: dict[str, list[Tensor]] = {}
+        self.outputs = {}
         self.pending: list[tuple[Action, Any, Tensor]] = []
         self.posted: dict[tuple[str, int, bool], tuple[Any, Tensor]] = {}
         self.events = []

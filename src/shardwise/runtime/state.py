@@ -149,7 +149,7 @@ def _whole_model(job: Job, gatherer: Gatherer) -> dict[str, Tensor]:
 
 def _kept(job: Job) -> dict[str, dict[str, Any]]:
     """Parameter → what this rank's optimizers keep of it."""
-    names = {parameter: name for name, parameter in job.named.items()}
+    names: dict[Tensor, str] = {parameter: name for name, parameter in job.named.items()}
     return {names[each]: dict(kept) for optimizer in job.optimizers for each, kept in optimizer.state.items() if kept}
 
 

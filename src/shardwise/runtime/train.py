@@ -7,16 +7,20 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
-from torch import nn
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.utils.data import Subset, default_collate
 
+from shardwise.data.corpus import Corpus
+from shardwise.data.loader import Loader
 from shardwise.environment import rank_environment
-from shardwise.runtime.data import ByteText
 from shardwise.runtime.executor import Event
 from shardwise.runtime.launch import launch
 from shardwise.runtime.memory import PeakMemory
+from shardwise.runtime.metrics import Metrics
 from shardwise.runtime.preload import preload
 from shardwise.runtime.progress import TrainingDisplay
 
@@ -29,29 +33,37 @@ _TRIAL_STEPS = 6  # after these it is known how many more can be afforded
 _WARM_UP_STEPS = 2  # their times are not typical: memory is taken and connections are made
 WAIT_S = 300.0  # a collective, send or receive may take so long
 
+_LOOK_EVERY = 10  # steps between two looks at all ranks' memory
+
 Build = Callable[[], nn.Module]
+Read = Callable[[], Corpus]
 RecordedAction = tuple[
     str, int, int, str, int, float, float
 ]  # kind, stage, microbatch, edge, peer, start and end in seconds of time.perf_counter
 
 
 class Job(Protocol):
-    """What the loop needs of `parallelize`'s result. events: the last step's actions."""
+    """What the loop needs of `parallelize`'s result. batch_slice: this rank's samples; grad_norm: of the last step, nan if not known."""
+
+    grad_norm: float
 
     @property
     def events(self) -> list[Event]: ...
 
-    def step(self, batch: dict[str, torch.Tensor]) -> float:
-        """One optimizer step on the global batch; the loss."""
+    @property
+    def batch_slice(self) -> slice: ...
 
-    def eval(self, batch: dict[str, torch.Tensor]) -> float:
-        """The loss on the global batch, nothing changed."""
+    def step(self, batch: Any, *, local: bool = False) -> float: ...
+
+    def eval(self, batch: Any, *, local: bool = False) -> float: ...
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """steps: optimizer steps, fewer where they would take more than most_s seconds; batch_size: sequences in the global batch;
-    shown: whether rank 0 displays progress; weights: files to begin from, as of `parallelize`.
+    """steps: optimizer steps, fewer where they would take more than most_s seconds; batch_size: samples in the global batch;
+    shown: whether rank 0 displays progress. evaluate_every: steps between two evaluations on held-out data, 0: only before and after;
+    evaluated: batches of it. workers: of each rank, to read data. out: where rank 0 writes metrics, also for TensorBoard if asked for.
+    weights: files to begin from, as of `parallelize`.
     """
 
     steps: int
@@ -60,12 +72,17 @@ class Settings:
     most_s: float | None = None
     seed: int = 0
     shown: bool = True
+    evaluate_every: int = 0
+    evaluated: int = 4
+    workers: int = 0
+    out: Path | None = None
+    tensorboard: bool = False
     weights: Path | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class RankResult:
-    """What one rank saw. Losses are equal on all ranks; the held-out ones are means over one batch of held-out text.
+    """What one rank saw. Losses are equal on all ranks; the held-out ones, by the number of steps before them, are means over batches.
 
     actions: of the last step, plain so that they travel between processes.
     """
@@ -74,8 +91,7 @@ class RankResult:
     losses: list[float]
     step_times_s: list[float]
     peak_memory_bytes: int
-    held_out_before: float
-    held_out_after: float
+    held_out: dict[int, float]
     actions: list[RecordedAction] = field(default_factory=list)
 
 
@@ -83,12 +99,12 @@ class RankResult:
 class TrainingRun:
     """The ranks' results as one.
 
-    memory_bytes: peak of each rank; step_time_s: median, of the slowest rank in each step; actions: of the last step, for each rank.
+    held_out: number of steps before it → mean loss on held-out data; empty where there is none. memory_bytes: peak of each rank;
+    step_time_s: median, of the slowest rank in each step; actions: of the last step, for each rank.
     """
 
     losses: list[float]
-    held_out_before: float
-    held_out_after: float
+    held_out: dict[int, float]
     step_times_s: list[float]
     memory_bytes: list[int]
     actions: list[list[RecordedAction]] = field(default_factory=list)
@@ -98,49 +114,84 @@ class TrainingRun:
         typical = self.step_times_s[_WARM_UP_STEPS:] or self.step_times_s
         object.__setattr__(self, "step_time_s", statistics.median(typical))
 
+    @property
+    def held_out_before(self) -> float | None:
+        """The mean loss on held-out data before the first step."""
+        return self.held_out.get(0)
+
+    @property
+    def held_out_after(self) -> float | None:
+        """The last one."""
+        return self.held_out[max(self.held_out)] if self.held_out else None
+
     @classmethod
     def of(cls, results: Sequence[RankResult]) -> TrainingRun:
         """Of the results of all ranks."""
         first = results[0]
         return cls(
             losses=first.losses,
-            held_out_before=first.held_out_before,
-            held_out_after=first.held_out_after,
+            held_out=first.held_out,
             step_times_s=[max(times) for times in zip(*(result.step_times_s for result in results), strict=True)],
             memory_bytes=[result.peak_memory_bytes for result in results],
             actions=[result.actions for result in results],
         )
 
 
-def train(build: Build, *, plan: Plan, ranks: int, text: ByteText, settings: Settings, port: int = 0) -> TrainingRun:
-    """Train on `ranks` local ranks that this process starts. Raises RankFailed with the first failing rank's error."""
-    results = launch(train_rank, (build, plan, text, settings), ranks=ranks, timeout_s=WAIT_S, port=port)
+def train(build: Build, *, plan: Plan, ranks: int, read: Read, settings: Settings, port: int = 0) -> TrainingRun:
+    """Train on `ranks` local ranks that this process starts. read: what a rank learns from, called there.
+
+    Raises RankFailed with the first failing rank's error.
+    """
+    results = launch(train_rank, (build, plan, read, settings), ranks=ranks, timeout_s=WAIT_S, port=port)
     return TrainingRun.of(results)
 
 
-def train_rank(build: Build, plan: Plan, text: ByteText, settings: Settings) -> RankResult:
+def train_rank(build: Build, plan: Plan, read: Read, settings: Settings) -> RankResult:
     """One rank's part, inside a process group."""
     import shardwise as sw
 
     place = rank_environment()
     assert place is not None, "train_rank runs on a rank"
+    corpus = read()
     preload()
     memory = PeakMemory()
     torch.manual_seed(settings.seed)
-    held_out = text.held_out_batch(size=settings.batch_size)
-    job = sw.parallelize(build, held_out, plan=plan, optimizer=_adamw(settings.learning_rate), weights=settings.weights)
-    before = job.eval(held_out)
-    losses, times = _loop(job, text, settings, shown=settings.shown and place.rank == 0)
-    actions = [_recorded(event) for event in job.events]
+    example = example_of(corpus, settings.batch_size)
+    job = sw.parallelize(build, example, plan=plan, optimizer=_adamw(settings.learning_rate), weights=settings.weights)
+    first = place.rank == 0
+    loop = _Loop(job=job, corpus=corpus, settings=settings, memory=memory)
+    kind = (settings.batch_size, "samples") if corpus.tokens is None else (settings.batch_size * corpus.tokens, "tokens")
+    predicted = plan.predicted.step_time_s if plan is not None else None
+    with (
+        TrainingDisplay(steps=settings.steps, per_step=kind, shown=settings.shown and first, predicted_s=predicted) as display,
+        Metrics(settings.out if first else None, tensorboard=settings.tensorboard) as metrics,
+    ):
+        loop.run(display, metrics, kind)
     return RankResult(
         rank=place.rank,
-        losses=losses,
-        step_times_s=times,
+        losses=loop.losses,
+        step_times_s=loop.times,
         peak_memory_bytes=memory.peak_bytes(),
-        held_out_before=before,
-        held_out_after=job.eval(held_out),
-        actions=actions,
+        held_out=loop.held_out,
+        actions=loop.actions,
     )
+
+
+def example_of(corpus: Corpus, samples: int) -> dict[str, Tensor]:
+    """A batch of the first samples, again and again where there are too few."""
+    count = min(samples, len(corpus.training))  # type: ignore[arg-type]
+    few = [corpus.training[index] for index in range(count)]
+    return default_collate([few[index % count] for index in range(samples)])
+
+
+def evaluate(job: Job, batches: Loader) -> float:
+    """The mean loss over batches, weighted by their samples; each rank reads its own samples of them."""
+    total = count = 0.0
+    for batch in batches:
+        samples = min(batches.batch_size, len(batches.dataset) - int(count))
+        total += samples * job.eval(batch, local=True)
+        count += samples
+    return total / count
 
 
 def _recorded(event: Event) -> RecordedAction:
@@ -152,23 +203,73 @@ def _adamw(learning_rate: float) -> Callable[[object], torch.optim.Optimizer]:
     return lambda parameters: torch.optim.AdamW(parameters, lr=learning_rate)  # type: ignore[arg-type]
 
 
-def _loop(job: Job, text: ByteText, settings: Settings, *, shown: bool) -> tuple[list[float], list[float]]:
-    losses: list[float] = []
-    times: list[float] = []
-    with TrainingDisplay(steps=settings.steps, tokens_per_step=settings.batch_size * text.sequence, shown=shown) as display:
-        steps = settings.steps
-        for step in range(settings.steps):
-            if step == _TRIAL_STEPS and settings.most_s is not None:
-                steps = _affordable_steps(settings, sum(times))
+@dataclass(kw_only=True)
+class _Loop:
+    """held_out: as of `RankResult`."""
+
+    job: Job
+    corpus: Corpus
+    settings: Settings
+    memory: PeakMemory
+    losses: list[float] = field(default_factory=list)
+    times: list[float] = field(default_factory=list)
+    held_out: dict[int, float] = field(default_factory=dict)
+    actions: list[RecordedAction] = field(default_factory=list)
+
+    def run(self, display: TrainingDisplay, metrics: Metrics, kind: tuple[int, str]) -> None:
+        """All steps, with an evaluation before, after and at intervals."""
+        settings, steps = self.settings, self.settings.steps
+        loader = Loader(self.corpus.training, settings.batch_size, part=self.job.batch_slice, seed=settings.seed, workers=settings.workers)
+        batches = loader.forever()
+        self._evaluate(0, display)
+        metrics.write(0, {"held_out_loss": self.held_out.get(0)})
+        for step in range(1, settings.steps + 1):
+            if step == _TRIAL_STEPS + 1 and settings.most_s is not None:
+                steps = _affordable_steps(settings, sum(self.times))
                 display.expect(steps)
-            if step >= steps:
+            if step > steps:
                 break
-            batch = text.batch(step, size=settings.batch_size, seed=settings.seed)
+            batch = next(batches)
             started = time.perf_counter()
-            losses.append(job.step(batch))
-            times.append(time.perf_counter() - started)
-            display.update(step + 1, losses[-1], times[-1])
-    return losses, times
+            self.losses.append(self.job.step(batch, local=True))
+            self.times.append(time.perf_counter() - started)
+            last = step == steps
+            if last:
+                self.actions = [_recorded(event) for event in self.job.events]
+            if last or (settings.evaluate_every and step % settings.evaluate_every == 0):
+                self._evaluate(step, display)
+            used = _every_rank(self.memory.peak_bytes()) if last or step % _LOOK_EVERY == 1 else None
+            if used is not None:
+                display.memory(used)
+            display.update(step, self.losses[-1], self.times[-1])
+            metrics.write(step, self._values(kind) | {"held_out_loss": self.held_out.get(step), "memory_bytes": used})
+        batches.close()
+
+    def _evaluate(self, step: int, display: TrainingDisplay) -> None:
+        data = self.corpus.held_out
+        if data is None:
+            return
+        count, wanted = len(data), self.settings.evaluated * self.settings.batch_size  # type: ignore[arg-type]
+        spread = data if count <= wanted else Subset(data, torch.linspace(0, count - 1, wanted).long().tolist())
+        batches = Loader(spread, self.settings.batch_size, part=self.job.batch_slice, shuffle=False, drop_last=False)
+        self.held_out[step] = evaluate(self.job, batches)
+        display.held_out(self.held_out[step])
+
+    def _values(self, kind: tuple[int, str]) -> dict[str, float | list[int] | None]:
+        norm, taken_s = self.job.grad_norm, self.times[-1]
+        return {
+            "loss": self.losses[-1],
+            "grad_norm": norm if norm == norm else None,
+            "step_time_s": taken_s,
+            f"{kind[1]}_per_s": kind[0] / taken_s,
+        }
+
+
+def _every_rank(value: int) -> list[int]:
+    """The value on each rank."""
+    mine, every = torch.tensor([value]), [torch.zeros(1, dtype=torch.int64) for _ in range(dist.get_world_size())]
+    dist.all_gather(every, mine)
+    return [int(each) for each in every]
 
 
 def _affordable_steps(settings: Settings, taken_s: float) -> int:
@@ -176,5 +277,5 @@ def _affordable_steps(settings: Settings, taken_s: float) -> int:
     assert settings.most_s is not None
     count = int(settings.most_s / taken_s * _TRIAL_STEPS)
     agreed = torch.tensor([min(settings.steps, max(_TRIAL_STEPS, count))])
-    torch.distributed.broadcast(agreed, 0)
+    dist.broadcast(agreed, 0)
     return int(agreed)

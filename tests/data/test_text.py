@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from shardwise.data.text import ByteText
 from shardwise.errors import DataError
-from shardwise.runtime.data import ByteText
 
 
 @pytest.fixture
@@ -23,18 +23,14 @@ def test_the_tail_is_held_out(text: ByteText) -> None:
     assert len(text.held_out) == 100
 
 
-def test_a_batch_is_real_text_and_its_labels_are_itself(text: ByteText) -> None:
-    batch = text.batch(0, size=4)
-    assert batch["input_ids"].shape == (4, 16)
-    assert batch["input_ids"].dtype == torch.int64
-    assert torch.equal(batch["input_ids"], batch["labels"])
-    assert torch.equal(batch["input_ids"].diff(dim=1) % 250, torch.ones(4, 15, dtype=torch.int64))
-
-
-def test_a_batch_depends_on_seed_and_step_alone(text: ByteText) -> None:
-    assert torch.equal(text.batch(3, size=8, seed=1)["input_ids"], text.batch(3, size=8, seed=1)["input_ids"])
-    assert not torch.equal(text.batch(3, size=8, seed=1)["input_ids"], text.batch(4, size=8, seed=1)["input_ids"])
-    assert not torch.equal(text.batch(3, size=8, seed=1)["input_ids"], text.batch(3, size=8, seed=2)["input_ids"])
+def test_a_sample_is_real_text_and_its_labels_are_itself(text: ByteText) -> None:
+    training, held_out = text.corpus.training, text.corpus.held_out
+    assert len(training) == 1900 // 16 and len(held_out) == 100 // 16  # type: ignore[arg-type]
+    for number in (0, 7, 117):
+        sample = training[number]
+        assert sample["input_ids"].shape == (16,) and sample["input_ids"].dtype == torch.int64
+        assert torch.equal(sample["input_ids"], sample["labels"])
+        assert torch.equal(sample["input_ids"].byte(), text.training[number * 16 : number * 16 + 16])
 
 
 def test_held_out_sequences_are_spread_evenly(text: ByteText) -> None:
@@ -47,7 +43,19 @@ def test_the_shortest_text_that_serves(tmp_path: Path) -> None:
     path = tmp_path / "short.txt"
     path.write_bytes(b"x" * 32)
     text = ByteText.load(path, sequence=16)
-    assert text.batch(0, size=2)["input_ids"].shape == text.held_out_batch(size=2)["input_ids"].shape == (2, 16)
+    assert text.held_out_batch(size=2)["input_ids"].shape == (2, 16)
+    assert len(text.corpus.training) == len(text.corpus.held_out) == 1  # type: ignore[arg-type]
+
+
+def test_a_folder_of_text(tmp_path: Path) -> None:
+    for name, content in (("b.txt", b"y" * 40), ("a/a.md", b"x" * 40), ("c.bin", b"z" * 40)):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(content)
+    text = ByteText.load(tmp_path, sequence=16)
+    assert bytes(text.training.tolist() + text.held_out.tolist()) == b"x" * 40 + b"y" * 40
+    (tmp_path / "none").mkdir()
+    with pytest.raises(DataError, match="has no text"):
+        ByteText.load(tmp_path / "none", sequence=16)
 
 
 def test_every_machine_has_text() -> None:

@@ -1,8 +1,8 @@
-"""Byte-level text to train on: any file, or the text that every machine has, Python's own standard library.
+"""Byte-level text to train on: any file, the text files of a folder, or the text that every machine has, Python's own standard library.
 
     |<------------------- training ------------------->|<- held out ->|
 
-A batch is a pure function of (seed, step), so that every rank, and a run that was resumed, sees the same one.
+A sample is a run of `sequence` bytes; runs do not overlap. `Loader` gives them an order.
 """
 
 from __future__ import annotations
@@ -12,7 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch.utils.data import Dataset
 
+from shardwise.data.corpus import Corpus
 from shardwise.errors import DataError
 
 __all__ = ["VOCABULARY", "ByteText"]
@@ -20,7 +22,7 @@ __all__ = ["VOCABULARY", "ByteText"]
 VOCABULARY = 256
 _CORPUS_BYTES = 8_000_000
 _HELD_OUT_SHARE = 0.05
-_SEED_STRIDE = 1_000_003  # a prime above any number of steps that a byte-level run takes
+_TEXTS = (".md", ".py", ".rst", ".txt")
 _LEFT_OUT = {"__pycache__", "dist-packages", "idlelib", "lib2to3", "site-packages", "test", "tests", "turtledemo"}
 
 
@@ -35,7 +37,7 @@ class ByteText:
 
     @classmethod
     def load(cls, path: str | Path | None = None, *, sequence: int) -> ByteText:
-        """The text in `path`, or the standard library's sources if None. Raises DataError if missing, empty or too short."""
+        """The text in `path`, a file or a folder; None: the standard library's sources. DataError if missing, empty or too short."""
         name = "Python's standard library" if path is None else str(path)
         text = _standard_library() if path is None else _read(Path(path))
         if len(text) < 2 * sequence:
@@ -47,11 +49,15 @@ class ByteText:
         values = torch.frombuffer(bytearray(text), dtype=torch.uint8)
         return cls(name=name, training=values[:-tail], held_out=values[-tail:], sequence=sequence)
 
-    def batch(self, step: int, *, size: int, seed: int = 0) -> dict[str, torch.Tensor]:
-        """`size` random sequences for training: input_ids and labels, int64 [size, sequence]; the model shifts the labels."""
-        generator = torch.Generator().manual_seed(seed * _SEED_STRIDE + step)
-        starts = torch.randint(0, len(self.training) - self.sequence + 1, (size,), generator=generator)
-        return self._cut(self.training, starts)
+    @property
+    def corpus(self) -> Corpus:
+        """Samples of input_ids and labels, int64 [sequence]; the model shifts the labels."""
+        return Corpus(
+            name=self.name,
+            training=Sequences(self.training, self.sequence),
+            held_out=Sequences(self.held_out, self.sequence),
+            tokens=self.sequence,
+        )
 
     def held_out_batch(self, *, size: int) -> dict[str, torch.Tensor]:
         """`size` sequences spread evenly over the held-out text."""
@@ -63,9 +69,30 @@ class ByteText:
         return {"input_ids": tokens, "labels": tokens.clone()}
 
 
+class Sequences(Dataset[dict[str, torch.Tensor]]):
+    """The runs of `sequence` bytes that follow each other in a text (uint8, one dim)."""
+
+    def __init__(self, text: torch.Tensor, sequence: int) -> None:
+        self.text, self.sequence = text, sequence
+
+    def __len__(self) -> int:
+        return len(self.text) // self.sequence
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        tokens = self.text[index * self.sequence : (index + 1) * self.sequence].long()
+        return {"input_ids": tokens, "labels": tokens.clone()}
+
+
 def _read(path: Path) -> bytes:
+    if path.is_dir():
+        files = sorted(each for each in path.rglob("*") if each.suffix in _TEXTS and each.is_file())
+        if not files:
+            raise DataError(f"the folder {path} has no text: no file that ends in {', '.join(_TEXTS)}.")
+        return b"".join(each.read_bytes() for each in files)
     if not path.is_file():
-        raise DataError(f"there is no data file {path}. Give a text file, or none to train on Python's standard library.")
+        raise DataError(
+            f"there is no data file {path}. Give a text file or a folder of them, or none to train on Python's standard library."
+        )
     text = path.read_bytes()
     if not text:
         raise DataError(f"the data file {path} is empty: it has 0 bytes.")
