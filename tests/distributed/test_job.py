@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -182,3 +183,86 @@ def test_each_rank_reads_its_own_samples() -> None:
             assert losses == pytest.approx(alone[0], rel=1e-5) and evaluated == pytest.approx(alone[1], rel=1e-5)
             assert first == again
             assert "layout='tp=64'" in message and "any layout loads" in message
+
+
+class Asking(nn.Module):
+    """A submodule whose control flow depends on values is kept as one operator: capturing it needs values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm, self.clipped, self.last = nn.Linear(8, 16), nn.BatchNorm1d(16), Clipped(), nn.Linear(16, 4)
+
+    def forward(self, x: Tensor, y: Tensor | None = None) -> Tensor:
+        scores = self.last(self.clipped(self.norm(self.first(x))))
+        return scores if y is None else nn.functional.cross_entropy(scores, y)
+
+
+class Clipped(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        norm = x.norm()
+        return x if norm < 8 else x * (8 / norm)
+
+
+def asking() -> Example:
+    torch.manual_seed(0)
+    return Asking(), net()[1]
+
+
+def stated(make: Callable[[], Example], plan: sw.Plan, built_here: bool) -> tuple[float, Tensor, dict[str, Tensor]]:
+    model, batch = make()
+    job = sw.parallelize((lambda: make()[0]) if built_here else model, batch, plan=plan, optimizer=sgd)
+    for _ in range(2):
+        job.step(batch)
+    output = job.predict({"x": batch["x"]})
+    return job.eval(batch), output["scores"] if isinstance(output, dict) else output, job.state_dict().get("model", {})
+
+
+@pytest.mark.parametrize(("make", "built_here"), [(asking, False), (net, True)], ids=["kept code", "no rank holds the model"])
+def test_models_whose_values_are_elsewhere(make: Callable[[], Example], built_here: bool) -> None:
+    """Capturing in eval mode, which reads buffers and parameters that the rank has given away or never had."""
+    model, batch = make()
+    ranks = launch(stated, (make, planned((model, batch), "tp=2"), built_here), ranks=2, threads=1)
+    model.load_state_dict(ranks[0][2])
+    model.eval()
+    with torch.no_grad():
+        loss, output = model(**batch), model(batch["x"])
+    for found, scores, _ in ranks:
+        assert found == pytest.approx((loss["loss"] if isinstance(loss, dict) else loss).item(), rel=1e-5)
+        torch.testing.assert_close(scores, output["scores"] if isinstance(output, dict) else output, rtol=1e-4, atol=1e-5)
+
+
+class Masked(nn.Module):
+    """What it does depends on whether all of the batch's samples are valid, which a data rank alone cannot know."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor, valid: Tensor) -> Tensor:
+        scores = self.layer(x)
+        return scores.square().mean() if valid.all() else scores.abs().mean()
+
+
+def masked() -> Example:
+    torch.manual_seed(0)
+    return Masked(), {"x": torch.randn(4, 4), "valid": torch.ones(4, dtype=torch.bool)}
+
+
+def asked_in_parts(plan: sw.Plan) -> list[str]:
+    model, batch = masked()
+    job = sw.parallelize(model, batch, plan=plan, optimizer=sgd)
+    found = []
+    for valid in ([True] * 4, [True, True, True, False], [False, True, True, True]):
+        part = {"x": batch["x"][job.batch_slice], "valid": torch.tensor(valid)[job.batch_slice]}
+        for run in (job.step, job.eval):
+            try:
+                found.append(f"{run(part, local=True):.3f}")
+            except sw.BatchError as error:
+                found.append(str(error))
+    return found
+
+
+def test_the_models_questions_are_asked_of_the_whole_batch() -> None:
+    for first, second, *refused in launch(asked_in_parts, (planned(masked(), "dp=2,microbatches=1"),), ranks=2, threads=1):
+        assert float(first) > 0 and float(second) > 0
+        assert len(refused) == 4 and all("asks for a value of the batch that was 1" in each and "is 0 now" in each for each in refused)

@@ -79,7 +79,7 @@ class Answers:
                 f"job.{kind} was given another shape of batch and compiles for it: {shapes}; it keeps {_KEPT} of them. Batches of one "
                 "shape, the last one aside, take less time",
                 ShardwiseWarning,
-                stacklevel=4,
+                stacklevel=6,  # the caller of job.eval or job.predict
             )
         while len(self.prepared) >= _KEPT:
             self.prepared.popitem(last=False)
