@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 import shardwise as sw
 from shardwise.errors import BatchError, LayoutError, PlanError
+from shardwise.planner.apply import analyse, apply_plan
 from shardwise.planner.layout import Layout
 from shardwise.planner.plan import Infeasible, Plan
 from shardwise.planner.preflight import preflight
@@ -203,10 +204,10 @@ def collectives(program: Program) -> list[str]:
 
 def test_rows_travel_there_and_back_once() -> None:
     """Between the products, where rows are treated alone, they stay with their experts."""
-    for settings in ({"gated": True}, {"biased": True}, {"gated": True, "biased": True}):
-        reference = prepare(*example(**settings))
-        plan = sw.plan(*example(**settings), made_up(2), "ep=2")
-        assert isinstance(plan, Plan)
+    every: list[dict[str, bool]] = [{"gated": True}, {"biased": True}, {"gated": True, "biased": True}]
+    for settings in every:
+        reference = prepare(*example(**settings))  # type: ignore[arg-type]
+        plan = planned(example(**settings), "ep=2")  # type: ignore[arg-type]
         for program in lowered(reference, plan).programs.values():
             # which expert each row has goes with them
             assert sorted(collectives(program)) == ["all_to_all", *["exchange_rows"] * 3]
@@ -325,7 +326,7 @@ def test_a_loop_over_experts_is_kept_whole_and_the_way_out_is_named() -> None:
     with pytest.raises(
         LayoutError, match=r"^ep=2 divides experts, but the model has none.*; model\.layers\.\d\.mlp\.experts is kept as one operator"
     ):
-        sw.plan(*load(EXPERT_MODELS).mixtral_loop(), made_up(2), "ep=2")
+        planned(load(EXPERT_MODELS).mixtral_loop(), "ep=2")
 
 
 def test_a_batch_that_is_not_divided_evenly_is_refused() -> None:
@@ -334,11 +335,25 @@ def test_a_batch_that_is_not_divided_evenly_is_refused() -> None:
         sw.plan(model, batch(5), made_up(2), "dp=2,ep=2")
 
 
+def test_stages_begin_where_no_rows_are_at_their_experts() -> None:
+    """Also where there are so many that they begin inside modules."""
+    given = example()
+    plan = planned(given, "dp=2,ep=2,pp=4")
+    analysed = analyse(graph := prepare(*given).graph)
+    ((_, ops),) = analysed.experts.together.items()
+    cut = apply_plan(plan, graph).cut
+    assert len({cut.stage_of[op] for op in ops}) == 1 and len(ops) == 3
+
+
 def test_an_edited_plan_cannot_split_rows_at_their_experts() -> None:
     given = example()
     plan = planned(given, "dp=2,ep=2,tp=2")
     key = next(op.key for op in prepare(*given).graph.ops if op.name == "shardwise.expert_mm")
     with pytest.raises(PlanError, match=r"s are the rows that ep takes to their experts: tp cannot split them; choose another, I or R$"):
         preflight(plan.model_copy(update={"operators": plan.operators | {key: "s"}}), prepare(*given).graph)
+    halves = planned(given, "dp=2,ep=2,pp=2,microbatches=2")
+    body = [op.key for op in prepare(*given).graph.ops]
+    with pytest.raises(PlanError, match=r"^stages 0 and 1 part what is done to rows at the experts that .* names; let the later one begin"):
+        preflight(halves.model_copy(update={"stages": [halves.stages[0], body[body.index(key) + 1]]}), prepare(*given).graph)
     with pytest.raises(PlanError, match=r"ep=3 must divide dp=2 data ranks with equal parts of global_batch=8"):
         Plan.parse(plan.model_copy(update={"ep": 3}).model_dump_json())

@@ -150,7 +150,11 @@ def apply_plan(plan: Plan, graph: Graph, *, same_fingerprint: bool = True) -> Ap
         kept = I if given is None else read_placement(given, name)
         _check_placement(value, kept, plan.tp)
         assignment.sources.setdefault(value, {})["tp"] = kept
-    return Applied(assignment=assignment, cut=_cut(plan, graph, analysis.prelude))
+    cut = _cut(plan, graph, analysis.prelude)
+    for what, ops in (analysis.experts.together if plan.ep > 1 else {}).items():
+        if len(stages := sorted({cut.stage_of[op] for op in ops})) > 1:
+            raise PlanError(f"stages {stages[0]} and {stages[-1]} part {what}; let the later one begin elsewhere")
+    return Applied(assignment=assignment, cut=cut)
 
 
 def _sequence_dims(plan: Plan, graph: Graph) -> dict[str, int | None] | None:

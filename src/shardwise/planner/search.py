@@ -346,7 +346,8 @@ class _Search:
             state_bytes=lambda value: self._state_bytes(value, layout) * self._kept_share(assignment, value),
             limit_bytes=limits,
         )
-        stages = [0] * len(body) if layout.stages == 1 else cut_stages(self.graph, self.analysis.prelude, layout.stages, costs)
+        together = self.analysis.experts.together if layout.ep else None
+        stages = [0] * len(body) if layout.stages == 1 else cut_stages(self.graph, self.analysis.prelude, layout.stages, costs, together)
         if layout.stages == 1 and sum(map(costs.state_bytes, self.graph.parameters.values())) > limits[0]:
             return None
         return None if stages is None else dict(zip(body, stages, strict=True))

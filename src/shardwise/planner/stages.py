@@ -7,7 +7,7 @@ Stages may be on unlike devices: each has its own seconds and its own limit.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import accumulate
@@ -30,17 +30,22 @@ class StageCosts:
     limit_bytes: Sequence[float] | None = None
 
 
-def cut_stages(graph: Graph, prelude: set[Op], stages: int, costs: StageCosts) -> list[int] | None:
+def cut_stages(
+    graph: Graph, prelude: set[Op], stages: int, costs: StageCosts, together: Mapping[str, Container[Op]] | None = None
+) -> list[int] | None:
     """The stage of each operator outside the prelude, in order; None when no cut keeps the states within the limit.
 
-    Raises LayoutError when the model has fewer parts than stages.
+    together: what it is → operators that must be in one stage. Raises LayoutError when the model has fewer parts than stages.
     """
     body = [op for op in graph.ops if op not in prelude]
-    apart = buffer_spans(graph, body)
+    apart = {index: f"buffer {name} must be read where it is changed" for index, name in buffer_spans(graph, body).items()}
+    for name, ops in (together or {}).items():
+        inside = [index for index, op in enumerate(body) if op in ops]
+        apart |= dict.fromkeys(range(inside[0] + 1, inside[-1] + 1), f"{name} must be in one stage")
     places = _places(body, stages, apart)
     if len(places) - 1 < stages:
         parts = len(places) - 1
-        why = f" (buffer {next(iter(apart.values()))} must be read where it is changed)" if apart else ""
+        why = f" ({next(iter(apart.values()))})" if apart else ""
         raise LayoutError(f"{stages} stages are more than the {parts} parts that the model can be cut into{why}; use {parts} or fewer")
     segments = _Segments(graph, body, places, costs, stages)
     ends = _best(len(places) - 1, stages, segments)

@@ -61,6 +61,14 @@ class Experts:
     parameters: dict[Value, int] = field(default_factory=dict)
     counts: dict[str, int] = field(default_factory=dict)
 
+    @property
+    def together(self) -> dict[str, set[Op]]:
+        """Which experts → operators between which rows stay with them, so that no stage may begin there."""
+        found: dict[str, set[Op]] = {}
+        for op, expert in self.rows.items():
+            found.setdefault(f"what is done to rows at the experts that {expert.name} names", set()).add(op)
+        return found
+
 
 def experts_of(graph: Graph, signatures: Mapping[Op, Signature], batch: Mapping[Op, Choice]) -> Experts:
     """Where a model has experts. batch: the operators that hold the batch, with the factor that it is in them."""
