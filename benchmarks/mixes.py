@@ -2,8 +2,9 @@
 
     python benchmarks/mixes.py [--models 20] [--layouts 6] [--seed 0] [--only decoders,vit] [--jobs 2] [--check]
 
-A mix is a mesh of data, context, tensor and pipeline ranks with a ZeRO stage, a policy of recomputation, a schedule and a number of
-microbatches; one step of each is compared in float64 with one device's: loss, every gradient, their norm (docs/concepts/numbers.md).
+A mix is a mesh of data, context, tensor and pipeline ranks (in mixtures also data ranks that divide experts) with a ZeRO stage, a policy
+of recomputation, a schedule and a number of microbatches; one step of each is compared in float64 with one device's: loss, every gradient,
+their norm (docs/concepts/numbers.md).
 Prints each model's mixes and how many were verified, and how many refused with a reason. With --check it exits with 1 where one differs or
 fails, or where fewer than half could run.
 """
@@ -43,8 +44,8 @@ class Mixed:
     seconds: float
 
 
-def draw(source: random.Random) -> str:
-    """A layout, as one would write it."""
+def draw(source: random.Random, *, experts: bool = False) -> str:
+    """A layout, as one would write it; experts: also with data ranks that divide experts."""
     dp, cp, tp, pp = source.choice(MESHES)
     mesh = {"dp": dp, "cp": cp, "tp": tp, "pp": pp}
     parts = [f"{name}={size}" for name, size in mesh.items() if size > 1]
@@ -52,6 +53,8 @@ def draw(source: random.Random) -> str:
         parts.append(f"zero={zero}")
         if dp == 4 and source.random() < 0.3:
             parts.append("shard=2")
+    if experts and dp > 1 and "shard=2" not in parts and source.random() < 0.7:
+        parts.append(f"ep={source.choice((2, dp))}")
     parts.append(f"recompute={source.choice(RECOMPUTE)}")
     microbatches = source.choice((1, 2, 4))
     if pp > 1:
@@ -103,7 +106,7 @@ def main() -> None:
     source = random.Random(options.seed)
     known = models([each for each in options.only.split(",") if each])
     chosen = source.sample(known, min(options.models, len(known)))
-    tasks = [(*each, tuple(draw(source) for _ in range(options.layouts))) for each in chosen]
+    tasks = [(*each, tuple(draw(source, experts=each[0] == "experts") for _ in range(options.layouts))) for each in chosen]
     with multiprocessing.get_context("spawn").Pool(options.jobs, maxtasksperchild=8) as pool:
         found = list(pool.imap_unordered(_examined, tasks))
     text, fine = summary(found)

@@ -22,7 +22,8 @@ def test_all_that_a_layout_can_say_is_drawn() -> None:
     assert {each.schedule for each in drawn} == {None, *NAMES}
     assert {each.zero for each in drawn} == {None, 1, 2, 3}
     assert {each.recompute for each in drawn} == set(RECOMPUTE)
-    assert any(each.shard == 2 for each in drawn)
+    assert any(each.shard == 2 for each in drawn) and {each.ep for each in drawn} == {None}
+    assert {each.ep for each in (Layout.parse(draw(source, experts=True)) for _ in range(100))} == {None, 2, 4}
 
 
 @pytest.mark.parametrize("model", ["decoders.gpt2", "encoders.bert_masked", "corner_cases.transformer"])

@@ -47,11 +47,11 @@ class Experts(nn.Module):
     favoured: is added to the experts' scores.
     """
 
-    def __init__(self, favoured: Sequence[float], *, gated: bool = False, biased: bool = False) -> None:
+    def __init__(self, favoured: Sequence[float], *, gated: bool = False, biased: bool = False, wide: int = 2 * WIDTH) -> None:
         super().__init__()
         self.gate = nn.Linear(WIDTH, EXPERTS)
         self.gate.bias.data = torch.tensor(favoured)
-        self.gated, self.wide = gated, 2 * WIDTH
+        self.gated, self.wide = gated, wide
         self.up = nn.Parameter(torch.randn(EXPERTS, self.wide * (1 + gated), WIDTH) / 3)
         self.down = nn.Parameter(torch.randn(EXPERTS, WIDTH, self.wide) / 3)
         self.up_bias = nn.Parameter(torch.randn(EXPERTS, self.wide * (1 + gated))) if biased else None
@@ -115,7 +115,7 @@ ROUTINGS: dict[str, Sequence[float]] = {
 
 
 @pytest.mark.parametrize("routing", ROUTINGS)
-@pytest.mark.parametrize("layout", ["ep=2", "ep=4", "dp=4,ep=2"])
+@pytest.mark.parametrize("layout", ["ep=4", "dp=4,ep=2"])
 def test_the_same_numbers_whatever_the_routing(routing: str, layout: str) -> None:
     report = verified(example(favoured=ROUTINGS[routing], gated=True), layout)
     assert f"ep={Layout.parse(layout).ep}" in report.layout
@@ -139,13 +139,12 @@ def test_beside_other_axes(layout: str) -> None:
     verified(example(layers=2, gated=True, biased=True), layout)
 
 
-@pytest.mark.parametrize("zero", [1, 2, 3])
-@pytest.mark.parametrize("layout", ["dp=2,ep=2", "dp=4,ep=2"])
-def test_data_ranks_divide_what_they_have_in_common(zero: int, layout: str) -> None:
-    verified(example(gated=True, biased=True), f"{layout},zero={zero}")
+@pytest.mark.parametrize("layout", ["dp=4,ep=2,zero=1", "dp=4,ep=2,zero=2", "dp=4,ep=2,zero=3", "dp=2,ep=2,zero=3"])
+def test_data_ranks_divide_what_they_have_in_common(layout: str) -> None:
+    verified(example(gated=True, biased=True), layout)
 
 
-@pytest.mark.parametrize("layout", ["ep=2", "dp=4,ep=2", "dp=2,ep=2,tp=2", "dp=2,ep=2,cp=2", "dp=2,ep=2,pp=2"])
+@pytest.mark.parametrize("layout", ["dp=4,ep=2", "dp=2,ep=2,cp=2", "dp=2,ep=2,pp=2"])
 def test_the_routers_loss_is_that_of_all_tokens(layout: str) -> None:
     verified(example(layers=2, balance=0.3), layout)
 
@@ -159,8 +158,7 @@ def test_on_processes() -> None:
 LIBRARY = ["mixtral", "mixtral_batched", "gpt_oss", "deepseek_v3", "capacity_experts", "bmm_experts", "dense_experts"]
 
 
-@pytest.mark.parametrize("name", LIBRARY)
-@pytest.mark.parametrize("layout", ["dp=2,ep=2", "dp=2,ep=2,tp=2"])
+@pytest.mark.parametrize(("name", "layout"), [*((name, "dp=2,ep=2") for name in LIBRARY), ("mixtral", "dp=2,ep=2,tp=2")])
 def test_models_of_the_matrix(name: str, layout: str) -> None:
     model, given = getattr(load(EXPERT_MODELS), name)()
     report = verified((model, given), layout)
@@ -190,7 +188,7 @@ def test_every_rank_does_the_same_collectives_whatever_the_routing(layout: str, 
 
     monkeypatch.setattr(InProcess, "_exchange", late)
     every = []
-    for favoured in ROUTINGS.values():
+    for favoured in (ROUTINGS["uneven"], ROUTINGS["two unused"]):
         said.clear()
         verified(example(favoured=favoured, layers=2), layout)
         every.append({rank: list(words) for rank, words in said.items()})
@@ -288,13 +286,9 @@ def test_prediction_and_explanation_know_of_experts() -> None:
 
 def test_expert_matrices_may_be_too_many_for_a_rank() -> None:
     """Divided they fit."""
-    torch.manual_seed(0)
-    layer = Experts([0.0] * EXPERTS)
-    layer.up, layer.down = (nn.Parameter(each.detach().repeat(1, 256, 1)) for each in (layer.up, layer.down.transpose(1, 2)))
-    layer.down = nn.Parameter(layer.down.detach().transpose(1, 2).contiguous())
-    model = Model([layer])
-    state = 16 * sum(parameter.numel() for parameter in model.parameters())
-    small = made_up(2, memory_gb=0.7 * state / 1e9 + 0.06)
+    model = Model([Experts([0.0] * EXPERTS, wide=1 << 15)])
+    state = 16 * sum(parameter.numel() for parameter in model.parameters())  # with gradients and AdamW's
+    small = made_up(2, memory_gb=(40 * 2**20 + 1.1 * state) / 0.92 / 1e9)  # what runs takes 40 MiB, and a part of the rest is kept free
     assert isinstance(sw.plan(model, batch(), small, "dp=2,zero=0,recompute=none,microbatches=1"), Infeasible)
     assert isinstance(sw.plan(model, batch(), small, "dp=2,ep=2,zero=0,recompute=none,microbatches=1"), Plan)
 
