@@ -39,7 +39,7 @@ RATE = 1e-3
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
-    """What a step gave, whole. loss_after: the same batch's, with the parameters and buffers that it leaves; NaN where nobody asked."""
+    """What a step gave, whole. loss_after: the next step's on the same batch; NaN where nobody asked."""
 
     loss: float
     gradients: dict[str, Tensor]
@@ -135,11 +135,11 @@ def _step(graph: Graph, state: Mapping[str, Tensor], batch: Mapping[str, Tensor]
 
 
 def _step_and_after(graph: Graph, state: Mapping[str, Tensor], batch: Mapping[str, Tensor], dtype: torch.dtype, seed: int) -> Step:
-    """The graph's step, with the loss that it leads to."""
+    """The graph's step, with the loss of the next one on the same batch."""
     step = _step(graph, state, batch, dtype, seed)
     left = {name: cast_tensor(tensor, dtype) for name, tensor in state.items()} | step.buffers
     left |= {name: adamw_step(left[name], gradient) for name, gradient in step.gradients.items()}
-    inputs = {name: cast_tensor(tensor, dtype) for name, tensor in batch.items()} | {RANDOM_STATE: torch.tensor([step_key(seed, 1), 0])}
+    inputs = {name: cast_tensor(tensor, dtype) for name, tensor in batch.items()} | {RANDOM_STATE: torch.tensor([step_key(seed, 2), 0])}
     with torch.no_grad():
         return replace(step, loss_after=graph.run(left, inputs)[graph.loss].item())
 

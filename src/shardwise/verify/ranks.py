@@ -37,7 +37,7 @@ Losses = tuple[float, float]
 @dataclass(frozen=True, kw_only=True)
 class Part:
     """One rank's share of a step. update_error: the largest of a parameter after the optimizer's step on one device's gradients;
-    loss_after: the same batch's after it."""
+    loss_after: the next step's loss on the same batch."""
 
     loss: float
     loss_after: float
@@ -95,8 +95,8 @@ def _process(work: Work) -> Part:
     job = Job(work.graph, work.plan, applied, LiveWeights(state), optimizer, device=_CPU, seed=work.seed, timeout_s=_WAIT_S)
     optimizer.program = job.program
     loss = job.step(work.batch)
-    found = _part(job.program, work, (loss, math.nan), job.state, job.gradient())
-    return replace(found, loss_after=job.evaluate(work.batch))
+    found = _part(job.program, work, loss, job.state, job.gradient())
+    return replace(found, loss_after=job.step(work.batch))
 
 
 def on_threads(work: Work, programs: Mapping[int, Program]) -> list[Part]:
@@ -127,14 +127,15 @@ def _thread(program: Program, work: Work, transport: Transport) -> tuple[Losses,
     executor = Executor(program, state, gradients, transport, _CPU)
     batch = batch_part(work.graph, work.plan, program, work.batch, _CPU)
     loss = executor.step(batch, step_key(work.seed, 1), update)
-    after = executor.evaluate(batch, step_key(work.seed, 1))
-    return (loss, after) if program.counts_loss else (0.0, 0.0), lambda totals: _part(program, work, totals, state, gradients.parts)
+    found = _part(program, work, loss, state, gradients.parts)
+    after = executor.step(batch, step_key(work.seed, 2), lambda: None)
+    return (loss, after) if program.counts_loss else (0.0, 0.0), lambda totals: replace(found, loss=totals[0], loss_after=totals[1])
 
 
-def _part(program: Program, work: Work, losses: Losses, state: Mapping[str, Tensor], gradients: Mapping[str, Tensor]) -> Part:
+def _part(program: Program, work: Work, loss: float, state: Mapping[str, Tensor], gradients: Mapping[str, Tensor]) -> Part:
     return Part(
-        loss=losses[0],
-        loss_after=losses[1],
+        loss=loss,
+        loss_after=math.nan,
         coordinates=dict(program.coordinates),
         mesh=dict(program.mesh),
         parts={part.name: part for part in program.parameters if part.requires_grad},

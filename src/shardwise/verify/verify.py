@@ -180,7 +180,6 @@ def _compare(split: list[Part], exact: Step, reference: Step, dtype: torch.dtype
         return FLOAT64_BOUND if dtype is torch.float64 else max(FLOAT32_BOUND, TIMES_REFERENCE * error)
 
     found = [Difference(name="loss", error=loss_error(split[0].loss, exact.loss), bound=bound(own_loss))]
-    found.append(Difference(name="loss after the step", error=loss_error(split[0].loss_after, exact.loss_after), bound=bound(own_after)))
     found += [Difference(name=f"loss on rank {rank}", error=abs(part.loss - split[0].loss), bound=0.0) for rank, part in enumerate(split)]
     whole = {name: _whole(name, split) for name in exact.gradients}
     found += compare_gradients(
@@ -198,6 +197,7 @@ def _compare(split: list[Part], exact: Step, reference: Step, dtype: torch.dtype
                 error = relative_error(part.buffers[name], buffer, least if buffer.is_floating_point() else 1e-30)
                 found.append(Difference(name=f"buffer {name}", error=error, bound=bound(1e-6)))
     found.append(Difference(name="the optimizer's step", error=max(part.update_error for part in split), bound=bound(0.0)))
+    found.append(Difference(name="loss after the step", error=loss_error(split[0].loss_after, exact.loss_after), bound=bound(own_after)))
     return found
 
 
