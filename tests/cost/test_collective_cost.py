@@ -1,13 +1,19 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from random import Random
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from tests.clusters import made_up
 
 from shardwise.cluster.model import Cluster
-from shardwise.cluster.rates import CollectiveRate
-from shardwise.cost.collectives import Shares, collective_cost, collective_seconds, collective_shares
+from shardwise.cluster.rates import IMPLEMENTATIONS, CollectiveRate
+from shardwise.cost.collectives import Shares, collective_cost, collective_seconds, collective_shares, step_of
+from shardwise.planner.plan import Chooser
+from shardwise.planner.search import measured_choices
 from shardwise.simulate.costs import graph_seconds
 
 
@@ -83,3 +89,26 @@ def test_a_graph_computes_while_it_communicates(cluster: Cluster) -> None:
     assert (shared.compute_s, shared.communicate_s) == pytest.approx((2e-3, 2e-3))
     apart = graph_seconds(graph, busy(cluster, cores=None, busy_s=(1e-4, 2e-3)))
     assert (apart.compute_s, apart.communicate_s) == pytest.approx((0.0, 6e-3))
+
+
+@given(st.sampled_from(["all_reduce", "all_gather", "reduce_scatter"]), st.floats(1, 2**40), st.integers(2, 5), st.randoms())
+def test_what_is_costed_is_what_a_plan_runs(kind: str, message: float, ranks: int, random: Random) -> None:
+    """For random measurements: the implementation of the plan's table, and its own seconds."""
+    sizes = (2.0**10, 2.0**15, 2.0**21, 2.0**24)
+    rates = tuple(
+        CollectiveRate(
+            kind=each, impl=impl, ranks=size, message_bytes=sizes, seconds=tuple(sorted(random.uniform(1e-5, 1e-1) for _ in sizes))
+        )
+        for each in IMPLEMENTATIONS
+        for impl in IMPLEMENTATIONS[each]
+        for size in (2, 4)
+    )
+    measured = made_up(4)
+    measured = replace(measured, rates=measured.rates.model_copy(update={"collectives": rates}))
+    found = collective_cost(kind, message, ranks, measured)
+    assert found.impl == Chooser.of(measured_choices(measured, {ranks}))(kind, int(message), ranks)
+    assert found.seconds == collective_seconds(kind, found.impl, message, ranks, measured)
+    top = 2.0 ** step_of(message)
+    assert collective_seconds(kind, found.impl, top, ranks, measured) == min(
+        collective_seconds(kind, impl, top, ranks, measured) for impl in IMPLEMENTATIONS[kind]
+    )

@@ -21,13 +21,16 @@ A shift takes what one of the ranks − 1 rounds does in which an all_gather of 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import ceil, log2
 
 from shardwise.cluster.model import Cluster
 from shardwise.cluster.rates import IMPLEMENTATIONS, CollectiveRate
 from shardwise.cluster.topology import Crossing, Machines
 from shardwise.cost.links import link_seconds
 
-__all__ = ["CollectiveCost", "Shares", "collective_cost", "collective_seconds", "collective_shares", "crossing_of"]
+__all__ = ["CollectiveCost", "Shares", "collective_cost", "collective_seconds", "collective_shares", "crossing_of", "fastest", "step_of"]
+
+_SMALLEST, _LARGEST = 8, 32  # powers of two: steps of message sizes for which an implementation is chosen
 
 
 _ROUNDS = ("native", "exchange")  # all_gathers that send parts round
@@ -70,12 +73,24 @@ def collective_cost(kind: str, message_bytes: float, ranks: int, cluster: Cluste
     within a group of one."""
     if ranks <= 1:
         return CollectiveCost(seconds=0.0, impl="native")
+    impl = fastest(kind, message_bytes, ranks, cluster)
+    return CollectiveCost(seconds=collective_seconds(kind, impl, message_bytes, ranks, cluster, stride), impl=impl)
+
+
+def step_of(message_bytes: float) -> int:
+    """The power of two to which a message is rounded up: those of one step have one implementation, in plans' tables too."""
+    return ceil(log2(min(max(message_bytes, 2.0**_SMALLEST), 2.0**_LARGEST)))
+
+
+def fastest(kind: str, message_bytes: float, ranks: int, cluster: Cluster) -> str:
+    """The implementation with the shortest measured time for messages of this step; the backend's own on devices of the catalog."""
     if cluster.machines is not None or kind == "shift":
-        return CollectiveCost(seconds=collective_seconds(kind, "native", message_bytes, ranks, cluster, stride), impl="native")
-    costs = {impl: collective_seconds(kind, impl, message_bytes, ranks, cluster) for impl in IMPLEMENTATIONS[kind]}
+        return "native"
+    message = 2.0 ** step_of(message_bytes)
+    costs = {impl: collective_seconds(kind, impl, message, ranks, cluster) for impl in IMPLEMENTATIONS[kind]}
     impl = min(costs, key=costs.__getitem__)
     assert costs[impl] < float("inf"), f"no {kind} among the rates of {cluster.name}"
-    return CollectiveCost(seconds=costs[impl], impl=impl)
+    return impl
 
 
 def collective_seconds(kind: str, impl: str, message_bytes: float, ranks: int, cluster: Cluster, stride: int = 1) -> float:

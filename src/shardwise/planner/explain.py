@@ -50,6 +50,7 @@ def explain(
         *_experts(plan, applied),
         *_context(plan, applied),
         *_tensor(plan, applied, graph),
+        *_implementations(plan, cluster),
         "Predicted",
         _step(plan),
         *_memory(plan, cluster),
@@ -211,6 +212,19 @@ def _source(value: Value) -> Value:
     return value
 
 
+def _implementations(plan: Plan, cluster: Cluster) -> list[str]:
+    """Which implementation of each collective was measured to be fastest, for the groups that the layout has."""
+    if cluster.machines is not None or plan.ranks == 1:
+        return []
+    lines = []
+    for name, table in plan.collectives.items():
+        kind, ranks = name.split("/")
+        firsts = [0.0, *(limit for limit, _ in table)]
+        parts = [f"{impl}{f' above {_size(first)}' if first else ''}" for first, (_, impl) in zip(firsts, table, strict=False)]
+        lines.append(f"  {kind} of {ranks} ranks: {', '.join(parts)}")
+    return ["Messages, the implementation that was fastest here", *lines]
+
+
 def _context(plan: Plan, applied: Applied) -> list[str]:
     """What the context axis splits, and what it does not."""
     if plan.cp == 1:
@@ -293,6 +307,14 @@ def _loses(other: Candidate, plan: Plan) -> str:
 
 def _time(seconds: float) -> str:
     return f"{seconds:.3g} s" if seconds >= 1 else f"{seconds * 1e3:.3g} ms"
+
+
+def _size(count: float) -> str:
+    """Of a message."""
+    for unit, size in (("MiB", 2**20), ("KiB", 2**10)):
+        if count >= size:
+            return f"{count / size:.3g} {unit}"
+    return f"{count:.0f} B"
 
 
 def _bytes(count: float) -> str:

@@ -15,7 +15,7 @@ import torch
 
 from shardwise.capture.graph import Graph, Op, Value, call
 from shardwise.cluster.model import Cluster
-from shardwise.cost.collectives import collective_cost
+from shardwise.cost.collectives import collective_cost, fastest, step_of
 from shardwise.cost.compute import op_flops, op_seconds
 from shardwise.cost.optimizer import optimizer_seconds
 from shardwise.errors import BatchError, LayoutError
@@ -67,8 +67,8 @@ def measured_choices(cluster: Cluster, sizes: set[int]) -> dict[str, list[tuple[
     for kind in ("all_reduce", "all_gather", "reduce_scatter", "all_to_all"):
         for ranks in sorted(sizes - {1}):
             table: list[tuple[float, str]] = []
-            for power in range(8, 33):
-                impl = collective_cost(kind, 2.0**power, ranks, cluster).impl
+            for power in range(step_of(0), step_of(float("inf")) + 1):
+                impl = fastest(kind, 2.0**power, ranks, cluster)
                 table = [*(table[:-1] if table and table[-1][1] == impl else table), (2.0**power, impl)]
             tables[f"{kind}/{ranks}"] = [*table[:-1], (1e18, table[-1][1])]
     return tables

@@ -19,6 +19,7 @@ from shardwise.capture.graph import Op, Value
 from shardwise.capture.normalize import RANDOM_STATE
 from shardwise.program.edges import at_home, edge_type
 from shardwise.program.gather import Gathering, gatherings
+from shardwise.program.implementations import choose_implementations
 from shardwise.program.joint import JointGraph
 from shardwise.program.program import Binding, Crossing, Edge, ParameterPart, StageProgram
 from shardwise.program.recompute import Recompute, blocks_of
@@ -435,6 +436,8 @@ class _Stage:
         bindings = {node.name: binding for node, binding in self.inputs.items()}
         crossings = list(self.crossings.values())
         early = self.prelude.split([node for _, node in crossings], [])
+        for graph in (early.forward, halves.forward, halves.backward, *([halves.weight] if halves.weight else [])):
+            choose_implementations(graph, self.choose)
         early_bindings = {node.name: binding for node, binding in self.early_inputs.items()}
         forward_inputs = [bindings[name] for name in halves.forward_inputs]
         values = {"parameter": self.graph.parameters, "buffer": self.graph.buffers}
