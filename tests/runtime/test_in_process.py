@@ -80,7 +80,7 @@ def test_gradients_are_summed_in_place() -> None:
     def work(rank: int, transport: Transport) -> tuple[Tensor, Tensor]:
         at_once, begun = held(rank, 6), held(rank, 6)
         transport.sum_in_place(at_once, "dp:0,1", "native")
-        transport.begin_sum(begun, "dp:0,1", "native", 0)()
+        transport.begin_sum(begun, "dp:0,1", "native")()
         return at_once, begun
 
     for pair in run_ranks(2, work):

@@ -176,6 +176,9 @@ def lived_through(graph: fx.Graph, given: list[Tensor], others: set[int], passed
 class Alone:
     """A transport to ranks that are not there: messages have the right shapes and take their memory, and all that arrives is zero."""
 
+    def __init__(self) -> None:
+        self.under_way: dict[int, Callable[[], object]] = {}
+
     def all_reduce(self, x: Tensor, group: str, op: str, impl: str) -> Tensor:
         return x.clone(memory_format=torch.contiguous_format)
 
@@ -185,10 +188,16 @@ class Alone:
     def reduce_scatter(self, x: Tensor, group: str, dim: int, sizes: Sequence[int], impl: str) -> Tensor:
         return x.new_zeros([*x.shape[:dim], sizes[0], *x.shape[dim + 1 :]])
 
+    def begin_all_gather(self, x: Tensor, group: str, dim: int, sizes: Sequence[int], impl: str) -> tuple[Tensor, Callable[[], object]]:
+        return self.all_gather(x, group, dim, sizes, impl), lambda: x
+
+    def begin_reduce_scatter(self, x: Tensor, group: str, dim: int, sizes: Sequence[int], impl: str) -> tuple[Tensor, Callable[[], object]]:
+        return self.reduce_scatter(x, group, dim, sizes, impl), lambda: x
+
     def sum_in_place(self, x: Tensor, group: str, impl: str) -> None:
         pass
 
-    def begin_sum(self, x: Tensor, group: str, impl: str, number: int) -> Callable[[], object]:
+    def begin_sum(self, x: Tensor, group: str, impl: str) -> Callable[[], object]:
         return lambda: None
 
 

@@ -160,10 +160,11 @@ def test_parameters_that_are_not_gathered_are_found(zero: int, monkeypatch: pyte
 
 
 def test_gradients_that_are_not_summed_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    def alone(self: Gradients, reduction: Reduction) -> Tensor:
-        return torch.cat(
+    def alone(self: Gradients, number: int, reduction: Reduction) -> Callable[[], object]:
+        self.scattered[number] = torch.cat(
             [division.take(self.of[p.name]).reshape(-1) for p, division in zip(reduction.parameters, reduction.divisions, strict=True)]
         )
+        return lambda: None
 
-    monkeypatch.setattr("shardwise.runtime.gradients.Gradients._scattered", alone)
+    monkeypatch.setattr("shardwise.runtime.gradients.Gradients._begin_scatter", alone)
     assert differs("dp=2,zero=1").startswith("gradient of net")

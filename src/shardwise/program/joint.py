@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from shardwise.program.overlap import overlap_messages
 from shardwise.program.recompute import choose_saved
 from shardwise.program.reuse import reuse_memory
 from shardwise.program.trace import Function, Tracer, differentiable
@@ -32,6 +33,7 @@ class _Entry:
     last: fx.Node  # the graph's last node after the call
     module: str
     segment: str | None
+    gathers: bool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,7 +86,7 @@ class JointGraph:
     ) -> list[fx.Node]:
         """Appends a call; returns its results. `grad`: whether it is differentiated in its floating inputs that need it.
 
-        gathers: whether it gathers parameters, which are not kept for the backward pass.
+        gathers: whether it gathers parameters, which are not kept for the backward pass. Its messages travel beside other work.
         """
         tensors = [node.meta["val"] for node in inputs]
         grads = [grad and node in self.tracked for node in inputs]
@@ -105,6 +107,7 @@ class JointGraph:
                     last=next(reversed(self.graph.nodes)),
                     module=module,
                     segment=self.segment,
+                    gathers=gathers,
                 )
             )
         return outputs
@@ -134,9 +137,10 @@ class JointGraph:
         given = [None if node is None else node.meta["val"] for node in incoming]
         traced = self.tracer.joint(entry.function, entry.key, tensors, grads, given)
         nodes = dict(entry.nodes) | _bind(traced.graph, [*entry.inputs, *(node for node in incoming if node is not None)])
-        marks = {"module": entry.module, "segment": entry.segment}
+        marks: dict[str, Any] = {"module": entry.module, "segment": entry.segment}
         with self.graph.inserting_after(entry.last):
             self._copy(traced.graph, nodes, set(traced.forward) - set(entry.nodes), marks, forward=True)
+        marks |= {"scattered": True} if entry.gathers else {}
         self._copy(traced.graph, nodes, {node.name for node in traced.graph.nodes} - set(traced.forward), marks, forward=False)
         for node, gradient in zip(entry.inputs, traced.gradients, strict=True):
             if gradient is not None:
@@ -206,6 +210,7 @@ class JointGraph:
         parts = None if for_parameters is None else split_backward(backward, for_parameters)
         backward = backward if parts is None else parts.backward
         for graph in (forward, backward, *([parts.weight] if parts else [])):
+            overlap_messages(graph)
             reuse_memory(graph)
         return Halves(
             forward=forward,

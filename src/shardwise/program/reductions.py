@@ -23,12 +23,13 @@ from shardwise.program.program import ParameterPart, Program
 from shardwise.sharding.collectives import group_name
 from shardwise.sharding.division import Division
 
-__all__ = ["ALONE_BYTES", "DATA_AXES", "Reduction", "Regathering", "joined_ranks", "reductions", "regatherings", "tie_ranks"]
+__all__ = ["ALONE_BYTES", "DATA_AXES", "UNDER_WAY", "Reduction", "Regathering", "joined_ranks", "reductions", "regatherings", "tie_ranks"]
 
 
 DATA_AXES = ("dp", "ep", "cp")  # gradients that are pending over several of them are summed over these at once
 BUCKET_BYTES = 24 * 2**20  # large enough for the link's full rate, small enough that most is sent before the backward pass ends
 ALONE_BYTES = 2**20  # of a parameter that goes alone where others would have to be copied for a message: worth its latency
+UNDER_WAY = 2  # messages at once during the backward pass: one travels while the next is made
 
 
 @dataclass(frozen=True, kw_only=True)

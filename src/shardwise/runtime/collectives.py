@@ -7,6 +7,9 @@ Which implementation is fastest depends on the backend, the message and the grou
     exchange    every pair of ranks swaps pieces by sends and receives; sums are taken in the order of the ranks
     all_reduce  (all-gather, reduce-scatter) an all-reduce of the whole tensor, zero-padded before or sliced after
 
+`begin_…` start a message and return what ends it: until that has been called the input must stay as it is and the result is not there. All
+ranks of a group begin messages in one order; `number` tells those apart that are under way at the same time.
+
 No function modifies its input (but for ``inplace=True``) and none returns an alias of it. Sizes may be uneven and zero. A sum
 is taken in one place or in one order, so that all ranks hold bitwise equal results. Waits end after the group's own time-out.
 
@@ -26,11 +29,21 @@ from torch import Tensor
 
 from shardwise.errors import ShardwiseError
 
-__all__ = ["all_gather", "all_reduce", "all_to_all", "reduce_scatter", "start_all_reduce", "start_shift"]
+__all__ = [
+    "all_gather",
+    "all_reduce",
+    "all_to_all",
+    "begin_all_gather",
+    "begin_all_reduce",
+    "begin_reduce_scatter",
+    "reduce_scatter",
+    "start_shift",
+]
 
 Group = dist.ProcessGroup | None
 Reduction = Literal["sum", "max"]
 Function = TypeVar("Function")
+Finish = Callable[[], object]
 
 _TAG_OF_SHIFTS = 7000
 _TAG = 7001  # keeps our pairwise messages apart from an executor's own sends between the same two ranks
@@ -53,24 +66,30 @@ def all_reduce(tensor: Tensor, group: Group = None, impl: str = "native", *, inp
     return tensor.copy_(result) if inplace and result is not tensor else result
 
 
-def start_all_reduce(tensor: Tensor, group: Group, impl: str, tag: int) -> Callable[[], None]:
-    """Begins to sum a contiguous `tensor` over the group, in place; the function returned waits until that is done.
-
-    tag: tells messages under way at the same time apart. Until the end the tensor must not be touched.
-    """
-    if impl == "exchange" and dist.get_world_size(group) == 2:
+def begin_all_reduce(tensor: Tensor, group: Group, impl: str, number: int) -> Finish:
+    """Begins to sum a contiguous `tensor` over the group, in place."""
+    if impl != "exchange" or tensor.numel() == 0:
+        return dist.all_reduce(tensor, group=group, async_op=True).wait
+    rank, ranks, tag = dist.get_rank(group), dist.get_world_size(group), _TAG + number
+    if ranks == 2:
         other = torch.empty_like(tensor)
-        peer = 1 - dist.get_rank(group)
-        works = _post({peer: tensor}, {peer: other}, group, _TAG + 1 + tag)
+        works = _post({1 - rank: tensor}, {1 - rank: other}, group, tag)
 
-        def finish() -> None:
-            for work in works:
-                work.wait()
+        def add() -> None:
+            _wait(works)
             tensor.add_(other)
 
-        return finish
-    work = dist.all_reduce(tensor, group=group, async_op=True)
-    return work.wait
+        return add
+    shards = tensor.view(-1).tensor_split(ranks)
+    piece = torch.empty_like(shards[rank])
+    reduced = _begin_reduced_piece(shards, piece, group, torch.add, tag)
+
+    def hand_round() -> None:
+        reduced()
+        shards[rank].copy_(piece)
+        _wait(_post(_to_others(rank, [piece] * ranks), _to_others(rank, shards), group, tag))
+
+    return hand_round
 
 
 def start_shift(tensor: Tensor, received: Tensor, group: Group) -> Callable[[], None]:
@@ -91,6 +110,15 @@ def start_shift(tensor: Tensor, received: Tensor, group: Group) -> Callable[[], 
 
 def all_gather(tensor: Tensor, dim: int, sizes: Sequence[int], group: Group = None, impl: str = "native") -> Tensor:
     """The slices of all ranks joined along ``dim``: size ``sizes[own rank]`` in, ``sum(sizes)`` out, contiguous."""
+    result, finish = begin_all_gather(tensor, dim, sizes, group, impl)
+    finish()
+    return result
+
+
+def begin_all_gather(
+    tensor: Tensor, dim: int, sizes: Sequence[int], group: Group = None, impl: str = "native", number: int = 0
+) -> tuple[Tensor, Finish]:
+    """As `all_gather`, begun: its result, and what ends it."""
     functions = {"native": _all_gather_native, "exchange": _all_gather_exchange, "all_reduce": _all_gather_all_reduce}
     function = _chosen("all_gather", impl, functions)
     _check_count("all_gather", sizes, group)
@@ -98,24 +126,34 @@ def all_gather(tensor: Tensor, dim: int, sizes: Sequence[int], group: Group = No
     _check_dim("all_gather", tensor.shape, dim, sizes, sizes[dist.get_rank(group)])
     result = tensor.new_empty(_with_size(tensor.shape, dim, sum(sizes)))
     if result.numel() == 0:
-        return result
+        return result, _nothing
     if len(sizes) == 1:
-        return result.copy_(tensor)
-    return function(tensor, result, dim, sizes, group)
+        return result.copy_(tensor), _nothing
+    return result, function(tensor, result, dim, sizes, group, _TAG + number)
 
 
 def reduce_scatter(tensor: Tensor, dim: int, sizes: Sequence[int], group: Group = None, impl: str = "native") -> Tensor:
     """This rank's slice of the sum over the group: size ``sum(sizes)`` along ``dim`` in, ``sizes[own rank]`` out, contiguous."""
+    result, finish = begin_reduce_scatter(tensor, dim, sizes, group, impl)
+    finish()
+    return result
+
+
+def begin_reduce_scatter(
+    tensor: Tensor, dim: int, sizes: Sequence[int], group: Group = None, impl: str = "native", number: int = 0
+) -> tuple[Tensor, Finish]:
+    """As `reduce_scatter`, begun: its result, and what ends it."""
     functions = {"native": _reduce_scatter_native, "exchange": _reduce_scatter_exchange, "all_reduce": _reduce_scatter_all_reduce}
     function = _chosen("reduce_scatter", impl, functions)
     _check_count("reduce_scatter", sizes, group)
     dim = dim % tensor.dim()
     _check_dim("reduce_scatter", tensor.shape, dim, sizes, sum(sizes))
+    result = tensor.new_empty(_with_size(tensor.shape, dim, sizes[dist.get_rank(group)]))
     if tensor.numel() == 0:
-        return tensor.new_empty(_with_size(tensor.shape, dim, sizes[dist.get_rank(group)]))
+        return result, _nothing
     if len(sizes) == 1:
-        return tensor.clone(memory_format=torch.contiguous_format)
-    return function(tensor, dim, sizes, group)
+        return result.copy_(tensor), _nothing
+    return result, function(tensor, result, dim, sizes, group, _TAG + number)
 
 
 def all_to_all(
@@ -175,81 +213,107 @@ def _all_reduce_by_shards(source: Tensor, group: Group, pair: Callable[..., Tens
     rank, ranks = dist.get_rank(group), dist.get_world_size(group)
     result = torch.empty_like(source)
     shards = result.view(-1).tensor_split(ranks)
-    shards[rank].copy_(_reduced_piece(list(source.view(-1).tensor_split(ranks)), group, pair))
+    _begin_reduced_piece(source.view(-1).tensor_split(ranks), shards[rank], group, pair, _TAG)()
     _swap(_to_others(rank, [shards[rank]] * ranks), _to_others(rank, shards), group)
     return result
 
 
-def _reduced_piece(pieces: Sequence[Tensor], group: Group, pair: Callable[..., Tensor]) -> Tensor:
-    """Sends piece ``r`` to rank ``r``; the reduction, in the order of the ranks, of what all hold for this rank."""
+def _begin_reduced_piece(pieces: Sequence[Tensor], result: Tensor, group: Group, pair: Callable[..., Tensor], tag: int) -> Finish:
+    """Sends piece ``r`` to rank ``r``; into ``result`` the reduction, in the order of the ranks, of what all hold for this rank."""
     rank = dist.get_rank(group)
     received = [piece if peer == rank else torch.empty_like(pieces[rank]) for peer, piece in enumerate([pieces[rank]] * len(pieces))]
-    _swap(_to_others(rank, pieces), _to_others(rank, received), group)
-    total = pair(received[0], received[1])
-    for piece in received[2:]:
-        pair(total, piece, out=total)
-    return total
+    works = _post(_to_others(rank, pieces), _to_others(rank, received), group, tag)
+
+    def reduce() -> None:
+        _wait(works)
+        pair(received[0], received[1], out=result)
+        for piece in received[2:]:
+            pair(result, piece, out=result)
+
+    return reduce
 
 
 # --- all-gather -----------------------------------------------------------------------------------------------------------
 
 
-def _all_gather_native(tensor: Tensor, result: Tensor, dim: int, sizes: Sequence[int], group: Group) -> Tensor:
+def _all_gather_native(tensor: Tensor, result: Tensor, dim: int, sizes: Sequence[int], group: Group, _tag: int) -> Finish:
     """Slices padded to the largest, since the backend's gather wants equal ones; the rows of the gather's result are then joined."""
     largest = max(sizes)
     padded = tensor.contiguous() if tensor.shape[dim] == largest else _padded(tensor, dim, 0, largest)
     direct = largest * len(sizes) == sum(sizes) and math.prod(result.shape[:dim]) == 1
     rows = result.view(len(sizes), -1) if direct else padded.new_empty(len(sizes), padded.numel())
-    _GATHER(_bytes(rows.view(-1)), _bytes(padded.view(-1)), group=group)
-    if direct:
-        return result
-    slices = [row.view(padded.shape).narrow(dim, 0, size) for row, size in zip(rows, sizes, strict=True)]
-    return torch.cat(slices, dim, out=result)
+    work = _GATHER(_bytes(rows.view(-1)), _bytes(padded.view(-1)), group=group, async_op=True)
+
+    def join() -> None:
+        work.wait()
+        if not direct:
+            torch.cat([row.view(padded.shape).narrow(dim, 0, size) for row, size in zip(rows, sizes, strict=True)], dim, out=result)
+
+    return join
 
 
-def _all_gather_exchange(tensor: Tensor, result: Tensor, dim: int, sizes: Sequence[int], group: Group) -> Tensor:
+def _all_gather_exchange(tensor: Tensor, result: Tensor, dim: int, sizes: Sequence[int], group: Group, tag: int) -> Finish:
     """Everybody sends its slice to everybody, straight into the result where the slices of it are contiguous."""
     rank, source = dist.get_rank(group), tensor.contiguous()
     slices = result.split_with_sizes(list(sizes), dim)
     direct = all(piece.is_contiguous() for piece in slices)
     buffers = list(slices) if direct else [torch.empty_like(piece, memory_format=torch.contiguous_format) for piece in slices]
-    _swap(_to_others(rank, [source] * len(sizes)), _to_others(rank, buffers), group)
-    buffers[rank] = buffers[rank].copy_(source) if direct else source
-    return result if direct else torch.cat(buffers, dim, out=result)
+    works = _post(_to_others(rank, [source] * len(sizes)), _to_others(rank, buffers), group, tag)
+
+    def join() -> None:
+        if direct:
+            buffers[rank].copy_(source)
+        _wait(works)
+        if not direct:
+            torch.cat([*buffers[:rank], source, *buffers[rank + 1 :]], dim, out=result)
+
+    return join
 
 
-def _all_gather_all_reduce(tensor: Tensor, result: Tensor, dim: int, sizes: Sequence[int], group: Group) -> Tensor:
+def _all_gather_all_reduce(tensor: Tensor, result: Tensor, dim: int, sizes: Sequence[int], group: Group, _tag: int) -> Finish:
     """A sum with zeros, taken over integers of the same width, so that the bits come through as they are."""
     start = sum(sizes[: dist.get_rank(group)])
     result.zero_().narrow(dim, start, tensor.shape[dim]).copy_(tensor)
-    dist.all_reduce(_integers(result.view(-1)), group=group)
-    return result
+    return dist.all_reduce(_integers(result.view(-1)), group=group, async_op=True).wait
 
 
 # --- reduce-scatter -------------------------------------------------------------------------------------------------------
 
 
-def _reduce_scatter_native(tensor: Tensor, dim: int, sizes: Sequence[int], group: Group) -> Tensor:
+def _reduce_scatter_native(tensor: Tensor, result: Tensor, dim: int, sizes: Sequence[int], group: Group, _tag: int) -> Finish:
     """Slices padded to the largest, since the backend's reduce-scatter wants equal ones."""
-    largest, size = max(sizes), sizes[dist.get_rank(group)]
-    if largest * len(sizes) == sum(sizes) and math.prod(tensor.shape[:dim]) == 1:
+    largest = max(sizes)
+    even = largest * len(sizes) == sum(sizes)
+    if even and math.prod(tensor.shape[:dim]) == 1:
         rows = tensor.contiguous()
     else:
         rows = torch.stack([_padded(piece, dim, 0, largest) for piece in tensor.split_with_sizes(list(sizes), dim)])
-    own = tensor.new_empty(_with_size(tensor.shape, dim, largest))
-    _SCATTER(own.view(-1), rows.view(-1), group=group)
-    return own.narrow(dim, 0, size).contiguous()
+    own = result if even else tensor.new_empty(_with_size(tensor.shape, dim, largest))
+    work = _SCATTER(own.view(-1), rows.view(-1), group=group, async_op=True)
+
+    def cut() -> None:
+        work.wait()
+        if not even:
+            result.copy_(own.narrow(dim, 0, result.shape[dim]))
+
+    return cut
 
 
-def _reduce_scatter_exchange(tensor: Tensor, dim: int, sizes: Sequence[int], group: Group) -> Tensor:
-    return _reduced_piece([piece.contiguous() for piece in tensor.split_with_sizes(list(sizes), dim)], group, torch.add)
+def _reduce_scatter_exchange(tensor: Tensor, result: Tensor, dim: int, sizes: Sequence[int], group: Group, tag: int) -> Finish:
+    pieces = [piece.contiguous() for piece in tensor.split_with_sizes(list(sizes), dim)]
+    return _begin_reduced_piece(pieces, result, group, torch.add, tag)
 
 
-def _reduce_scatter_all_reduce(tensor: Tensor, dim: int, sizes: Sequence[int], group: Group) -> Tensor:
+def _reduce_scatter_all_reduce(tensor: Tensor, result: Tensor, dim: int, sizes: Sequence[int], group: Group, _tag: int) -> Finish:
     total = tensor.clone(memory_format=torch.contiguous_format)
-    dist.all_reduce(total, group=group)
+    work = dist.all_reduce(total, group=group, async_op=True)
     rank = dist.get_rank(group)
-    return total.narrow(dim, sum(sizes[:rank]), sizes[rank]).clone(memory_format=torch.contiguous_format)
+
+    def cut() -> None:
+        work.wait()
+        result.copy_(total.narrow(dim, sum(sizes[:rank]), sizes[rank]))
+
+    return cut
 
 
 # --- all-to-all -----------------------------------------------------------------------------------------------------------
@@ -278,8 +342,16 @@ def _all_to_all_exchange(pieces: Sequence[Tensor], shapes: Sequence[Sequence[int
 
 def _swap(sends: Mapping[int, Tensor], receives: Mapping[int, Tensor], group: Group) -> None:
     """Sends and receives contiguous tensors by group rank, all at once; both sides leave out the empty ones."""
-    for work in _post(sends, receives, group, _TAG):
+    _wait(_post(sends, receives, group, _TAG))
+
+
+def _wait(works: Sequence[Any]) -> None:
+    for work in works:
         work.wait()
+
+
+def _nothing() -> None:
+    """Nothing is under way."""
 
 
 def _post(sends: Mapping[int, Tensor], receives: Mapping[int, Tensor], group: Group, tag: int) -> list[Any]:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from shardwise.program.gather import packed, packed_sizes
 from shardwise.program.program import Program
-from shardwise.program.reductions import Reduction, reductions
+from shardwise.program.reductions import UNDER_WAY, Reduction, reductions
 from shardwise.runtime.parameters import own_view
 from shardwise.runtime.transport import Transport, group_size
 
@@ -31,7 +31,9 @@ class Gradients:
         self.of: dict[str, Tensor] = {}
         self.parts: dict[str, Tensor] = {}
         self.pending: list[tuple[Reduction, Tensor]] = []
-        self.finishing: dict[int, Callable[[], object]] = {}
+        self.begun: set[int] = set()  # messages of this step
+        self.under_way: dict[int, Callable[[], object]] = {}  # those that are not awaited yet, the oldest first, and what awaits them
+        self.scattered: dict[int, Tensor] = {}  # this rank's parts, flat
         for reduction in reductions(program):
             self._place(reduction, device)
 
@@ -49,39 +51,63 @@ class Gradients:
     def early(self) -> dict[int, set[str]]:
         """The messages that can be begun during the backward pass: number → the parameters whose gradients it needs.
 
-        Not those between tied stages, whose backward passes end at other times and which number their messages otherwise.
+        Not sums over two groups or between tied stages, whose backward passes end at other times and which number their messages otherwise;
+        but what is reduced to parts first is begun.
         """
         return {
             number: {parameter.name for parameter in reduction.parameters}
             for number, (reduction, _) in enumerate(self.pending)
-            if len(reduction.groups) == 1 and not reduction.groups[0].startswith("tie:") and not reduction.scatter
+            if reduction.scatter or (len(reduction.groups) == 1 and not reduction.groups[0].startswith("tie:"))
         }
 
     def start(self, number: int) -> None:
-        """Begins to sum a message, all of whose gradients are there."""
-        (name,), flat = self.pending[number][0].groups, self.pending[number][1]
-        self.finishing[number] = self.transport.begin_sum(flat, name, self._impl(flat, name), number)
+        """Begins a message, all of whose gradients are there. Two are under way at most: before a third begins the oldest is waited for."""
+        while len(self.under_way) >= UNDER_WAY:
+            self._await(next(iter(self.under_way)))
+        reduction, flat = self.pending[number]
+        if reduction.scatter:
+            self.under_way[number] = self._begin_scatter(number, reduction)
+        else:
+            (name,) = reduction.groups
+            self.under_way[number] = self.transport.begin_sum(flat, name, self._impl(flat, name))
+        self.begun.add(number)
+
+    def _await(self, number: int) -> None:
+        self.under_way.pop(number)()
+        if not self.pending[number][0].groups:
+            self._keep_parts(number)
 
     def reduce(self) -> None:
         """Sums what is pending; what was begun is waited for."""
         for number, (reduction, flat) in enumerate(self.pending):
-            if (finish := self.finishing.pop(number, None)) is not None:
-                finish()
+            early = number in self.begun
+            if reduction.scatter and not early:
+                self.start(number)
+            if number in self.under_way:
+                self._await(number)
+            if early and not reduction.scatter:
                 continue
-            mine = self._scattered(reduction) if reduction.scatter else flat
+            mine = self.scattered.get(number, flat)
             for name in reduction.groups:
                 self.transport.sum_in_place(mine, name, self._impl(mine, name))
-            if reduction.scatter:
-                pieces = mine.split([self.parts[p.name].numel() for p in reduction.parameters])
-                for p, piece in zip(reduction.parameters, pieces, strict=True):
-                    self.parts[p.name].copy_(piece.view(p.updated))
+            if number in self.scattered:
+                self._keep_parts(number)
+        self.begun.clear()
 
-    def _scattered(self, reduction: Reduction) -> Tensor:
-        """This rank's parts of the sums, flat."""
+    def _begin_scatter(self, number: int, reduction: Reduction) -> Callable[[], object]:
+        """Begins to make this rank's parts of the sums, flat."""
         whole = packed(reduction.divisions, [self.of[p.name] for p in reduction.parameters])
         sizes = packed_sizes(reduction.divisions, [p.local for p in reduction.parameters])
         impl = self.choose("reduce_scatter", whole.nbytes, len(sizes))
-        return self.transport.reduce_scatter(whole, reduction.scatter, 0, sizes, impl)
+        self.scattered[number], finish = self.transport.begin_reduce_scatter(whole, reduction.scatter, 0, sizes, impl)
+        return finish
+
+    def _keep_parts(self, number: int) -> None:
+        """Puts what was reduced to parts where the optimizer finds it."""
+        parameters = self.pending[number][0].parameters
+        pieces = self.scattered.pop(number).split([self.parts[p.name].numel() for p in parameters])
+        for p, piece in zip(parameters, pieces, strict=True):
+            self.parts[p.name].copy_(piece.view(p.updated))
 
     def _impl(self, flat: Tensor, group: str) -> str:
         return self.choose("all_reduce", flat.nbytes, group_size(group))

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from shardwise.errors import TransferError
-from shardwise.runtime.transport import Transport, using
+from shardwise.runtime.transport import Finish, Transport, using
 from shardwise.sharding.collectives import group_ranks
 
 __all__ = ["InProcess", "Meetings", "run_ranks"]
@@ -135,6 +135,7 @@ class InProcess:
 
     rank: int
     meetings: Meetings
+    under_way: dict[int, Finish] = field(default_factory=dict)
 
     def _exchange(self, x: Tensor, group: str) -> tuple[list[Tensor], int]:
         meeting = self.meetings.of(group)
@@ -178,7 +179,13 @@ class InProcess:
     def sum_in_place(self, x: Tensor, group: str, impl: str) -> None:
         x.copy_(self.all_reduce(x, group, "sum", impl))
 
-    def begin_sum(self, x: Tensor, group: str, impl: str, number: int) -> Callable[[], object]:
+    def begin_all_gather(self, x: Tensor, group: str, dim: int, sizes: Sequence[int], impl: str) -> tuple[Tensor, Finish]:
+        return _later(self.all_gather(x, group, dim, sizes, impl), x)
+
+    def begin_reduce_scatter(self, x: Tensor, group: str, dim: int, sizes: Sequence[int], impl: str) -> tuple[Tensor, Finish]:
+        return _later(self.reduce_scatter(x, group, dim, sizes, impl), x)
+
+    def begin_sum(self, x: Tensor, group: str, impl: str) -> Finish:
         self.sum_in_place(x, group, impl)
         return lambda: None
 
@@ -195,6 +202,17 @@ class InProcess:
     def receive(self, x: Tensor, peer: int) -> _Awaited:
         box = self.meetings.box(peer, self.rank)
         return _Awaited(transport=self, x=x, peer=peer, box=box, number=box.ticket())
+
+
+def _later(result: Tensor, source: Tensor) -> tuple[Tensor, Finish]:
+    """Ranks meet where a message is begun, the strictest reading; but its result is there at the end only, and its source as it was."""
+    given, shown = source.clone(), torch.full_like(result, torch.nan) if result.is_floating_point() else torch.zeros_like(result)
+
+    def finish() -> None:
+        assert torch.equal(source.nan_to_num(), given.nan_to_num()), "what is sent was written over before it arrived"
+        shown.copy_(result)
+
+    return shown, finish
 
 
 def _sum(tensors: Sequence[Tensor]) -> Tensor:

@@ -1,10 +1,12 @@
 """How a rank's messages travel: over torch.distributed, or (`in_process`) between threads that stand for ranks.
 
-The collectives of a program (`torch.ops.shardwise.*`) find their transport through `using`, which an executor enters for a step.
+The collectives of a program (`torch.ops.shardwise.*`) find their transport through `using`, which an executor enters for a step. What is
+begun and not awaited yet is known by its result's memory.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -29,8 +31,15 @@ class Work(Protocol):
         """Returns when it has arrived (a receive) or its tensor is free again (a send)."""
 
 
+Finish = Callable[[], object]
+
+
 class Transport(Protocol):
     """What one rank can say to others. `group` is a name of `shardwise.sharding.collectives.group_name`; ranks are global."""
+
+    @property
+    def under_way(self) -> dict[int, Finish]:
+        """Address of a result → what ends its message."""
 
     def all_reduce(self, x: Tensor, group: str, op: str, impl: str) -> Tensor:
         """As `shardwise.runtime.collectives`, as are the next three."""
@@ -49,11 +58,17 @@ class Transport(Protocol):
     def begin_shift(self, x: Tensor, received: Tensor, group: str) -> Callable[[], object]:
         """Begins to send a contiguous x to the next rank of the group and to receive from the one before; the returned function waits."""
 
+    def begin_all_gather(self, x: Tensor, group: str, dim: int, sizes: Sequence[int], impl: str) -> tuple[Tensor, Finish]:
+        """As `all_gather`, begun: its result, and the function that waits for it. Until then x must stay as it is. All ranks of a group
+        begin messages in one order."""
+
+    def begin_reduce_scatter(self, x: Tensor, group: str, dim: int, sizes: Sequence[int], impl: str) -> tuple[Tensor, Finish]: ...
+
     def sum_in_place(self, x: Tensor, group: str, impl: str) -> None:
         """x becomes the sum over the group."""
 
-    def begin_sum(self, x: Tensor, group: str, impl: str, number: int) -> Callable[[], object]:
-        """Begins to make x the sum over the group; the returned function waits for it. number: tells sums under way apart."""
+    def begin_sum(self, x: Tensor, group: str, impl: str) -> Finish:
+        """Begins to make x the sum over the group; the returned function waits for it."""
 
     def swap(self, sends: Sequence[tuple[Tensor, int]], receives: Sequence[tuple[Tensor, int]]) -> None:
         """Sends and receives (contiguous tensor, peer), all at once; between two ranks both sides name them in one order."""
@@ -67,6 +82,15 @@ class Transport(Protocol):
 
 class Distributed:
     """torch.distributed's process groups."""
+
+    def __init__(self) -> None:
+        self.under_way: dict[int, Finish] = {}
+        self.begun: Counter[str] = Counter()  # messages of each group
+
+    def _number(self, group: str) -> int:
+        """Of one more message that is begun, from 1 on; the same on all ranks of the group. Far fewer are ever under way at once."""
+        self.begun[group] += 1
+        return 1 + self.begun[group] % 1024
 
     def all_reduce(self, x: Tensor, group: str, op: str, impl: str) -> Tensor:
         return collectives.all_reduce(x, find_group(group), impl, reduction=op)  # type: ignore[arg-type]
@@ -91,8 +115,14 @@ class Distributed:
     def sum_in_place(self, x: Tensor, group: str, impl: str) -> None:
         collectives.all_reduce(x, find_group(group), impl, inplace=True)
 
-    def begin_sum(self, x: Tensor, group: str, impl: str, number: int) -> Callable[[], object]:
-        return collectives.start_all_reduce(x, find_group(group), impl, number)
+    def begin_all_gather(self, x: Tensor, group: str, dim: int, sizes: Sequence[int], impl: str) -> tuple[Tensor, Finish]:
+        return collectives.begin_all_gather(x, dim, sizes, find_group(group), impl, self._number(group))
+
+    def begin_reduce_scatter(self, x: Tensor, group: str, dim: int, sizes: Sequence[int], impl: str) -> tuple[Tensor, Finish]:
+        return collectives.begin_reduce_scatter(x, dim, sizes, find_group(group), impl, self._number(group))
+
+    def begin_sum(self, x: Tensor, group: str, impl: str) -> Finish:
+        return collectives.begin_all_reduce(x, find_group(group), impl, self._number(group))
 
     def swap(self, sends: Sequence[tuple[Tensor, int]], receives: Sequence[tuple[Tensor, int]]) -> None:
         operations = [dist.P2POp(dist.irecv, x, peer) for x, peer in receives] + [dist.P2POp(dist.isend, x, peer) for x, peer in sends]
@@ -106,7 +136,7 @@ class Distributed:
         return dist.irecv(x, peer)
 
 
-_current: ContextVar[Transport] = ContextVar("transport", default=Distributed())  # noqa: B039 - it holds nothing
+_current: ContextVar[Transport] = ContextVar("transport", default=Distributed())  # noqa: B039 - a process has one
 
 
 @contextmanager
@@ -171,6 +201,28 @@ def _end_shift(ticket: Tensor, x: Tensor, dim: int, size: int) -> Tensor:
     return received
 
 
+def _begin_all_gather(x: Tensor, group: str, dim: int, sizes: Sequence[int], impl: str) -> Tensor:
+    return _begun(*_current.get().begin_all_gather(x, group, dim, sizes, impl))
+
+
+def _begin_reduce_scatter(x: Tensor, group: str, dim: int, sizes: Sequence[int], rank: int, impl: str) -> Tensor:
+    return _begun(*_current.get().begin_reduce_scatter(x, group, dim, sizes, impl))
+
+
+def _begun(result: Tensor, finish: Finish) -> Tensor:
+    if result.numel():
+        _current.get().under_way[result.data_ptr()] = finish
+    else:
+        finish()
+    return result
+
+
+def _arrived(begun: Tensor, source: Tensor) -> Tensor:
+    if begun.numel():
+        _current.get().under_way.pop(begun.data_ptr())()
+    return begun
+
+
 for _name, _function in (
     ("all_reduce", _all_reduce),
     ("all_gather", _all_gather),
@@ -179,5 +231,8 @@ for _name, _function in (
     ("exchange_rows", _exchange_rows),
     ("begin_shift", _begin_shift),
     ("end_shift", _end_shift),
+    ("begin_all_gather", _begin_all_gather),
+    ("begin_reduce_scatter", _begin_reduce_scatter),
+    ("arrived", _arrived),
 ):
     LIBRARY.impl(_name, _function, "CompositeExplicitAutograd")

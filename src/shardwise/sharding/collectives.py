@@ -5,6 +5,11 @@ Declared here with their shapes, so that programs can be traced, printed, checke
 `impl` is one of the implementations that the cost model chose among. None changes its input or returns an alias of it.
 
 A shift is under way while the rank computes: `begin_shift` returns a ticket, which `end_shift` exchanges for what has arrived.
+
+A message that other work goes on beside is begun by one operator and awaited by another. Between them its source must stay as it is, and
+nobody may read what is begun; so `arrived` is given the source, too:
+
+    begun = begin_all_gather(part, …)    …    whole = arrived(begun, part)        whole is begun's memory
 """
 
 from __future__ import annotations
@@ -16,6 +21,8 @@ import torch
 from torch import Tensor
 
 __all__ = [
+    "ARRIVED",
+    "BEGINS",
     "COLLECTIVES",
     "LIBRARY",
     "all_gather",
@@ -42,6 +49,9 @@ LIBRARY.define(
 LIBRARY.define("exchange_rows(Tensor x, str group, Tensor send, Tensor receive, int rows, str impl) -> Tensor")
 LIBRARY.define("begin_shift(Tensor x, str group, int dim, int[] sizes, int step, int rank, str impl) -> Tensor")
 LIBRARY.define("end_shift(Tensor ticket, Tensor x, int dim, int size) -> Tensor")
+LIBRARY.define("begin_all_gather(Tensor x, str group, int dim, int[] sizes, str impl) -> Tensor")
+LIBRARY.define("begin_reduce_scatter(Tensor x, str group, int dim, int[] sizes, int rank, str impl) -> Tensor")
+LIBRARY.define("arrived(Tensor(a) begun, Tensor source) -> Tensor(a)")
 
 _ops = torch.ops.shardwise
 COLLECTIVES = {
@@ -51,7 +61,12 @@ COLLECTIVES = {
     _ops.all_to_all.default: "all_to_all",
     _ops.exchange_rows.default: "exchange_rows",
     _ops.begin_shift.default: "shift",
+    _ops.begin_all_gather.default: "all_gather",
+    _ops.begin_reduce_scatter.default: "reduce_scatter",
 }
+BEGINS = {_ops.all_gather.default: _ops.begin_all_gather.default, _ops.reduce_scatter.default: _ops.begin_reduce_scatter.default}
+"""Of collectives that other work may go on beside, the operator that begins them."""
+ARRIVED = _ops.arrived.default
 
 
 def _sized(x: Tensor, dim: int, size: int) -> Tensor:
@@ -65,11 +80,13 @@ def _all_reduce(x: Tensor, group: str, op: str, impl: str) -> Tensor:
     return x.new_empty(x.shape)
 
 
+@torch.library.register_fake("shardwise::begin_all_gather", lib=LIBRARY)
 @torch.library.register_fake("shardwise::all_gather", lib=LIBRARY)
 def _all_gather(x: Tensor, group: str, dim: int, sizes: Sequence[int], impl: str) -> Tensor:
     return _sized(x, dim, sum(sizes))
 
 
+@torch.library.register_fake("shardwise::begin_reduce_scatter", lib=LIBRARY)
 @torch.library.register_fake("shardwise::reduce_scatter", lib=LIBRARY)
 def _reduce_scatter(x: Tensor, group: str, dim: int, sizes: Sequence[int], rank: int, impl: str) -> Tensor:
     return _sized(x, dim, sizes[rank])

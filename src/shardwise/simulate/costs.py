@@ -86,7 +86,8 @@ class MemoryUse:
 
 
 def graph_seconds(graph: fx.Graph, cluster: Cluster) -> Seconds:
-    """One run of a graph on a rank. Where ranks share cores, collectives take part of their time from them."""
+    """One run of a graph on a rank. Where ranks share cores, collectives take part of their time from them. What is computed while a
+    message is under way hides it."""
     each = _computing_seconds(graph, cluster)
     talk = traffic_shares(graph_traffic(graph, computed_beside(graph, each)), cluster)
     alone = sum(each.values())

@@ -15,7 +15,7 @@ from shardwise.cost.compute import streaming_seconds
 from shardwise.cost.memory import tensor_bytes
 from shardwise.program.program import Program
 from shardwise.program.reductions import reductions, regatherings
-from shardwise.sharding.collectives import COLLECTIVES, group_ranks, is_end_of_shift, is_shift
+from shardwise.sharding.collectives import ARRIVED, BEGINS, COLLECTIVES, group_ranks, is_end_of_shift, is_shift
 
 __all__ = [
     "Traffic",
@@ -68,17 +68,17 @@ def graph_traffic(graph: fx.Graph, beside: Mapping[fx.Node, float]) -> list[Traf
 
 
 def computed_beside(graph: fx.Graph, seconds: Mapping[fx.Node, float]) -> dict[fx.Node, float]:
-    """For each shift the seconds of computing between its beginning and its end. seconds: of what computes.
+    """For each message that is begun and awaited later the seconds of computing between the two. seconds: of what computes.
 
     What lies between the ends of several is divided among them by the bytes that they send.
     """
     under_way: dict[fx.Node, int] = {}
     found: dict[fx.Node, float] = {}
     for node in graph.nodes:
-        if is_shift(node.target):
-            under_way[node] = tensor_bytes(node.args[0].meta["val"])
+        if is_shift(node.target) or node.target in BEGINS.values():
+            under_way[node] = traffic_of(node).nbytes
             found[node] = 0.0
-        elif is_end_of_shift(node.target):
+        elif is_end_of_shift(node.target) or node.target is ARRIVED:
             under_way.pop(node.args[0], None)
         elif under_way and node in seconds:
             total = sum(under_way.values())
