@@ -30,7 +30,10 @@ def test_text_and_mappings_say_the_same() -> None:
         ("tp", "'tp' in layout 'tp' is no NAME=VALUE pair; write for example tp=2,pp=2"),
         (
             "zp=2",
-            "'zp' in the layout is unknown; there are dp, cp, tp, ep, pp, chunks, microbatches, schedule, zero, shard, recompute, shares",
+            (
+                "'zp' in the layout is unknown; there are dp, cp, tp, ep, pp, chunks, microbatches, attention, schedule, zero, shard, "
+                "recompute, shares"
+            ),
         ),
         ("zero=4", "zero=4 in the layout is unknown; there are 0, 1, 2, 3"),
         ("recompute=all", "recompute=all in the layout is unknown; there are none, selective, full"),

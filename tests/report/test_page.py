@@ -136,7 +136,7 @@ def test_figures_are_plotlys(plan: Plan, simulation: Simulation, measured: Measu
 
 
 def test_ranks_that_share_sequences(tmp_path: Path, plan: Plan) -> None:
-    layout = "dp=2,cp=2,tp=2,pp=2,microbatches=2,schedule=1f1b"
+    layout = "dp=2,cp=2,tp=2,pp=2,microbatches=2,attention=gather,schedule=1f1b"
     considered = [plan.considered[0].model_copy(update={"layout": layout})]
     wide = plan.model_copy(update={"ranks": 16, "dp": 2, "cp": 2, "sequence_dims": {"input_ids": 1}, "considered": considered})
     write_report(tmp_path / "r.html", wide, simulate_profile(wide.profile, wide.mesh))

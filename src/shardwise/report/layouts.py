@@ -14,7 +14,8 @@ from shardwise.report.units import bytes_text, seconds_text, time_unit
 
 __all__ = ["KINDS", "Point", "layouts_table", "limit_is_drawn", "points_of", "tradeoff_figure"]
 
-_COLUMNS = ("dp", "cp", "tp", "ep", "pp", "microbatches", "schedule")
+_COLUMNS = ("dp", "cp", "tp", "ep", "pp", "microbatches", "attention", "schedule")
+_WHERE = {"cp": "cp", "ep": "ep", "attention": "cp"}  # a column → the axis without which it says nothing
 _OPEN_ROWS = 10  # the others are folded away
 _NAMED = 8  # points that have their names beside them; of more, the pointer tells
 
@@ -53,7 +54,7 @@ def _kind(each: Candidate, plan: Plan) -> str:
 def layouts_table(plan: Plan) -> Markup:
     """The chosen one first, then by time."""
     ordered = sorted(plan.considered, key=lambda each: (each.layout != plan.layout, each.step_time_s is None, _seconds(each)))
-    columns = [name for name in _COLUMNS if name not in ("cp", "ep") or getattr(plan, name) > 1]
+    columns = [name for name in _COLUMNS if name not in _WHERE or getattr(plan, _WHERE[name]) > 1]
     rows = [_row(each, plan, columns) for each in ordered]
     more = len(rows) - _OPEN_ROWS
     if more <= 2:
@@ -179,6 +180,7 @@ def _short(layout: str) -> str:
     """`tp2 pp2 · 4`: what is not 1."""
     parts = dict(zip(_COLUMNS, _parts(layout), strict=True))
     axes = " ".join(f"{name}{parts[name]}" for name in ("dp", "cp", "tp", "ep", "pp") if parts[name] not in ("", "1"))
+    axes += f" {parts['attention']}" if parts["attention"] else ""
     return f"{axes or 'one rank'} · {parts['microbatches']} mb" if parts["microbatches"] else layout
 
 
