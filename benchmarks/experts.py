@@ -76,7 +76,8 @@ def scheme_of(row: Row, year: int) -> tuple[Scheme, int]:
     batch = layout.global_batch
     if batch is None or batch % (layout.dp * samples):
         raise LeftOut("no even microbatches")
-    if layout.zero == "hybrid" or layout.shard_devices or layout.offload:
+    replicas = layout.dp * layout.cp
+    if layout.zero == "hybrid" or layout.shard_devices not in (None, replicas) or layout.offload:
         raise LeftOut("ZeRO within groups, or offloading")
     if layout.ep > 1 and not row.model.experts:
         raise LeftOut("ep without experts")
@@ -92,7 +93,7 @@ def scheme_of(row: Row, year: int) -> tuple[Scheme, int]:
         chunks=chunks,
         microbatches=batch // (layout.dp * samples),
         schedule=schedule,
-        zero=int(layout.zero or 0) if layout.dp * layout.cp > 1 else 0,
+        zero=int(layout.zero or 0) if replicas > 1 else 0,
         recompute=layout.recompute or "none",
     )
     return scheme, samples

@@ -188,7 +188,9 @@ def _cluster(row: Row, year: int, software: Software, fitted: bool) -> Cluster:
         "call_s": software.call_s or cluster.rates.call_s,
     }
     cluster = replace(cluster, rates=cluster.rates.model_copy(update=changes | expert_rates(row, year)))
-    if products := _PRODUCTS.get(row.layout.precision or ""):
+    peaks = cluster.machines.devices[0].peak_flops if cluster.machines else {}
+    usual = "float16" if "bfloat16" not in peaks and "float16" in peaks else None  # of devices that know no other 16 bits
+    if products := _PRODUCTS.get(row.layout.precision or "", usual):
         cluster = _with_products_in(cluster, products)
     return cluster if software.products == 1 else _slower(cluster, software.products)
 

@@ -252,3 +252,10 @@ def test_schedules_that_validate_later_are_timed_from_step_to_step(tmp_path: Pat
     (row,) = rows(tmp_path, {"schedule": "ZB-2p", "pp": 4, "dp": 1})
     waits, carries_on = (seconds(predictor, replace(row, framework=name)) for name in ("torchtitan", "megatron"))
     assert carries_on < 0.97 * waits
+
+
+def test_a_device_without_bfloat16_computes_in_float16_where_a_row_says_nothing(tmp_path: Path, predictor: Predictor) -> None:
+    """A V100's other products are in float32, eight times slower."""
+    volta = {"gpu": "NVIDIA V100-SXM2-32GB"}
+    silent, said = rows(tmp_path, volta | {"precision": None}, volta | {"precision": "fp16"})
+    assert seconds(predictor, silent) == pytest.approx(seconds(predictor, said), rel=0.05)

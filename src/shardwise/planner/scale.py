@@ -219,11 +219,12 @@ class ScaleSearch:
         Nothing is lowered for it but the whole model, with as few experts as a rank may have: as many rows take the least time so.
         """
         most = self.graph.global_batch
-        shape, whole = self.pieces(Split(samples=most, ep=self._most_ep))
-        return shape, perfect([_with_experts(cost, self._most_ep / split.ep) for cost in whole], most, split)
+        shape, whole = self.pieces(Split(samples=most, ep=self.most_ep))
+        return shape, perfect([_with_experts(cost, self.most_ep / split.ep) for cost in whole], most, split)
 
     @cached_property
-    def _most_ep(self) -> int:
+    def most_ep(self) -> int:
+        """Over how many ranks experts are divided at most."""
         return max(split.ep for split in self.space.splits())
 
     def may_fit(self, split: Split) -> bool:
@@ -372,7 +373,7 @@ class _Branching:
     def _ordered(self, first: Split, splits: Sequence[Split]) -> list[tuple[float, Split]]:
         """(bound, split), the most promising first. first: one that was lowered, whose kernels are small."""
         search = self.search
-        most = Split(samples=search.graph.global_batch)
+        most = Split(samples=search.graph.global_batch, ep=search.most_ep)
         shape, whole = search.pieces(most)
         each, beside = self._kernels(most, first)
         perfectly = self._computing(most) / most.samples
@@ -384,6 +385,7 @@ class _Branching:
             slower = (each + beside * split.cp / split.samples) / perfectly
             talk = _talk(search.cluster, split, max(cost.sent for cost in whole) * split.samples / most.samples) * shape.blocks
             talk += _routed(search.routing, search.cluster, shape, costs, split)
+            talk += self._expert_s * _experts(shape, costs)
             expected = min(self._expected(shape, costs, scheme, slower, talk) for scheme in meshes)
             found.append((expected, bound, split))
         return [(bound, split) for _, bound, split in sorted(found, key=lambda each: each[0])]
@@ -392,10 +394,22 @@ class _Branching:
         microbatches = self.search.global_batch // (dp * split.samples)
         return Scheme(dp=dp, tp=split.tp, pp=pp, cp=split.cp, microbatches=microbatches)
 
+    @cached_property
+    def _expert_s(self) -> float:
+        """Seconds that a microbatch takes longer for each number of experts that a rank holds, with as many rows: it reads them, adds up
+        their gradients, and their products are thinner."""
+        samples = self.search.graph.global_batch
+        all_of, fewest = (Split(samples=samples, ep=ep) for ep in (1, self.search.most_ep))
+        more = _experts(*self.search.pieces(all_of)) - _experts(*self.search.pieces(fewest))
+        return max(0.0, self._computing(all_of) - self._computing(fewest)) / more if more else 0.0
+
     def _kernels(self, most: Split, first: Split) -> tuple[float, float]:
         """Seconds of computing that a sample takes and that a microbatch takes beside, on one rank, as two splits have it: reading weights
-        and adding up their gradients take as long for one sample as for many."""
+        and adding up their gradients take as long for one sample as for many. Without what experts take that the second holds beside those
+        of the first."""
         times = [self._computing(split) for split in (most, first)]
+        more = _experts(*self.search.pieces(first)) - _experts(*self.search.pieces(most))
+        times[1] = max(0.0, times[1] - self._expert_s * max(0, more))
         share = first.samples / (first.tp * first.cp)
         determinant = most.samples / first.tp - share
         beside = (times[1] * most.samples - times[0] * share) / determinant if determinant > 0 else 0.0
@@ -422,7 +436,8 @@ class _Branching:
         result = self.result
         if self.search.budget_s is not None:
             return time.monotonic() > self.end_s
-        return bool(result.found) and (result.lowered >= _LOWERED or result.simulated >= _SIMULATED or result.slots >= _SLOTS)
+        lowered = _LOWERED * (1 if self.search.most_ep == 1 else 2)  # of models with experts there are as many times more
+        return bool(result.found) and (result.lowered >= lowered or result.simulated >= _SIMULATED or result.slots >= _SLOTS)
 
     # -- the schemes of one ------------------------------------------------------------------------------------------------------------
 
@@ -486,6 +501,11 @@ class _Branching:
         if self.result.tight is None or found.estimate_s < self.result.tight.estimate_s:
             self.result.tight = found
         return False
+
+
+def _experts(shape: Outline, costs: Sequence[PieceCost]) -> int:
+    """Numbers of all experts that a rank would hold of the whole model."""
+    return sum(cost.experts * piece.count for cost, piece in zip(costs, shape.pieces, strict=True))
 
 
 def _slots(each: Found) -> int:
