@@ -36,6 +36,7 @@ from shardwise.errors import ShardwiseError
 from shardwise.planner.compose import Scheme
 from shardwise.planner.scale import Found, ScaleSearch
 from shardwise.planner.space import Split, layout_text
+from shardwise.planner.twins import Twin
 
 _SAMPLES = 8  # of the largest microbatch that is tried
 _MOST = 2  # of each file, unless told otherwise
@@ -115,8 +116,7 @@ def compare(rows: Sequence[Row], year: int, budget_s: float | None) -> Compared:
     most *= max(1, _SAMPLES // most)
     made = twin(row.model, micro_batch=most)
     search = ScaleSearch(
-        graph=capture(made.module.train(), made.batch),
-        counts=made.counts,
+        twin=Twin(graph=capture(made.module.train(), made.batch), counts=made.counts),
         cluster=cluster_of(machines_of(row.machine)),
         global_batch=row.layout.global_batch or 1,
         routing=routing_of(row, year),

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any
 
 import torch
 from torch._library.custom_ops import OPDEFS
+from torch._subclasses.fake_impls import fast_detach
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx
 from torch.fx.graph import CodeGen
 from torch.utils._python_dispatch import _disable_current_modes as without_modes
+from torch.utils._python_dispatch import autograd_would_have_decomposed
 
 __all__ = [
     "BoxedCodeGen",
@@ -21,9 +24,11 @@ __all__ = [
     "find_group",
     "forget_conversions",
     "functions_behind",
+    "is_written_out",
     "make_fx",
     "register_group",
     "traced_names",
+    "without_gradient",
     "without_modes",
 ]
 
@@ -52,6 +57,22 @@ class FaithfulFakeMode(FakeTensorMode):
 def forget_conversions(mode: FakeTensorMode) -> None:
     """Lets go of the weak references to described tensors, with which `Module.to` could not replace a parameter."""
     mode.fake_tensor_converter.meta_converter.tensor_memo.clear()
+
+
+def without_gradient(tensor: torch.Tensor) -> torch.Tensor:
+    """Another description of a tensor, which holds none of autograd's graph; no operator is called for it."""
+    return fast_detach(tensor.fake_mode, tensor) if isinstance(tensor, FakeTensor) else tensor.detach()
+
+
+def is_written_out(func: torch._ops.OpOverload, first: torch.Tensor | None) -> bool:
+    """Whether autograd would have called simpler operators instead of this one. first: the first tensor that it is given."""
+    return _is_written_out(func, None if first is None else first.device.type)
+
+
+@functools.lru_cache(maxsize=4096)
+def _is_written_out(func: torch._ops.OpOverload, device: str | None) -> bool:
+    with without_modes():
+        return autograd_would_have_decomposed(func, [] if device is None else [torch.empty(0, device=device)])
 
 
 def traced_names() -> set[str]:

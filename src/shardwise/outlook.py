@@ -18,7 +18,6 @@ from rich.table import Table
 
 from shardwise import presets
 from shardwise.capture.export import capture
-from shardwise.capture.graph import Graph
 from shardwise.cluster.catalog import catalog
 from shardwise.cluster.machine_files import is_machine_file
 from shardwise.cluster.model import Cluster, cluster_of
@@ -26,16 +25,17 @@ from shardwise.cluster.specs import parse_spec, read_spec
 from shardwise.cost.routing import Routing
 from shardwise.errors import ClusterError, LayoutError, ModelError
 from shardwise.planner.compose import divide
+from shardwise.planner.garbage import young_garbage_alone
 from shardwise.planner.plan import Infeasible
 from shardwise.planner.proposal import Forecast, Proposal, Search
 from shardwise.planner.proposal import Parts as PartsText
 from shardwise.planner.reasons import alternatives, binds, explain
 from shardwise.planner.scale import Found, ScaleSearch, Searched
 from shardwise.planner.space import Pins
+from shardwise.planner.twins import Twin
 from shardwise.planner.uneven import Placed, search_unlike
 from shardwise.planner.unfit import why_unfit
 from shardwise.presets import Preset
-from shardwise.program.trace import Tracer
 
 __all__ = ["OBJECTIVES", "Objective", "Outlook", "Study", "Wish", "covers", "resized"]
 
@@ -240,11 +240,8 @@ class Study:
 
     preset: Preset
     sequence: int | None
-    graph: Graph
-    counts: tuple[int, ...]
+    twin: Twin
     routing: Routing | None
-    tracer: Tracer = field(default_factory=lambda: Tracer(device=torch.device("cpu")))
-    costs: dict[Any, Any] = field(default_factory=dict)
 
     @classmethod
     def of(cls, name: str, sequence: int | None = None, microbatch: int | None = None) -> Study:
@@ -258,29 +255,26 @@ class Study:
         assert preset.layers is not None and preset.shallow is not None
         layers = min(preset.layers, preset.shallow)
         model, batch = presets.build(name, layers=layers, batch_size=microbatch or _SAMPLES, sequence=sequence)
-        graph = capture(model.to(torch.bfloat16).train(), batch)
+        with young_garbage_alone():
+            graph = capture(model.to(torch.bfloat16).train(), batch)
         repeated = preset.layers - preset.first_layers
         return cls(
             preset=preset,
             sequence=sequence or preset.sequence,
-            graph=graph,
-            counts=(preset.first_layers, repeated) if preset.first_layers > 1 else (repeated,),
+            twin=Twin(graph=graph, counts=(preset.first_layers, repeated) if preset.first_layers > 1 else (repeated,)),
             routing=_routing(preset),
         )
 
     def search(self, cluster: Cluster, wish: Wish) -> ScaleSearch:
         """A search that shares what was costed before on such devices."""
         return ScaleSearch(
-            graph=self.graph,
-            counts=self.counts,
+            twin=self.twin,
             cluster=cluster,
             global_batch=wish.global_batch or self.preset.batch_size,
             pins=wish.pins,
             only_runnable=wish.runnable,
             routing=self.routing,
             budget_s=wish.budget_s,
-            tracer=self.tracer,
-            costs=self.costs,
         )
 
     def outlook(self, cluster: Cluster, wish: Wish, *, unlike: bool = False) -> Outlook | Infeasible:
@@ -288,6 +282,10 @@ class Study:
 
         unlike: whether it is enough that unequal parts fit; `Outlook.found` may then be empty.
         """
+        with young_garbage_alone():
+            return self._best(cluster, wish, unlike=unlike)
+
+    def _best(self, cluster: Cluster, wish: Wish, *, unlike: bool) -> Outlook | Infeasible:
         full = self.search(cluster, wish)
         full.space.check()
         best: Outlook | None = None

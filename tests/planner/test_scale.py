@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
@@ -20,11 +21,14 @@ from shardwise.cli import app
 from shardwise.cluster.model import Cluster
 from shardwise.cost.routing import Routing
 from shardwise.outlook import Outlook, Study, Wish
-from shardwise.planner.bounds import scheme_bound
+from shardwise.planner import scale, twins, unfit
+from shardwise.planner.bounds import least_memory, scheme_bound
 from shardwise.planner.plan import Infeasible
 from shardwise.planner.scale import Found, ScaleSearch
 from shardwise.planner.search import FULL_MEMORY
 from shardwise.planner.space import Pins, Split
+from shardwise.planner.twins import Twin
+from shardwise.simulate.simulator import peak_memory
 
 MODELS: dict[str, Callable[[], Example]] = {
     "llama": lambda: llama(layers=3, hidden=256, samples=2, sequence=128),
@@ -48,8 +52,8 @@ def made(space: Space) -> ScaleSearch:
     module, batch = MODELS[model]()
     graph = capture(module.to(torch.bfloat16), batch)
     cluster = Cluster.parse(line)
-    pinned, routing = Pins.parse(pins), ROUTINGS.get(model)
-    return ScaleSearch(graph=graph, counts=(blocks,), cluster=cluster, global_batch=8, budget_s=1e9, pins=pinned, routing=routing)
+    pinned, routing, twin = Pins.parse(pins), ROUTINGS.get(model), Twin(graph=graph, counts=(blocks,))
+    return ScaleSearch(twin=twin, cluster=cluster, global_batch=8, budget_s=1e9, pins=pinned, routing=routing)
 
 
 @cache
@@ -90,6 +94,9 @@ def test_no_bound_is_above_the_simulated(space: Space) -> None:
         assert scheme_bound(*search.perfect(each.split), plain) <= each.seconds * (1 + 1e-9), f"whole model, {each}"
         bounded = search.bounded(each.scheme, each.samples)
         assert bounded is not None and bounded.memory_bytes <= each.memory_bytes, f"memory of {each}"
+        assert least_memory(shape, costs, each.scheme, search.cluster) == bounded.memory_bytes, f"memory of {each} without a profile"
+        peaks = peak_memory(search.composed(each.scheme, each.samples), each.scheme.mesh)
+        assert max(peaks, key=lambda use: sum(use.values())) == each.memory, f"memory of {each} without a clock"
     for split in search.space.splits():
         least = min(each.memory_bytes for each in everything(space) if each.split == split)
         exact = replace(search, cluster=replace(search.cluster, memory_bytes=int(least / FULL_MEMORY) + 1))
@@ -216,6 +223,29 @@ def test_what_does_not_fit_says_what_would() -> None:
     assert isinstance(on(needed * 0.9, pins | {words[0]: words[2]}), Outlook), f"the remedy {found.remedy} is one"
     hopeless = on(needed / 3, pins)
     assert isinstance(hopeless, Infeasible) and "devices" in hopeless.remedy
+
+
+@pytest.mark.parametrize("pins", ["", "zero=0,recompute=none", "tp=1,pp=1,zero=3,recompute=full"])
+@pytest.mark.parametrize("memory_gb", [0.1, 1.75, 2.0])
+def test_what_does_not_fit_is_known_from_little_work(pins: str, memory_gb: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The model is analysed once; lowered are the whole and the leanest splits; put together is a layout for each change that may do."""
+    done: Counter[str] = Counter()
+
+    def counted(module: Any, name: str) -> None:
+        function = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *args, **named: (done.update([name]), function(*args, **named))[1])
+
+    counted(scale, "compose")
+    counted(twins, "piece_costs_on")
+    counted(twins, "analyse")
+    counted(unfit, "_fits")
+    fresh = replace(study(), twin=Twin(graph=study().twin.graph, counts=study().twin.counts))
+    cluster = replace(Cluster.parse("rtx4090:1x2"), memory_bytes=int(memory_gb * 1e9))
+    found = fresh.outlook(cluster, Wish(global_batch=8, pins=Pins.parse(pins)))
+    assert isinstance(found, Infeasible) and "the leanest layout, dp=" in found.reasons[0]
+    assert done["analyse"] == 1
+    assert 1 <= done["piece_costs_on"] <= 3, "the whole, the leanest split as pinned, the leanest of all"
+    assert 1 <= done["compose"] <= 1 + done["_fits"]
 
 
 def test_a_search_for_what_cannot_fit_lowers_nothing() -> None:

@@ -36,7 +36,7 @@ LAYERS, BATCH = 12, 96
 def scale() -> ScaleSearch:
     model, batch = presets.build("gpt3-350m", layers=2, batch_size=4)
     graph = capture(model.to(torch.bfloat16).train(), batch)
-    return ScaleSearch(graph=graph, counts=(LAYERS,), cluster=Cluster.parse(MIXED), global_batch=BATCH)
+    return ScaleSearch(twin=Twin(graph=graph, counts=(LAYERS,)), cluster=Cluster.parse(MIXED), global_batch=BATCH)
 
 
 @pytest.fixture(scope="module")
@@ -50,11 +50,11 @@ def uneven(scale: ScaleSearch, memory_gb: Sequence[float] = (), layers: int = LA
     if memory_gb:
         limits = [int(each * 1e9) for each in memory_gb]
         kinds = tuple(replace(kind, alone=replace(kind.alone, memory_bytes=limit)) for kind, limit in zip(kinds, limits, strict=True))
-    twin = Twin(graph=scale.graph, counts=(layers,), cluster=scale.cluster, tracer=scale.tracer)
+    twin = Twin(graph=scale.twin.graph, counts=(layers,), tracer=scale.twin.tracer)
 
     @cache
     def pieces(tp: int, samples: int) -> tuple[Outline, Sequence[Costs]]:
-        return twin.split_on(TwinLayout(tp=tp), [kind.alone for kind in kinds], scale.graph.global_batch // samples)
+        return twin.split_on(TwinLayout(tp=tp), [kind.alone for kind in kinds], scale.largest // samples)
 
     return UnevenSearch(cluster=scale.cluster, kinds=kinds, pieces=pieces, global_batch=batch, largest=2)
 

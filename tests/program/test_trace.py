@@ -7,7 +7,7 @@ import gc
 import torch
 from torch import nn
 
-from shardwise.planner.search import _young_garbage_alone
+from shardwise.planner.garbage import young_garbage_alone
 from shardwise.program.trace import Tracer
 
 
@@ -35,9 +35,9 @@ def test_kept_traces_keep_no_classes_alive() -> None:
     assert module_classes() <= before + 1
 
 
-def test_planning_collects_young_garbage_alone() -> None:
+def test_planning_collectsyoung_garbage_alone() -> None:
     was = gc.get_threshold()
-    with _young_garbage_alone():
+    with young_garbage_alone():
         young, middle, _ = gc.get_threshold()
         assert gc.isenabled() and young > was[0] and middle > 1 << 20
     assert gc.get_threshold() == was

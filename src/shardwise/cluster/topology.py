@@ -148,7 +148,7 @@ class Machines:
             if large <= small or (large % small and large != self.ranks):
                 raise ClusterError(f"cluster {self.name!r}: blocks of {large} ranks are not made of whole blocks of {small} ranks")
 
-    @property
+    @cached_property
     def ranks(self) -> int:
         """How many."""
         return sum(group.ranks for group in self.groups)

@@ -13,16 +13,17 @@ its share of the whole: kernels do not become faster by becoming smaller.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
-from shardwise.planner.compose import Scheme, recomputed
+from shardwise.cluster.model import Cluster
+from shardwise.planner.compose import Scheme, divide, recomputed, stage_memory
 from shardwise.planner.pieces import Outline, PieceCost, Work
 from shardwise.planner.space import Split
 from shardwise.program.tables import placement, splits_backward
 from shardwise.simulate.profile import Profile
 
-__all__ = ["memory_bound", "perfect", "profile_bound", "scheme_bound"]
+__all__ = ["least_memory", "memory_bound", "perfect", "profile_bound", "scheme_bound"]
 
 
 def perfect(costs: Sequence[PieceCost], samples: int, split: Split) -> tuple[PieceCost, ...]:
@@ -106,18 +107,31 @@ def profile_bound(profile: Profile, scheme: Scheme) -> float:
     return bound
 
 
+_Held = tuple[Mapping[str, int], int]  # of a stage: bytes by kind, bytes that a microbatch keeps
+
+
 def memory_bound(profile: Profile, scheme: Scheme) -> int:
     """Bytes that the fullest of the first and the last rank holds at least; compare `shardwise.program.tables`' numbers in flight."""
+    return _fullest(lambda stage: (profile.stages[stage].memory, profile.stages[stage].saved_bytes), scheme)
+
+
+def least_memory(shape: Outline, costs: Sequence[PieceCost], scheme: Scheme, cluster: Cluster) -> int:
+    """The same from the pieces, of which no profile is made for it. Raises LayoutError where there are more stages than parts."""
+    parts = divide(shape, costs, scheme)
+    return _fullest(lambda stage: stage_memory(shape, costs, parts[stage], scheme, cluster), scheme)
+
+
+def _fullest(held: Callable[[int], _Held], scheme: Scheme) -> int:
     home = placement(scheme.schedule, scheme.pp, scheme.chunks)
-    return max(_rank_bytes(profile, scheme, [stage for stage, rank in enumerate(home) if rank == each]) for each in {0, scheme.pp - 1})
+    ends = ([stage for stage, rank in enumerate(home) if rank == each] for each in dict.fromkeys((0, scheme.pp - 1)))
+    return max(_rank_bytes([held(stage) for stage in own], scheme, first=own[0] == 0) for own in ends)
 
 
-def _rank_bytes(profile: Profile, scheme: Scheme, own: Sequence[int]) -> int:
-    stages = [profile.stages[stage] for stage in own]
+def _rank_bytes(stages: Sequence[_Held], scheme: Scheme, *, first: bool) -> int:
     summed = ("parameters", "gradients", "optimizer")
-    held = sum(stage.memory[kind] for stage in stages for kind in summed)
-    shared = max(sum(nbytes for kind, nbytes in stage.memory.items() if kind not in summed) for stage in stages)
-    return held + shared + _in_flight(scheme, first=own[0] == 0) * min(stage.saved_bytes for stage in stages)
+    held = sum(memory[kind] for memory, _ in stages for kind in summed)
+    shared = max(sum(nbytes for kind, nbytes in memory.items() if kind not in summed) for memory, _ in stages)
+    return held + shared + _in_flight(scheme, first=first) * min(saved for _, saved in stages)
 
 
 def _in_flight(scheme: Scheme, *, first: bool) -> int:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 from shardwise.cluster.model import Cluster
 from shardwise.cost.collectives import collective_cost
@@ -24,11 +25,11 @@ from shardwise.program.tables import placement
 from shardwise.simulate.profile import EdgeProfile, Profile, StageProfile
 from shardwise.simulate.simulator import Mesh
 
-__all__ = ["Scheme", "compose", "divide", "hop_seconds", "recomputed", "stage_profile"]
+__all__ = ["CONTEXT_BYTES", "Scheme", "compose", "divide", "hop_seconds", "recomputed", "stage_memory", "stage_profile"]
 
 _COPYING = 0.15  # of a device computes nothing while rows are copied: DeepEP's 20 of 132 multiprocessors of an H100
 _UPDATE_BYTES = 30  # read and written by the update of one number: gradient 4, states 24, new 16-bit parameter 2
-_CONTEXT_BYTES = 1.65e9  # CUDA context and kernels: 1,573 MiB on an A100 (BigScience, tr11-176B-ml/chronicles-prequel.md, 2022)
+CONTEXT_BYTES = 1.65e9  # CUDA context and kernels: 1,573 MiB on an A100 (BigScience, tr11-176B-ml/chronicles-prequel.md, 2022)
 _COMMUNICATOR_BYTES = 0.2e9  # NCCL: 4 MiB buffers (NCCL_BUFFSIZE) × 16 channels × ring, tree up and tree down
 
 
@@ -140,14 +141,14 @@ def divide(shape: Outline, costs: Sequence[PieceCost], scheme: Scheme) -> list[l
         raise LayoutError(f"pp={scheme.pp} × {scheme.chunks} chunks are more stages than the {len(units)} parts of the model; use fewer")
     if scheme.even and len(blocks) >= scheme.stages:
         each, more = divmod(len(blocks), scheme.stages)
-        ends: list[int] = []
+        inner: list[int] = []
         done = 0
         for stage in range(scheme.stages - 1):
             done += each + (stage > 0 if more == scheme.stages - 2 else stage < more)
-            ends.append(blocks[done - 1] + 1)
-        ends.append(len(units))
+            inner.append(blocks[done - 1] + 1)
+        ends = (*inner, len(units))
     else:
-        ends = _balanced([seconds for _, seconds in units], scheme.stages)
+        ends = _balanced(tuple(seconds for _, seconds in units), scheme.stages)
     return [_counted(units[start:end]) for start, end in zip([0, *ends], ends, strict=False)]
 
 
@@ -158,8 +159,9 @@ def _counted(units: Sequence[tuple[int, float]]) -> list[tuple[int, int]]:
     return list(found.items())
 
 
-def _balanced(seconds: Sequence[float], stages: int) -> list[int]:
-    """Ends of so many runs of which the longest is as short as can be, by bisection."""
+@lru_cache(maxsize=4096)
+def _balanced(seconds: tuple[float, ...], stages: int) -> tuple[int, ...]:
+    """Ends of so many runs of which the longest is as short as can be, by bisection. Many schemes of a split divide it alike."""
     low, high = max(seconds), sum(seconds)
     for _ in range(50):
         middle = (low + high) / 2
@@ -172,7 +174,7 @@ def _balanced(seconds: Sequence[float], stages: int) -> list[int]:
             ends.append(place)
             total = 0.0
         total += each
-    return [*ends, len(seconds)]
+    return (*ends, len(seconds))
 
 
 def _needed(seconds: Sequence[float], limit: float) -> int:
@@ -235,6 +237,14 @@ def stage_profile(
     """
     stage = _Stage(shape=shape, costs=costs, parts=parts, scheme=scheme, cluster=cluster, between=between, apart=apart)
     return stage.profile(splits_backward=False)
+
+
+def stage_memory(
+    shape: Outline, costs: Sequence[PieceCost], parts: Sequence[tuple[int, int]], scheme: Scheme, cluster: Cluster
+) -> tuple[dict[str, int], int]:
+    """(bytes by kind, bytes that a microbatch keeps) of a stage, as its profile says; its times are not costed for it."""
+    stage = _Stage(shape=shape, costs=costs, parts=parts, scheme=scheme, cluster=cluster)
+    return stage.memory(), stage.saved()
 
 
 def hop_seconds(nbytes: float, tp: int, cluster: Cluster, send: Callable[[float], float]) -> float:
@@ -310,8 +320,8 @@ class _Stage:
         } | ({"weight": weight} if splits_backward else {})
         return StageProfile(
             seconds={kind: (work.compute_s, work.communicate_s) for kind, work in seconds.items()},
-            memory=self._memory(),
-            saved_bytes=self._saved(),
+            memory=self.memory(),
+            saved_bytes=self.saved(),
             kept_bytes=sum(cost.held.late * count for cost, count, _ in self._each()) if splits_backward else 0,
             reduces=["dp"] if self.scheme.replicas > 1 else [],
             parameters=self._parameters() * self.scheme.tp,
@@ -429,7 +439,8 @@ class _Stage:
         found = self.scheme.remade or ("all" if self.cluster.rates.fuses else "none")
         return found if found != "blocks" else "all" if self._is_block(index) else "none"
 
-    def _saved(self) -> int:
+    def saved(self) -> int:
+        """Bytes that a microbatch keeps for its backward pass."""
         sent = self.costs[self.parts[-1][0]].sent if self.scheme.keeps_sent else 0
         return sent + sum(kept * count for (_, count, _), (kept, _, _) in zip(self._each(), self._held(), strict=True))
 
@@ -439,7 +450,8 @@ class _Stage:
             remade = self._remade(index)
             yield cost.held.kept(again, remade), cost.held.beside(again, remade), cost.held.cached[remade]
 
-    def _memory(self) -> dict[str, int]:
+    def memory(self) -> dict[str, int]:
+        """Bytes by kind, without what microbatches in flight keep."""
         scheme, parameters, frozen = self.scheme, self._parameters(), self._sum("frozen")
         trained, held = parameters - frozen, parameters if self.scheme.copied else frozen
         beside = max(beside for _, beside, _ in self._held())
@@ -451,7 +463,7 @@ class _Stage:
             "transient": beside,
             "cached": max(each + cached for _, each, cached in self._held()) - beside,
             "gathered": self._gathered() + min(scheme.bucket_bytes if scheme.replicas > 1 else 0, trained * scheme.gradient_bytes),
-            "runtime": int(_CONTEXT_BYTES + self._communicators() * _COMMUNICATOR_BYTES),
+            "runtime": int(CONTEXT_BYTES + self._communicators() * _COMMUNICATOR_BYTES),
         }
 
     def _gathered(self) -> int:

@@ -13,7 +13,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
 
-import torch
 from torch import fx
 
 from shardwise.capture.graph import Graph, Op
@@ -22,7 +21,7 @@ from shardwise.cost.compute import op_flops
 from shardwise.cost.operators import name_of
 from shardwise.errors import PlanError
 from shardwise.planner.keeping import Kept, kept
-from shardwise.program.build import build_programs, rank_of
+from shardwise.program.build import lower_ranks, rank_of
 from shardwise.program.lower import Cut
 from shardwise.program.program import ParameterPart, Program, StageProgram
 from shardwise.program.recompute import WEIGHED
@@ -165,7 +164,7 @@ def piece_costs_on(
     tp, cp = assignment.mesh["tp"], assignment.mesh["cp"]
     middle = max(0, cp // 2 - 1)  # of a causal model's sequence: what comes before it is half of what the last rank attends to
     ranks = [rank_of(stage, 0, 0, 1, tp, c=middle, cp=cp) for stage in shape.shown]
-    programs = build_programs(assignment, cut, "1f1b", lambda *_: "native", device=torch.device("cpu"), tracer=tracer, ranks=ranks)
+    programs = lower_ranks(assignment, cut, ranks, lambda *_: "native", tracer=tracer)
     ties = [_tied([programs[each] for each in ranks[: index + 1]]) for index in range(len(ranks))]
     return [tuple(_cost(programs[rank], tied, cluster) for rank, tied in zip(ranks, ties, strict=True)) for cluster in clusters]
 

@@ -14,26 +14,23 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from math import log
 
-import torch
-
-from shardwise.capture.graph import Graph
 from shardwise.cluster.model import Cluster
 from shardwise.cost.collectives import collective_cost
 from shardwise.cost.routing import Routing, routing_seconds
 from shardwise.errors import LayoutError
-from shardwise.planner.bounds import memory_bound, perfect, profile_bound, scheme_bound
-from shardwise.planner.compose import Scheme, compose, recomputed
+from shardwise.planner.bounds import least_memory, memory_bound, perfect, profile_bound, scheme_bound
+from shardwise.planner.compose import CONTEXT_BYTES, Scheme, compose, recomputed
 from shardwise.planner.lacking import lacking
 from shardwise.planner.pieces import Outline, PieceCost
 from shardwise.planner.search import FULL_MEMORY
 from shardwise.planner.space import Pins, Space, Split, layout_text
-from shardwise.planner.twins import Twin, TwinLayout, experts_over
+from shardwise.planner.twins import Twin, TwinLayout
 from shardwise.program.tables import splits_backward
-from shardwise.program.trace import Tracer
 from shardwise.simulate.profile import Profile
 from shardwise.simulate.simulator import Simulation, simulate_profile
 
@@ -146,23 +143,19 @@ class Searched:
 
 @dataclass(kw_only=True)
 class ScaleSearch:
-    """graph: a thin one, whose batch is the largest microbatch that is tried; counts: how many blocks each of its runs really has.
+    """twin: of the model, whose batch is the largest microbatch that is tried; searches that share one share what was lowered.
 
     global_batch: samples of a step; only_runnable: leaves out what the runtime cannot run yet; routing: how tokens get to experts.
     budget_s: how long to search; without it, as long as a fixed amount of work takes.
     """
 
-    graph: Graph
-    counts: Sequence[int]
+    twin: Twin
     cluster: Cluster
     global_batch: int
     pins: Pins = field(default_factory=Pins)
     only_runnable: bool = False
     routing: Routing | None = None
     budget_s: float | None = None
-    tracer: Tracer = field(default_factory=lambda: Tracer(device=torch.device("cpu")))
-    costs: dict[object, tuple[Outline, tuple[PieceCost, ...]]] = field(default_factory=dict)
-    twins: dict[int, Twin] = field(default_factory=dict)
 
     def search(self) -> Searched:
         """The layouts that fit, fastest first. Raises LayoutError where pins contradict each other."""
@@ -176,26 +169,19 @@ class ScaleSearch:
         return Space(
             ranks=self.cluster.ranks,
             near=levels[0].ranks if levels else self.cluster.ranks,
-            blocks=sum(self.counts),
+            blocks=sum(self.twin.counts),
             global_batch=self.global_batch,
-            most_samples=self.graph.global_batch,
+            most_samples=self.largest,
             routing=self.routing,
             sequences=bool(self.twin.analysis.sequence_dims),
             pins=self.pins,
             runnable=self.only_runnable,
         )
 
-    @cached_property
-    def twin(self) -> Twin:
-        """The graph, analysed once for all splits."""
-        return self._twin(1)
-
-    def _twin(self, ep: int) -> Twin:
-        """With one of ep parts of the experts."""
-        if ep not in self.twins:
-            graph = self.graph if ep == 1 else experts_over(self.graph, ep)
-            self.twins[ep] = Twin(graph=graph, counts=self.counts, cluster=self.cluster, tracer=self.tracer)
-        return self.twins[ep]
+    @property
+    def largest(self) -> int:
+        """Samples of the largest microbatch."""
+        return self.twin.graph.global_batch
 
     @property
     def limit_bytes(self) -> float:
@@ -204,21 +190,15 @@ class ScaleSearch:
 
     def pieces(self, split: Split) -> tuple[Outline, tuple[PieceCost, ...]]:
         """The pieces' costs in a split. Raises LayoutError where the model cannot be split so."""
-        machines = self.cluster.machines
-        spans = (machines.span(1, split.tp), machines.span(1, split.tp * split.cp), machines.devices) if machines else None
-        key = (split, spans)
-        if key not in self.costs:
-            parts = self.graph.global_batch // split.samples
-            layout = TwinLayout(tp=split.tp, cp=split.cp, sequence_parallel=True, whole_experts=split.ep > 1)
-            self.costs[key] = self._twin(split.ep).split(layout, parts)
-        return self.costs[key]
+        layout = TwinLayout(tp=split.tp, cp=split.cp, sequence_parallel=True, whole_experts=split.ep > 1)
+        return self.twin.over(split.ep).split(layout, self.cluster, self.largest // split.samples)
 
     def perfect(self, split: Split) -> tuple[Outline, tuple[PieceCost, ...]]:
         """The pieces of a split as if all of the whole model's work and memory were divided evenly.
 
         Nothing is lowered for it but the whole model, with as few experts as a rank may have: as many rows take the least time so.
         """
-        most = self.graph.global_batch
+        most = self.largest
         shape, whole = self.pieces(Split(samples=most, ep=self.most_ep))
         return shape, perfect([_with_experts(cost, self.most_ep / split.ep) for cost in whole], most, split)
 
@@ -229,7 +209,7 @@ class ScaleSearch:
 
     def may_fit(self, split: Split) -> bool:
         """Whether its leanest schemes would fit if all memory were divided evenly; nothing is lowered for it but the whole model."""
-        if self._parameter_bytes > self.cluster.ranks * self.limit_bytes:
+        if not self.has_room:
             return False
         shape, costs = self.perfect(split)
         for mesh in self.space.meshes(split):
@@ -237,21 +217,15 @@ class ScaleSearch:
             usual = [each for each in schemes if each.schedule == "1f1b"] or schemes
             zeros = sorted({each.zero for each in usual})[-2:]
             for scheme in (each for each in usual if each.zero in zeros):
-                try:
-                    profile = compose(shape, costs, scheme, self.cluster, splits_backward=splits_backward(scheme.schedule))
-                except LayoutError:
-                    continue
-                if memory_bound(profile, scheme) <= self.limit_bytes:
-                    return True
+                with suppress(LayoutError):
+                    if least_memory(shape, costs, scheme, self.cluster) <= self.limit_bytes:
+                        return True
         return False
 
-    @cached_property
-    def _parameter_bytes(self) -> int:
-        """Of the whole model."""
-        counts = {
-            value: piece.count for piece in self.twin.shape.pieces for op in piece.ops for value in op.inputs if value.kind == "parameter"
-        }
-        return sum(value.nbytes * count for value, count in counts.items())
+    @property
+    def has_room(self) -> bool:
+        """Whether the devices would hold parameters, gradients and states if nothing else were there and nothing twice."""
+        return self.twin.state_bytes(Scheme()) <= self.cluster.ranks * (self.limit_bytes - CONTEXT_BYTES)
 
     def composed(self, scheme: Scheme, samples: int) -> Profile:
         """What the layout's stages take. Raises LayoutError where there are more stages than parts."""
@@ -271,7 +245,7 @@ class ScaleSearch:
     def simulated(self, found: Found) -> Found:
         """With the simulator's figures."""
         profile = self.composed(found.scheme, found.samples)
-        step = simulate_profile(profile, found.scheme.mesh)
+        step = simulate_profile(profile, found.scheme.mesh, recorded=False)
         fullest = max(step.memory, key=lambda use: sum(use.values()))
         return replace(
             found,
@@ -284,9 +258,9 @@ class ScaleSearch:
 
     def flops(self) -> float:
         """Of products, convolutions and attention in a step, forward and backward."""
-        shape, costs = self.pieces(Split(samples=self.graph.global_batch))
+        shape, costs = self.pieces(Split(samples=self.largest))
         each = sum(cost.flops * piece.count for piece, cost in zip(shape.pieces, costs, strict=True))
-        return self.global_batch / self.graph.global_batch * each
+        return self.global_batch / self.largest * each
 
     def _parts(self, found: Found, profile: Profile, step: Simulation) -> Parts:
         scheme = found.scheme
@@ -354,7 +328,7 @@ class _Branching:
             return result
         self._examine(first)
         if not result.lowered:
-            first = Split(samples=self.search.graph.global_batch)
+            first = Split(samples=self.search.largest)
         for bound, split in self._ordered(first, [each for each in splits if each != first]):
             if bound >= result.best_s:
                 continue
@@ -373,7 +347,7 @@ class _Branching:
     def _ordered(self, first: Split, splits: Sequence[Split]) -> list[tuple[float, Split]]:
         """(bound, split), the most promising first. first: one that was lowered, whose kernels are small."""
         search = self.search
-        most = Split(samples=search.graph.global_batch, ep=search.most_ep)
+        most = Split(samples=search.largest, ep=search.most_ep)
         shape, whole = search.pieces(most)
         each, beside = self._kernels(most, first)
         perfectly = self._computing(most) / most.samples

@@ -5,10 +5,9 @@ Layouts ──intra, stages, estimate──▶ ranking ──lower, simulate─�
 
 from __future__ import annotations
 
-import gc
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field, fields, replace
 
 import torch
@@ -21,6 +20,7 @@ from shardwise.cost.optimizer import optimizer_seconds
 from shardwise.errors import BatchError, LayoutError
 from shardwise.planner.apply import Analysis, Applied, analyse, assign
 from shardwise.planner.estimate import context_work, reshard_seconds, ring_seconds
+from shardwise.planner.garbage import young_garbage_alone
 from shardwise.planner.intra import Costs, representatives, split_tensors
 from shardwise.planner.layout import Layout, completions
 from shardwise.planner.plan import Candidate, Chooser, Infeasible, Plan, Prediction, Random, by_pattern, choice_text
@@ -44,7 +44,6 @@ __all__ = ["FULL_MEMORY", "PREFER_SPLIT", "make_plan", "search"]
 
 _MESHES, _NEIGHBOURS = 3, 1  # layouts that are lowered and simulated: of unlike meshes, and beside the best
 _HOPELESS = 1.25  # times the best: an estimate is not further off than that
-_YOUNG, _NEVER = 50_000, 1 << 30  # objects made until the young are looked through; such passes until the older are, too
 _THIN = 4  # layouts that are tried to say how much memory would do
 PREFER_SPLIT = 100.0  # times what it takes: a matrix product or parameter that stays whole, where all is to be split that can be
 _THRIFTS = 5  # layouts that divide or compute again more, tried where one does not fit
@@ -509,7 +508,7 @@ def search(
     if sequence_dims and (pinned.cp or 1) == 1:
         raise LayoutError('sequence_dims says what cp splits, but cp is 1: pin it (layout="cp=2") or leave sequence_dims out')
     start, tracer = time.perf_counter(), tracer or Tracer(device=torch.device("cpu"))
-    with _young_garbage_alone():
+    with young_garbage_alone():
         run = _Search(
             graph=graph,
             cluster=cluster,
@@ -521,19 +520,6 @@ def search(
             costs=OpCosts(cluster=cluster, tracer=tracer),
         )
         return _search(run, model, start)
-
-
-@contextmanager
-def _young_garbage_alone() -> Iterator[None]:
-    """Planning makes millions of small objects that live until it ends: looking through them again and again takes a fifth of its time.
-    Each is looked at once, for what traces leave behind must go: every further one takes the longer for it."""
-    thresholds = gc.get_threshold()
-    if thresholds[0]:
-        gc.set_threshold(_YOUNG, _NEVER, _NEVER)
-    try:
-        yield
-    finally:
-        gc.set_threshold(*thresholds)
 
 
 def _search(run: _Search, model: str, start: float) -> Plan | Infeasible:

@@ -8,8 +8,11 @@ Where experts are divided over ranks, the graph is first made one of a rank's sh
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import dataclass, field, replace
+from functools import cache, cached_property
+from math import prod
+
+import torch
 
 from shardwise.capture.experts import expert_mm
 from shardwise.capture.graph import Graph, Op, Value
@@ -17,6 +20,7 @@ from shardwise.cluster.model import Cluster
 from shardwise.cost.collectives import collective_cost
 from shardwise.errors import LayoutError
 from shardwise.planner.apply import Analysis, analyse, assign
+from shardwise.planner.compose import Scheme
 from shardwise.planner.intra import Costs, representatives, split_tensors
 from shardwise.planner.pieces import Outline, PieceCost, outline, piece_costs_on
 from shardwise.planner.search import PREFER_SPLIT, OpCosts
@@ -42,12 +46,22 @@ class TwinLayout:
 
 @dataclass(frozen=True, kw_only=True)
 class Twin:
-    """A thin graph and how many blocks each of its runs really has; what all splits have in common is made once."""
+    """A thin graph and how many blocks each of its runs really has; what all splits on all clusters have in common is made once."""
 
     graph: Graph
     counts: Sequence[int]
-    cluster: Cluster
-    tracer: Tracer
+    tracer: Tracer = field(default_factory=lambda: Tracer(device=torch.device("cpu")))
+    _known: dict[object, tuple[PieceCost, ...]] = field(default_factory=dict, init=False, repr=False)
+    _each: dict[int, OpCosts] = field(default_factory=dict, init=False, repr=False)
+    _over: dict[int, Twin] = field(default_factory=dict, init=False, repr=False)
+
+    def over(self, ep: int) -> Twin:
+        """With one of ep parts of the experts. LayoutError as of `experts_over`."""
+        if ep == 1:
+            return self
+        if ep not in self._over:
+            self._over[ep] = Twin(graph=experts_over(self.graph, ep), counts=self.counts, tracer=self.tracer)
+        return self._over[ep]
 
     @cached_property
     def analysis(self) -> Analysis:
@@ -59,33 +73,47 @@ class Twin:
         """Its pieces."""
         return outline(self.graph, self.analysis.prelude, self.counts)
 
-    @cached_property
-    def _each(self) -> OpCosts:
-        return OpCosts(cluster=self.cluster, tracer=self.tracer)
+    def state_bytes(self, scheme: Scheme) -> int:
+        """Of the whole model's parameters, their gradients and the optimizer's states, each once."""
+        counts = {value: piece.count for piece in self.shape.pieces for op in piece.ops for value in op.inputs if value.kind == "parameter"}
+        trained = scheme.gradient_bytes + scheme.state_bytes
+        return sum(count * (value.nbytes + trained * prod(value.shape) * value.requires_grad) for value, count in counts.items())
 
     @cached_property
     def _first(self) -> dict[Op, Op]:
         return representatives(self.graph)
 
-    def split(self, layout: TwinLayout, microbatches: int = 1) -> tuple[Outline, tuple[PieceCost, ...]]:
-        """The pieces and what they cost a rank for one of so many microbatches of the graph's batch.
+    def split(self, layout: TwinLayout, cluster: Cluster, microbatches: int = 1) -> tuple[Outline, tuple[PieceCost, ...]]:
+        """The pieces and what they cost a rank of the cluster for one of so many microbatches of the graph's batch.
 
+        What was asked before is known, on whatever cluster of the same devices whose links between these ranks are the same.
         Raises LayoutError where the model cannot be split so.
         """
-        shape, (costs,) = self.split_on(layout, (self.cluster,), microbatches)
-        return shape, costs
+        machines, rates = cluster.machines, cluster.rates
+        spans = (machines.span(1, layout.tp), machines.span(1, layout.tp * layout.cp), machines.devices) if machines else cluster.name
+        key = (layout, microbatches, spans, id(rates))
+        if key not in self._known:
+            (self._known[key],) = self.split_on(layout, (cluster,), microbatches)[1]
+        return self.shape, self._known[key]
 
     def split_on(
-        self, layout: TwinLayout, clusters: Sequence[Cluster], microbatches: int = 1
+        self, layout: TwinLayout, clusters: Sequence[Cluster], microbatches: int = 1, *, best_on: Cluster | None = None
     ) -> tuple[Outline, list[tuple[PieceCost, ...]]]:
-        """As `split`, with the costs on each of several clusters: the split is the best one on the twin's own, and the same on all."""
-        analysis = self.analysis
+        """As `split`, with the costs on each of several clusters: the split is the same on all, the best one on one of them, the first
+        where none is named."""
+        analysis, cluster = self.analysis, best_on or clusters[0]
+
+        @cache
+        def collective(kind: str, message: float, ranks: int) -> float:
+            return collective_cost(kind, message, ranks, cluster).seconds * dear.get(kind, 1.0)
+
+        each = self._each.setdefault(id(cluster.rates), OpCosts(cluster=cluster, tracer=self.tracer))
         assignment = assign(analysis, 1, microbatches, layout.tp, layout.cp)
         dear = dict.fromkeys(["all_reduce"] if layout.sequence_parallel else ["reduce_scatter", "all_gather"], _DEAR)
         costs = Costs(
-            operator=lambda op: self._each.of(self._first[op])[0] / microbatches,
-            heavy=lambda op: self._each.of(op)[1],
-            collective=lambda kind, message, ranks: collective_cost(kind, message, ranks, self.cluster).seconds * dear.get(kind, 1.0),
+            operator=lambda op: each.of(self._first[op])[0] / microbatches,
+            heavy=lambda op: each.of(op)[1],
+            collective=collective,
             update=lambda nbytes: nbytes / 1e12,
             state_bytes=lambda value: value.nbytes * 8.0,
             limit_bytes=None,
@@ -100,7 +128,7 @@ def split_twin(
     graph: Graph, counts: Sequence[int], layout: TwinLayout, cluster: Cluster, tracer: Tracer, *, microbatches: int = 1
 ) -> tuple[Outline, tuple[PieceCost, ...]]:
     """The pieces of a thin graph in one split; see `Twin`."""
-    return Twin(graph=graph, counts=counts, cluster=cluster, tracer=tracer).split(layout, microbatches)
+    return Twin(graph=graph, counts=counts, tracer=tracer).split(layout, cluster, microbatches)
 
 
 def experts_over(graph: Graph, ranks: int) -> Graph:

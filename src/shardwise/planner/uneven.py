@@ -541,8 +541,9 @@ def search_unlike(search: ScaleSearch, equal: Searched) -> list[Found]:
 
     def pieces(tp: int, samples: int) -> tuple[Outline, Sequence[Costs]]:
         if (tp, samples) not in known:
-            parts = search.graph.global_batch // samples
-            known[tp, samples] = search.twin.split_on(TwinLayout(tp=tp), [kind.alone for kind in kinds], parts)
+            parts = search.largest // samples
+            clusters = [kind.alone for kind in kinds]
+            known[tp, samples] = search.twin.split_on(TwinLayout(tp=tp), clusters, parts, best_on=search.cluster)
         return known[tp, samples]
 
     uneven = UnevenSearch(
@@ -550,7 +551,7 @@ def search_unlike(search: ScaleSearch, equal: Searched) -> list[Found]:
         kinds=kinds,
         pieces=pieces,
         global_batch=search.global_batch,
-        largest=search.graph.global_batch,
+        largest=search.largest,
         only_runnable=search.only_runnable,
     )
     together = uneven.search()

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any, cast
 
 from shardwise.cluster.model import Cluster
+from shardwise.errors import LayoutError
+from shardwise.planner.bounds import least_memory
 from shardwise.planner.compose import Scheme
 from shardwise.planner.plan import Infeasible
 from shardwise.planner.reasons import gb
 from shardwise.planner.scale import Found, ScaleSearch
 from shardwise.planner.search import FULL_MEMORY
 from shardwise.planner.space import Pins, Split
-from shardwise.simulate.simulator import simulate_profile
+from shardwise.simulate.simulator import peak_memory
 
 __all__ = ["why_unfit"]
 
@@ -66,7 +69,7 @@ def _with(search: ScaleSearch, pins: Pins, *, cluster: Cluster | None = None, on
 
 
 def _fits(search: ScaleSearch) -> bool:
-    lean = _leanest(search)
+    lean = _leanest(search) if search.has_room else None
     return lean is not None and lean.memory_bytes <= search.limit_bytes and sum(_memory(search, lean).values()) <= search.limit_bytes
 
 
@@ -75,8 +78,15 @@ def _leanest(search: ScaleSearch) -> Found | None:
     split = max(search.space.splits(), key=lambda each: (each.tp, -each.samples, -each.cp, each.ep), default=None)
     if split is None:
         return None
-    found = [search.bounded(scheme, split.samples) for mesh in search.space.meshes(split) for scheme in _lean(search, split, mesh)]
-    return min((each for each in found if each is not None), key=lambda each: each.memory_bytes, default=None)
+    try:
+        shape, costs = search.pieces(split)
+    except LayoutError:  # the model cannot be split so
+        return None
+    held: dict[Scheme, int] = {}
+    for scheme in (each for mesh in search.space.meshes(split) for each in _lean(search, split, mesh)):
+        with suppress(LayoutError):  # more stages than parts
+            held[scheme] = least_memory(shape, costs, scheme, search.cluster)
+    return search.bounded(min(held, key=held.__getitem__), split.samples) if held else None
 
 
 def _lean(search: ScaleSearch, split: Split, mesh: tuple[int, int]) -> list[Scheme]:
@@ -91,5 +101,5 @@ def _memory(search: ScaleSearch, found: Found) -> dict[str, int]:
     scheme = found.scheme
     enough = scheme.pp if scheme.schedule == "1f1b" else scheme.microbatches if scheme.schedule == "gpipe" else 2 * scheme.pp
     few = replace(scheme, microbatches=min(scheme.microbatches, enough))
-    uses = simulate_profile(search.composed(scheme, found.samples), few.mesh).memory
+    uses = peak_memory(search.composed(scheme, found.samples), few.mesh)
     return max(uses, key=lambda use: sum(use.values()))

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import cached_property
 
 __all__ = ["COMPUTES", "Action", "Kind"]
 
@@ -58,7 +59,7 @@ class Action:
     def posts(self) -> bool:
         return self.kind in (Kind.POST, Kind.POST_GRAD)
 
-    @property
+    @cached_property
     def message(self) -> tuple[str, int, bool]:
         """What a transfer carries, the same on both sides: edge, microbatch, whether it is a gradient."""
         return self.edge, self.microbatch, self.kind in _OF_GRADIENTS

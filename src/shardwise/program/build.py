@@ -24,7 +24,7 @@ from shardwise.sharding.assignment import Assignment
 from shardwise.sharding.collectives import group_name
 from shardwise.sharding.reshard import Axis
 
-__all__ = ["Places", "build_programs", "rank_of"]
+__all__ = ["Places", "build_programs", "lower_ranks", "rank_of"]
 
 Choose = Callable[[str, int, int], str]
 Place = tuple[int, int, int]
@@ -56,9 +56,16 @@ def build_programs(
     programs: dict[int, Program] = {}
     for place in mesh.columns():
         if chosen & {mesh.rank(pipe, place) for pipe in range(mesh.pp)}:
-            column = _Column(assignment=assignment, cut=cut, tables=tables, choose=choose, mesh=mesh, place=place, tracer=tracer)
-            programs |= column.programs()
+            lowering = _Lowering(assignment=assignment, cut=cut, choose=choose, mesh=mesh, tracer=tracer, splits_backward=splits(tables))
+            programs |= _column(lowering, tables, place)
     return {rank: program for rank, program in programs.items() if rank in chosen}
+
+
+def lower_ranks(assignment: Assignment, cut: Cut, ranks: Iterable[int], choose: Choose, *, tracer: Tracer) -> dict[int, Program]:
+    """What these ranks compute and hold where each has one stage: programs without actions. No other stage is lowered for it."""
+    mesh, placement = Places.of(assignment, cut.stages), tuple(range(cut.stages))
+    lowering = _Lowering(assignment=assignment, cut=cut, choose=choose, mesh=mesh, tracer=tracer, splits_backward=False)
+    return {rank: lowering.program(*mesh.place_of(rank), placement) for rank in ranks}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,6 +96,11 @@ class Places:
         d, c, t = place
         return rank_of(pipe, d, t, self.dp, self.tp, c=c, cp=self.cp)
 
+    def place_of(self, rank: int) -> tuple[int, Place]:
+        """Along the pipeline, and at that one of its places."""
+        pipe, number = divmod(rank, self.dp * self.cp * self.tp)
+        return pipe, self.place(number)
+
     def groups(self, pipe: int, place: Place) -> dict[str, tuple[int, ...]]:
         """Axis → the ranks along it through a place."""
         d, c, t = place
@@ -113,37 +125,38 @@ class Places:
         return (*divmod(rest, self.cp), t)
 
 
+def _column(lowering: _Lowering, tables: Tables, place: Place) -> dict[int, Program]:
+    """The programs of the ranks that hold the same part, one at each place of the pipeline: their transfers are ordered together."""
+    home, mesh = placed(tables), lowering.mesh
+    assert len(home) == lowering.cut.stages, f"the schedule has {len(home)} stages, the cut {lowering.cut.stages}"
+    placement = tuple(home[stage] for stage in sorted(home))
+    programs = {mesh.rank(pipe, place): lowering.program(pipe, place, placement) for pipe in range(mesh.pp)}
+    lists = {
+        rank: rank_actions(row, programs[rank].edges, lambda stage: mesh.rank(placement[stage], place))
+        for rank, row in zip(programs, tables, strict=True)
+    }
+    trains = any(slot.kind is Kind.BACKWARD for row in tables for slot in row)
+    for rank, actions in order_transfers(lists).items():
+        ends = [Action(kind=Kind.REDUCE), Action(kind=Kind.UPDATE)] if trains else []
+        programs[rank].actions = [Action(kind=Kind.PRELUDE), *actions, *ends]
+    return programs
+
+
 @dataclass(frozen=True, kw_only=True)
-class _Column:
-    """The ranks that hold the same part, one at each place of the pipeline."""
+class _Lowering:
+    """splits_backward: whether the backward pass is wanted in two parts."""
 
     assignment: Assignment
     cut: Cut
-    tables: Tables
     choose: Choose
     mesh: Places
-    place: Place
     tracer: Tracer
+    splits_backward: bool
 
-    def programs(self) -> dict[int, Program]:
-        home = placed(self.tables)
-        assert len(home) == self.cut.stages, f"the schedule has {len(home)} stages, the cut {self.cut.stages}"
-        placement = tuple(home[stage] for stage in sorted(home))
-        programs = {self.mesh.rank(pipe, self.place): self._program(pipe, placement) for pipe in range(self.mesh.pp)}
-        lists = {
-            rank: rank_actions(row, programs[rank].edges, lambda stage: self.mesh.rank(placement[stage], self.place))
-            for rank, row in zip(programs, self.tables, strict=True)
-        }
-        trains = any(slot.kind is Kind.BACKWARD for row in self.tables for slot in row)
-        for rank, actions in order_transfers(lists).items():
-            ends = [Action(kind=Kind.REDUCE), Action(kind=Kind.UPDATE)] if trains else []
-            programs[rank].actions = [Action(kind=Kind.PRELUDE), *actions, *ends]
-        return programs
-
-    def _program(self, pipe: int, placement: tuple[int, ...]) -> Program:
-        """Without its actions."""
-        coordinates = self.mesh.coordinates(self.place)
-        groups = self.mesh.groups(pipe, self.place)
+    def program(self, pipe: int, place: Place, placement: tuple[int, ...]) -> Program:
+        """Of the rank at a place, without its actions."""
+        coordinates = self.mesh.coordinates(place)
+        groups = self.mesh.groups(pipe, place)
         axes = {
             axis: Axis(name=axis, group=group_name(axis, groups[axis]), ranks=ranks, rank=coordinates[axis])
             if axis in groups
@@ -151,7 +164,7 @@ class _Column:
             for axis, ranks in self.assignment.mesh.items()
         }
         program = Program(
-            rank=self.mesh.rank(pipe, self.place),
+            rank=self.mesh.rank(pipe, place),
             coordinates=coordinates | {"pp": pipe},
             mesh=dict(self.assignment.mesh) | {"pp": self.mesh.pp},
             groups=groups,
@@ -159,9 +172,10 @@ class _Column:
             placement=placement,
             edges=[],
         )
-        split = splits(self.tables)
         for stage in (number for number, home in enumerate(placement) if home == pipe):
-            lowered, edges, loss_axes = lower_stage(self.assignment, self.cut, stage, axes, self.tracer, self.choose, splits_backward=split)
+            lowered, edges, loss_axes = lower_stage(
+                self.assignment, self.cut, stage, axes, self.tracer, self.choose, splits_backward=self.splits_backward
+            )
             program.stages[stage] = lowered
             program.edges += [edge for edge in edges if edge not in program.edges]
             program.loss_axes += loss_axes

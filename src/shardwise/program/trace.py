@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, fx
 
 from shardwise._torch import FaithfulFakeMode, FakeTensorMode, make_fx, traced_names
+from shardwise.program.recorder import Recorder
 
 __all__ = ["Traced", "Tracer", "describe", "differentiable"]
 
@@ -54,7 +55,7 @@ class Tracer:
     device: torch.device
     mode: FakeTensorMode = field(default_factory=lambda: FaithfulFakeMode(allow_non_fake_inputs=True))
     known: dict[Hashable, Traced] = field(default_factory=dict)
-    shapes: dict[Hashable, list[Tensor | None]] = field(default_factory=dict)
+    contiguous: dict[Hashable, Traced] = field(default_factory=dict)
 
     def tensor(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """A description of a contiguous tensor."""
@@ -64,57 +65,60 @@ class Tracer:
     def forward(self, function: Function, key: Hashable, tensors: Sequence[Tensor], grads: Sequence[bool]) -> Traced:
         """The call on `tensors`, of which those marked in `grads` will be differentiated; its gradients for contiguous cotangents."""
         short = (key, *map(describe, tensors), tuple(grads))
-        if short not in self.shapes:
-            self.shapes[short] = self._cotangents(function, tensors, grads)
-        return self.joint(function, key, tensors, grads, self.shapes[short])
+        if short not in self.contiguous:
+            traced, given = self._trace(function, tensors, grads, None)
+            self.contiguous[short] = self.known.setdefault(_full(key, tensors, grads, given), traced)
+        return self.contiguous[short]
 
     def joint(
         self, function: Function, key: Hashable, tensors: Sequence[Tensor], grads: Sequence[bool], cotangents: Sequence[Tensor | None]
     ) -> Traced:
         """The call and its gradients, given the incoming `cotangents` (None where a result has none). Its forward part is always the
         same."""
-        full = (key, *map(describe, tensors), tuple(grads), tuple(c if c is None else describe(c) for c in cotangents))
+        full = _full(key, tensors, grads, cotangents)
         if full not in self.known:
-            self.known[full] = self._trace(function, tensors, grads, cotangents)
+            self.known[full], _ = self._trace(function, tensors, grads, cotangents)
         return self.known[full]
 
-    def _cotangents(self, function: Function, tensors: Sequence[Tensor], grads: Sequence[bool]) -> list[Tensor | None]:
-        """A contiguous one for each result that may have a gradient."""
-        if not any(grads):
-            return []
-        with self.mode, torch.no_grad():
-            found = function([_like(t, self.device) for t in tensors])
-            results = found if isinstance(found, (tuple, list)) else [found]
-            return [torch.empty(r.shape, dtype=r.dtype, device=self.device) if differentiable(r) else None for r in results]
-
-    def _trace(self, function: Function, tensors: Sequence[Tensor], grads: Sequence[bool], cotangents: Sequence[Tensor | None]) -> Traced:
-        forward: set[str] = set()
-        count = 0
-
-        def joint(primals: list[Tensor], tangents: list[Tensor]) -> list[Tensor | None]:
-            nonlocal count
-            leaves = [t.detach().requires_grad_(g) if g else t for t, g in zip(primals, grads, strict=True)]
-            found = function(leaves)
-            results = list(found) if isinstance(found, (tuple, list)) else [found]
-            forward.update(traced_names())
-            count = len(results)
-            if not cotangents:
-                return [*results]
-            given = iter(tangents)
-            return [*results, *_gradients(results, leaves, grads, [None if c is None else next(given) for c in cotangents])]
-
+    def _trace(
+        self, function: Function, tensors: Sequence[Tensor], grads: Sequence[bool], cotangents: Sequence[Tensor | None] | None
+    ) -> tuple[Traced, Sequence[Tensor | None]]:
+        """The call's trace, and the cotangents that it was given: contiguous ones, where there are none."""
+        recorder = Recorder()
         with self.mode, warnings.catch_warnings(), torch.enable_grad() if any(grads) else torch.no_grad():
             warnings.simplefilter("ignore")
-            fresh = [_like(t, self.device) for t in tensors]
-            tangents = [_like(c, self.device) for c in cotangents if c is not None]
-            module = make_fx(joint)(fresh, tangents)
-            if _changes_in_place(module.graph):
+            leaves = [_like(tensor, self.device).requires_grad_(grad) for tensor, grad in zip(tensors, grads, strict=True)]
+            for number, leaf in enumerate(leaves, start=1):
+                recorder.input(f"primals_{number}", leaf)
+            with recorder:
+                found = function(leaves)
+            results = list(found) if isinstance(found, (tuple, list)) else [found]
+            forward = {node.name for node in recorder.graph.nodes}
+            given = cotangents if cotangents is not None else [self._contiguous(each) for each in results] if any(grads) else []
+            tangents = [None if each is None else _like(each, self.device) for each in given]
+            for number, tangent in enumerate((each for each in tangents if each is not None), start=1):
+                recorder.input(f"tangents_{number}", tangent)
+            with recorder:
+                gradients = _gradients(results, leaves, grads, tangents) if tangents else []
+            made: list[Tensor | None] = [*results, *gradients]
+            recorder.graph.output([None if each is None else recorder.node_of(each) for each in made])
+            graph = recorder.graph
+            if _changes_in_place(graph):
                 with torch.no_grad():
-                    module, forward = _without_changes(module, forward, fresh, tangents)
-        graph = _clean(module.graph)
+                    inputs = [_like(each, self.device) for each in (*leaves, *tangents) if each is not None]
+                    graph, forward = _without_changes(fx.GraphModule({}, graph), forward, inputs)
+        graph = _clean(graph)
         graph.owning_module = None  # torch makes a class for each module, and each further trace looks at all classes that live
         outputs: list[Any] = list(graph.output_node().args[0])  # type: ignore[arg-type]
-        return Traced(graph=graph, results=outputs[:count], gradients=outputs[count:], forward=frozenset(forward))
+        count = len(results)
+        return Traced(graph=graph, results=outputs[:count], gradients=outputs[count:], forward=frozenset(forward)), given
+
+    def _contiguous(self, result: Tensor) -> Tensor | None:
+        return torch.empty(result.shape, dtype=result.dtype, device=self.device) if differentiable(result) else None
+
+
+def _full(key: Hashable, tensors: Sequence[Tensor], grads: Sequence[bool], cotangents: Sequence[Tensor | None]) -> Hashable:
+    return (key, *map(describe, tensors), tuple(grads), tuple(c if c is None else describe(c) for c in cotangents))
 
 
 def _changes_in_place(graph: fx.Graph) -> bool:
@@ -122,13 +126,11 @@ def _changes_in_place(graph: fx.Graph) -> bool:
     return any(isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable for node in graph.nodes)
 
 
-def _without_changes(
-    module: fx.GraphModule, forward: set[str], tensors: Sequence[Tensor], tangents: Sequence[Tensor]
-) -> tuple[fx.GraphModule, set[str]]:
+def _without_changes(module: fx.GraphModule, forward: set[str], inputs: Sequence[Tensor]) -> tuple[fx.Graph, set[str]]:
     """The trace once more, without operators that write over their inputs; and the names of its forward part."""
     replay = _Replay(module, [node for node in module.graph.nodes if node.name in forward][-1])
-    without = make_fx(torch.func.functionalize(replay.run, remove="mutations"))(*tensors, *tangents)
-    return without, replay.forward
+    without = make_fx(torch.func.functionalize(replay.run, remove="mutations"))(*inputs)
+    return without.graph, replay.forward
 
 
 class _Replay(fx.Interpreter):

@@ -28,7 +28,7 @@ from shardwise.program.tables import Tables, check_table, in_flight, placed, ran
 from shardwise.program.transfers import rank_actions
 from shardwise.simulate.profile import Profile, StageProfile
 
-__all__ = ["Column", "Mesh", "Simulation", "Span", "simulate_columns", "simulate_profile", "trace_of"]
+__all__ = ["Column", "Mesh", "Simulation", "Span", "peak_memory", "simulate_columns", "simulate_profile", "trace_of"]
 
 _TINY_S = 1e-12
 _ONCE = ("transient", "cached", "gathered", "runtime")  # memory that a rank's stages use in turn, or share
@@ -139,11 +139,18 @@ def trace_of(timeline: list[Span], name: str = "") -> dict[str, object]:
     return {"traceEvents": events, "displayTimeUnit": "ms"}
 
 
-def simulate_profile(profile: Profile, mesh: Mesh, tables: Tables | None = None, *, slow: Mapping[int, float] | None = None) -> Simulation:
+def simulate_profile(
+    profile: Profile,
+    mesh: Mesh,
+    tables: Tables | None = None,
+    *,
+    slow: Mapping[int, float] | None = None,
+    recorded: bool = True,
+) -> Simulation:
     """One step of all ranks of a plan. Ranks that share no cores with others and do alike are simulated once.
 
     profile: of the mesh's pp · chunks stages; tables: each pipeline rank's slots, instead of those of the mesh's schedule; slow: rank → how
-    many times as long it computes.
+    many times as long it computes; recorded: whether a timeline is wanted, which takes as long to write down as a step to play.
     Raises LayoutError for a schedule that is unknown or does not take these sizes, for tables that contradict themselves, for a slow rank
     that is not there, and for a schedule that splits the backward pass where the profile does not say what its parts take.
     """
@@ -151,8 +158,8 @@ def simulate_profile(profile: Profile, mesh: Mesh, tables: Tables | None = None,
     rows = _rows(profile, mesh, tables)
     paces = _paces(mesh, slow or {}, apart=shared)
     ranks = {pipe * each + pace.first: _placed(row, pipe, pace, mesh, profile) for pace in paces for pipe, row in rows.items()}
-    timeline = _Clock(cores=profile.cores, ranks=dict(sorted(ranks.items())), together=mesh.together if shared else 1).play()
-    total = max(span.end_s for span in timeline)
+    clock = _Clock(cores=profile.cores, ranks=dict(sorted(ranks.items())), together=mesh.together if shared else 1, recorded=recorded)
+    timeline, total = clock.play(), clock.end_s
     crowd = max(1.0, len(ranks) / profile.cores) if profile.cores else 1.0
     waiting = 1 - min(1.0, _busy_s(rows, mesh, slow or {}) * crowd / (total * each * mesh.pp))
     memory = [row.memory for row in rows.values() for _ in range(each)]
@@ -160,6 +167,14 @@ def simulate_profile(profile: Profile, mesh: Mesh, tables: Tables | None = None,
         timeline = [_on_rank(span, place - pace.first) for pace in paces for place in pace.places for span in _of(pace, timeline, each)]
     talk = max(_added(row.seconds)[1] for row in rows.values())
     return Simulation(step_time_s=total, timeline=timeline, memory=memory, bubble=waiting, communication_s=talk)
+
+
+def peak_memory(profile: Profile, mesh: Mesh) -> list[dict[str, int]]:
+    """Bytes by kind that the ranks at each place of the pipeline hold at their peak, as `simulate_profile` says; no clock runs for it."""
+    tables = rank_tables(mesh.schedule, mesh.pp, mesh.chunks, mesh.microbatches)
+    home, held = placed(tables), _held(profile, tables)
+    own = {pipe: [profile.stages[stage] for stage in sorted(home) if home[stage] == pipe] for pipe in range(mesh.pp)}
+    return [_memory(stages, held[pipe]) for pipe, stages in own.items()]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -238,8 +253,8 @@ def simulate_columns(columns: Sequence[Column], mesh: Mesh) -> Simulation:
         for number, column in enumerate(columns)
         for pipe, row in rows[number].items()
     }
-    timeline = _Clock(cores=None, ranks=dict(sorted(ranks.items()))).play()
-    total = max(span.end_s for span in timeline)
+    clock = _Clock(cores=None, ranks=dict(sorted(ranks.items())))
+    timeline, total = clock.play(), clock.end_s
 
     def real(rank: int) -> int:
         pipe, number = divmod(rank, folded.dp)
@@ -298,12 +313,17 @@ def _rows(profile: Profile, mesh: Mesh, given: Tables | None) -> dict[int, _Row]
     lists = {rank: rank_actions(row, profile.edges, home.__getitem__) for rank, row in enumerate(tables)}
     split = splits(tables)
     seconds = _seconds(profile, split)
-    saved, kept = ({stage: getattr(each, name) for stage, each in enumerate(profile.stages)} for name in ("saved_bytes", "kept_bytes"))
-    held = in_flight(tables, saved, kept)
+    held = _held(profile, tables)
     return {
         rank: _row(actions, sorted(stage for stage in home if home[stage] == rank), profile, seconds, held[rank], home)
         for rank, actions in lists.items()
     }
+
+
+def _held(profile: Profile, tables: Tables) -> list[int]:
+    """The most that each pipeline rank's microbatches in flight keep."""
+    saved, kept = ({stage: getattr(each, name) for stage, each in enumerate(profile.stages)} for name in ("saved_bytes", "kept_bytes"))
+    return in_flight(tables, saved, kept)
 
 
 def _row(inner: list[Action], own: list[int], profile: Profile, seconds: list[_Times], held_bytes: int, home: Mapping[int, int]) -> _Row:
@@ -367,13 +387,13 @@ def _memory(stages: Sequence[StageProfile], held_bytes: int) -> dict[str, int]:
 
 @dataclass(kw_only=True)
 class _Rank:
-    """pipe: its place in the pipeline; place: in its stage; actions: with the ranks that it talks to; transfer_s: of what it sends, by
-    edge; factor: how many times as long it computes; at: that it stands at; phase: what it does there."""
+    """pipe: its place in the pipeline; place: in its stage, of so many ranks each; transfer_s: of what it sends, by edge; factor: how many
+    times as long it computes; at: the action that it stands at; phase: what it does there."""
 
     pipe: int
     place: int
+    each: int
     row: _Row
-    actions: list[Action]
     transfer_s: Mapping[str, float]
     factor: float = 1.0
     at: int = 0
@@ -381,19 +401,27 @@ class _Rank:
     start_s: float = 0.0
     compute_s: float = 0.0  # left of the action
 
+    def __post_init__(self) -> None:
+        self.actions = self.row.actions  # whose peers are places in the pipeline
+
     @property
     def done(self) -> bool:
         return self.at >= len(self.actions)
 
+    def peer(self, action: Action) -> int:
+        """The rank that it talks to: the one at its own place."""
+        return action.peer * self.each + self.place
+
+    def told(self, action: Action) -> Action:
+        """The action, with the rank that it talks to."""
+        return action if self.each == 1 or action.peer < 0 else replace(action, peer=self.peer(action))
+
 
 def _placed(row: _Row, pipe: int, pace: _Pace, mesh: Mesh, profile: Profile) -> _Rank:
-    """The rank at the pace's place; it talks to the ranks at its own place."""
-    each = mesh.stage_ranks
-    actions = row.actions
-    if each > 1:
-        actions = [replace(action, peer=action.peer * each + pace.first) if action.peer >= 0 else action for action in actions]
+    """The rank at the pace's place."""
     transfer_s = {edge.name: edge.transfer_s for edge in profile.edges}
-    return _Rank(pipe=pipe, place=pace.first, row=row, actions=actions, transfer_s=transfer_s, factor=pace.factors.get(pipe, 1.0))
+    factor = pace.factors.get(pipe, 1.0)
+    return _Rank(pipe=pipe, place=pace.first, each=mesh.stage_ranks, row=row, transfer_s=transfer_s, factor=factor)
 
 
 def _meets(ranks: Mapping[int, _Rank]) -> dict[int, frozenset[int]]:
@@ -425,6 +453,7 @@ class _Clock:
 
     together: neighbouring ranks that communicate in every action that computes; 1 where one of them stands for all.
     sent, received: rank → until when its way out, and in, is taken; gathered: those who are there, of each group and action.
+    recorded: whether the timeline is written down; end_s: when the last action ended.
     """
 
     cores: int | None
@@ -438,7 +467,9 @@ class _Clock:
     sent: dict[int, float] = field(default_factory=dict)
     received: dict[int, float] = field(default_factory=dict)
     gathered: dict[tuple[int, int, int], list[int]] = field(default_factory=dict)
+    recorded: bool = True
     timeline: list[Span] = field(default_factory=list)
+    end_s: float = 0.0
     made: int = 0
 
     def __post_init__(self) -> None:
@@ -450,7 +481,7 @@ class _Clock:
         while self.events or self.computing:
             for rank in self._next():
                 self._go_on(rank)
-        stuck = {rank: str(state.actions[state.at]) for rank, state in self.ranks.items() if not state.done}
+        stuck = {rank: str(state.told(state.actions[state.at])) for rank, state in self.ranks.items() if not state.done}
         assert not stuck, f"the simulated ranks wait for each other: {stuck}"
         return self.timeline
 
@@ -479,11 +510,11 @@ class _Clock:
     def _begin(self, rank: int, state: _Rank, action: Action) -> None:
         state.start_s, state.compute_s = self.now_s, state.row.seconds[state.at][0] * state.factor
         if action.sends:
-            message = action.message
-            self.arrivals[action.peer, message] = self._carried(rank, action.peer, state.transfer_s[action.edge])
-            other = self.ranks[action.peer]
+            message, peer = action.message, state.peer(action)
+            self.arrivals[peer, message] = self._carried(rank, peer, state.transfer_s[action.edge])
+            other = self.ranks[peer]
             if other.phase == "waiting" and other.actions[other.at].receives and other.actions[other.at].message == message:
-                self._wake(action.peer, self.now_s)
+                self._wake(peer, self.now_s)
 
     def _carried(self, source: int, target: int, seconds: float) -> float:
         """When a message that is sent now is there: the switches between hold what the receiver's way in cannot take yet."""
@@ -527,8 +558,10 @@ class _Clock:
         return complete
 
     def _end(self, rank: int, state: _Rank, action: Action) -> None:
-        span = Span(rank=rank, stage=state.row.stages[state.at], action=action, start_s=state.start_s, end_s=self.now_s)
-        self.timeline.append(span)
+        self.end_s = max(self.end_s, self.now_s)
+        if self.recorded:
+            stage = state.row.stages[state.at]
+            self.timeline.append(Span(rank=rank, stage=stage, action=state.told(action), start_s=state.start_s, end_s=self.now_s))
         state.at, state.phase = state.at + 1, ""
 
     def _wake(self, rank: int, when_s: float) -> None:
@@ -537,8 +570,20 @@ class _Clock:
 
     def _next(self) -> list[int]:
         """Lets time pass until the next end; whose."""
-        rate = min(1.0, self.cores / len(self.computing)) if self.cores and self.computing else 1.0
-        soonest = min((state.compute_s for state in self.computing.values()), default=float("inf")) / rate
+        ended = self._computed() if self.computing else []
+        if not ended:
+            self.now_s = max(self.now_s, self.events[0][0])
+        while self.events and self.events[0][0] <= self.now_s:
+            rank = heapq.heappop(self.events)[2]
+            if self.ranks[rank].phase == "computing":
+                self.ranks[rank].phase = "waiting"
+            ended.append(rank)
+        return ended
+
+    def _computed(self) -> list[int]:
+        """Lets those on shared cores compute until one of them, or an event, ends; those of them that do."""
+        rate = min(1.0, self.cores / len(self.computing)) if self.cores else 1.0
+        soonest = min(state.compute_s for state in self.computing.values()) / rate
         passed = min(soonest, self.events[0][0] - self.now_s if self.events else float("inf"))
         self.now_s += max(passed, 0.0)
         for state in self.computing.values():
@@ -546,9 +591,4 @@ class _Clock:
         ended = [rank for rank, state in self.computing.items() if state.compute_s <= _TINY_S]
         for rank in ended:
             self.computing.pop(rank).phase = "waiting"
-        while self.events and self.events[0][0] <= self.now_s:
-            rank = heapq.heappop(self.events)[2]
-            if self.ranks[rank].phase == "computing":
-                self.ranks[rank].phase = "waiting"
-            ended.append(rank)
         return ended
