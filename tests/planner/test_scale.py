@@ -244,8 +244,18 @@ def test_what_does_not_fit_is_known_from_little_work(pins: str, memory_gb: float
     found = fresh.outlook(cluster, Wish(global_batch=8, pins=Pins.parse(pins)))
     assert isinstance(found, Infeasible) and "the leanest layout, dp=" in found.reasons[0]
     assert done["analyse"] == 1
-    assert 1 <= done["piece_costs_on"] <= 3, "the whole, the leanest split as pinned, the leanest of all"
+    assert 1 <= done["piece_costs_on"] <= 3, "the whole, the leanest split as pinned, and that of a change that would do"
     assert 1 <= done["compose"] <= 1 + done["_fits"]
+
+
+def test_what_fits_alone_is_found_behind_many_that_do_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the schemes that are put together of each split are all used up by faster ones that do not fit."""
+    monkeypatch.setattr(scale, "_COMPOSED", 1)
+    monkeypatch.setattr(scale, "_AHEAD", 1)
+    search = replace(with_memory(SPACES[0], 0.0), budget_s=None)
+    fits = [each for each in everything(SPACES[0]) if each.memory_bytes <= search.limit_bytes]
+    assert len(fits) < 5
+    assert search.search().best_s == pytest.approx(min(each.seconds for each in fits), rel=1e-9)
 
 
 def test_a_search_for_what_cannot_fit_lowers_nothing() -> None:

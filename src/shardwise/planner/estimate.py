@@ -14,7 +14,7 @@ from shardwise.sharding.reshard import collective_of, dual
 from shardwise.sharding.rules.attention import is_causal
 from shardwise.sharding.types import Placement, Shard
 
-__all__ = ["context_work", "reshard_seconds", "reshards", "ring_seconds", "share_left"]
+__all__ = ["context_work", "reshard_seconds", "reshards", "ring_seconds", "share_left", "waiting_share"]
 
 _FORWARD = 2 / 7  # of attention's products: two forward, five backward
 
@@ -76,3 +76,11 @@ def context_work(assignment: Assignment, op: Op) -> float:
     choice = assignment.variants[op]["cp"].choice
     uneven = is_causal(op) and choice.factor == "q" and not choice.mirrored
     return 2 - 1 / ranks if uneven else 1.0
+
+
+def waiting_share(schedule: str, chunks: int) -> float:
+    """Of the p - 1 microbatches' time that the ranks of a pipeline wait with 1F1B, what they are expected to wait with a schedule: an
+    interleaved one waits for parts of a microbatch (Narayanan et al. 2021, section 2.2), weights' parts fill what is left (Qi et al. 2023,
+    table 2; 2024, table 1) as far as they take as long as the others."""
+    known = {"zb-h1": 0.5, "zb-2p": 0.2, "zb-v": 0.2}
+    return known.get(schedule, 1 / chunks)

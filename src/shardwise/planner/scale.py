@@ -25,6 +25,7 @@ from shardwise.cost.routing import Routing, routing_seconds
 from shardwise.errors import LayoutError
 from shardwise.planner.bounds import least_memory, memory_bound, perfect, profile_bound, scheme_bound
 from shardwise.planner.compose import CONTEXT_BYTES, Scheme, compose, recomputed
+from shardwise.planner.estimate import waiting_share
 from shardwise.planner.lacking import lacking
 from shardwise.planner.pieces import Outline, PieceCost
 from shardwise.planner.search import FULL_MEMORY
@@ -431,7 +432,7 @@ class _Branching:
         for bound, scheme in sorted(bounds, key=lambda each: each[0] * _outlook(each[1])):
             if bound >= result.best_s:
                 continue
-            if (composed >= _COMPOSED and self.search.budget_s is None) or (time.monotonic() > self.end_s and (waiting or result.found)):
+            if self._enough(composed, waiting) and not self._wanted(shape, costs, scheme, waiting):
                 result.left(bound)
                 continue
             found = search.bounded(scheme, split.samples)
@@ -442,6 +443,20 @@ class _Branching:
                 waiting = self._simulate(waiting, _AT_ONCE)
         result.composed += composed
         self.open += self._simulate(waiting, _AT_ONCE if search.budget_s is None else len(waiting))
+
+    def _enough(self, composed: int, waiting: Sequence[Found]) -> bool:
+        """Whether so many schemes of a split, or so much time, are all that is spent on it."""
+        if self.search.budget_s is None:
+            return composed >= _COMPOSED
+        return time.monotonic() > self.end_s and bool(waiting or self.result.found)
+
+    def _wanted(self, shape: Outline, costs: Sequence[PieceCost], scheme: Scheme, waiting: Sequence[Found]) -> bool:
+        """Whether a scheme is put together all the same: it may fit, and nothing did."""
+        if waiting or self.result.found:
+            return False
+        with suppress(LayoutError):
+            return least_memory(shape, costs, scheme, self.search.cluster) <= self.search.limit_bytes
+        return False
 
     def _simulate(self, waiting: Sequence[Found], most: int, *, finely: bool = False) -> list[Found]:
         """Simulates the most promising of those that may be the best; the others that may. finely: by the estimate alone, else of those
@@ -488,8 +503,8 @@ def _slots(each: Found) -> int:
 
 def _outlook(scheme: Scheme) -> float:
     """What a scheme is expected to take, against its bound: waiting of its schedule, and ZeRO's communication."""
-    halves = {"gpipe": 1.0, "1f1b": 1.0, "interleaved": 1 / scheme.chunks, "zb-h1": 0.5, "zb-2p": 0.2, "zb-v": 0.2}
-    return (1 + (scheme.pp - 1) / scheme.microbatches * halves[scheme.schedule]) * (1 + 0.05 * max(0, scheme.zero - 1))
+    waits = (scheme.pp - 1) / scheme.microbatches * waiting_share(scheme.schedule, scheme.chunks)
+    return (1 + waits) * (1 + 0.05 * max(0, scheme.zero - 1))
 
 
 def _talk(cluster: Cluster, split: Split, sent_bytes: float) -> float:

@@ -69,13 +69,18 @@ def _with(search: ScaleSearch, pins: Pins, *, cluster: Cluster | None = None, on
 
 
 def _fits(search: ScaleSearch) -> bool:
-    lean = _leanest(search) if search.has_room else None
+    split = _leanest_split(search)
+    lean = _leanest(search) if split is not None and search.may_fit(split) else None
     return lean is not None and lean.memory_bytes <= search.limit_bytes and sum(_memory(search, lean).values()) <= search.limit_bytes
+
+
+def _leanest_split(search: ScaleSearch) -> Split | None:
+    return max(search.space.splits(), key=lambda each: (each.tp, -each.samples, -each.cp, each.ep), default=None)
 
 
 def _leanest(search: ScaleSearch) -> Found | None:
     """Of the split that divides most, by the bound of its memory."""
-    split = max(search.space.splits(), key=lambda each: (each.tp, -each.samples, -each.cp, each.ep), default=None)
+    split = _leanest_split(search)
     if split is None:
         return None
     try:
