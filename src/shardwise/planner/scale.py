@@ -373,7 +373,7 @@ class _Branching:
     def _expert_s(self) -> float:
         """Seconds that a microbatch takes longer for each number of experts that a rank holds, with as many rows: it reads them, adds up
         their gradients, and their products are thinner."""
-        samples = self.search.graph.global_batch
+        samples = self.search.largest
         all_of, fewest = (Split(samples=samples, ep=ep) for ep in (1, self.search.most_ep))
         more = _experts(*self.search.pieces(all_of)) - _experts(*self.search.pieces(fewest))
         return max(0.0, self._computing(all_of) - self._computing(fewest)) / more if more else 0.0
