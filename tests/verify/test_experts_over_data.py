@@ -12,6 +12,7 @@ import torch
 from tests.clusters import made_up
 from tests.examples.test_models import FILES, load
 from tests.models import Example, gpt2
+from tests.runtime.test_inference import answered
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -151,6 +152,20 @@ def test_the_routers_loss_is_that_of_all_tokens(layout: str) -> None:
 
 def test_on_processes() -> None:
     verified(example(gated=True, favoured=ROUTINGS["two unused"]), "dp=4,ep=2", processes=True)
+
+
+def test_evaluation() -> None:
+    """Of other numbers of samples, too, which the data ranks divide evenly."""
+    model, given = example(gated=True)
+    for samples in (SAMPLES, 4):
+        some = {name: tensor[:samples].contiguous() for name, tensor in given.items()}
+        with torch.no_grad():
+            whole = model(**some)
+        assert all(torch.allclose(found, whole, rtol=1e-5) for found in answered((model, given), "dp=2,ep=2,pp=2,microbatches=2", some))
+    with pytest.raises(
+        PlanError, match=r"^a batch of 5 is not divided evenly over dp=2, .* and ep=2 needs that; give batches of a multiple"
+    ):
+        answered((model, given), "dp=2,ep=2", {name: tensor[:5].contiguous() for name, tensor in given.items()})
 
 
 # -- the models of the matrix ------------------------------------------------------------------------------------------------------------

@@ -46,9 +46,16 @@ def apply_to_inference(plan: Plan, graph: Graph, trained: Applied) -> Answering:
     analysis = analyse(graph, plan.random, named)
     for shares in dict.fromkeys((tuple(plan.shares), ())):
         parts = _parts(graph.global_batch, plan.dp, shares)
+        if plan.ep > 1 and len(set(parts)) > 1:
+            continue
         if parts and (found := _assigned(plan, analysis, parts, shares)):
             break
     else:
+        if plan.ep > 1:
+            raise PlanError(
+                f"a batch of {graph.global_batch} is not divided evenly over dp={plan.dp}, or an operator takes no such parts, and "
+                f"ep={plan.ep} needs that; give batches of a multiple of dp"
+            )
         alone = Analysis(
             graph=graph, signatures=analysis.signatures, prelude=analysis.prelude, batch={}, sequence_dims=analysis.sequence_dims
         )
@@ -84,7 +91,8 @@ def _assigned(plan: Plan, analysis: Analysis, parts: list[int], shares: tuple[in
 
 def _assign(plan: Plan, analysis: Analysis, microbatches: int, shares: tuple[int, ...]) -> Assignment:
     divided = plan.zero if plan.zero == 3 else 0  # the others divide what only training has
-    return assign(analysis, plan.dp, microbatches, plan.tp, plan.cp, shares, zero=divided, shard=plan.shard if divided else 0)
+    shard = plan.shard if divided else 0
+    return assign(analysis, plan.dp, microbatches, plan.tp, plan.cp, shares, ep=plan.ep, zero=divided, shard=shard)
 
 
 def _choose(plan: Plan, assignment: Assignment, analysis: Analysis) -> None:

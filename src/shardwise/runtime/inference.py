@@ -14,7 +14,6 @@ from torch import Tensor
 
 from shardwise.capture.graph import Graph, Value
 from shardwise.planner.inference import Answering
-from shardwise.program.build import rank_of
 from shardwise.program.program import Program
 from shardwise.runtime.executor import Executor
 from shardwise.runtime.gradients import Gradients
@@ -106,8 +105,7 @@ class Inference:
 
     def _rank(self, pipe: int) -> int:
         """The rank at this one's place on another stage."""
-        mesh, place = self.program.mesh, self.program.coordinates
-        return rank_of(pipe, place["dp"], place["tp"], mesh["dp"], mesh["tp"], c=place["cp"], cp=mesh["cp"])
+        return self.program.rank + (pipe - self.program.coordinates["pp"]) * self.program.stage_ranks
 
 
 def _joined(microbatches: list[Tensor], placement: Placement) -> Tensor:
