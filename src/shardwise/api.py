@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from shardwise.capture.deferred import Deferred, defer
 from shardwise.capture.export import capture
 from shardwise.capture.graph import Graph
+from shardwise.capture.precision import Precision, checked_precision
 from shardwise.capture.state import tensors_of
 from shardwise.checkpoint.safetensors import Checkpoint
 from shardwise.cluster.model import Cluster
@@ -41,6 +43,7 @@ def plan(
     optimizer: str = "adamw",
     *,
     random: Random = "keyed",
+    precision: Precision = "float32",
     loss: Callable[[Any], Tensor] | None = None,
     batch_dims: BatchDims | None = None,
     sequence_dims: BatchDims | None = None,
@@ -53,6 +56,8 @@ def plan(
     layout: what is pinned ("tp=2,pp=2"); the rest is searched. global_batch: samples in a step, the example batch's by default.
     optimizer: "adamw", "adam", "sgd" or "sgd_momentum", for its memory and time. loss: makes the scalar from the module's output.
     random: "keyed", the random numbers are those of one device; "fast", dropout and noise come from torch's generator on each rank.
+    precision: "float32" leaves the model's dtypes as they are; "bf16" and "fp16" compute in 16 bits and update in float32
+    (docs/concepts/numbers.md).
     sequence_dims: with cp, input → the dim that it splits (None: has no sequence), where it is not that of [batch, sequence] tokens or
     [batch, sequence, features]; the plan remembers it.
     Raises CaptureError, RuleError, LayoutError, BatchError, ClusterError; PlanError for a `random` that is neither; ShardwiseError for an
@@ -67,7 +72,13 @@ def plan(
             f"{machine.name} has {machine.ranks} ranks, more than the {_SEARCHED} for which all layouts are searched here; pin dp, tp "
             "and pp, or rank layouts of a known model with `shardwise layouts`"
         )
-    graph = capture(model, _resized(batch, global_batch, batch_dims or {}), loss=loss, batch_dims=batch_dims)
+    graph = capture(
+        model,
+        _resized(batch, global_batch, batch_dims or {}),
+        loss=loss,
+        batch_dims=batch_dims,
+        precision=checked_precision(precision),
+    )
     return search(graph, machine, pinned, optimizer, type(model).__name__, random=random, sequence_dims=sequence_dims)
 
 
@@ -84,6 +95,7 @@ def parallelize(
     clip_norm: float | None = None,
     check_finite: bool = True,
     weights: str | Path | None = None,
+    loss_scale: Any = None,
 ) -> Any:
     """This rank's Job of a plan; call it on every rank, under torchrun or in a process group of your own.
 
@@ -95,6 +107,9 @@ def parallelize(
     check_finite: a step whose loss or gradients are infinite or not numbers raises NotFiniteError before the optimizer sees them.
     weights: a .safetensors file, an index of several or their directory, from which parameters and buffers are read, of each what this rank
     keeps; the module may then be on the meta device.
+    loss_scale: with precision="fp16", how gradients are scaled (`shardwise.runtime.scale.LossScale`), by default as
+    torch.amp.GradScaler does. A step whose gradients overflow is skipped on all ranks and counted (`job.skipped`); when that happens again
+    although nothing is scaled any more, NotFiniteError names the parameters.
     The job takes a module's weights over: parameters that it keeps whole go on living in the model, those that it splits are emptied there.
     Raises PlanError when the plan is for another model, batch or number of ranks; CaptureError for values that are not there (meta device);
     WeightsError for files that are damaged or of another model; OutOfMemory; LayoutError for an optimizer that cannot give one device's
@@ -107,7 +122,8 @@ def parallelize(
 
     join_group(timeout_s)
     given = _resized(batch, plan.global_batch, batch_dims or {})
-    module, graph, deferred = _captured(model, given, loss, batch_dims)
+    captures = partial(capture, batch=given, loss=loss, batch_dims=batch_dims, precision=plan.precision)
+    module, graph, deferred = _captured(model, captures)
     start = _weights(module, graph, deferred, weights)
     job = Job(
         graph,
@@ -121,6 +137,7 @@ def parallelize(
         clip_norm=clip_norm,
         check_finite=check_finite,
         source=Source(module, given, loss, batch_dims, start),
+        loss_scale=loss_scale,
     )
     if deferred is None:
         _release(module, job)
@@ -129,18 +146,18 @@ def parallelize(
 
 
 def _captured(
-    model: nn.Module | Callable[[], nn.Module], batch: Mapping[str, Any], loss: Callable[[Any], Tensor] | None, batch_dims: BatchDims | None
+    model: nn.Module | Callable[[], nn.Module], captures: Callable[[nn.Module], Graph]
 ) -> tuple[nn.Module, Graph, Deferred | None]:
     """The module, its graph, and how its values are made where it has none. What cannot be captured without values is built with them."""
     if isinstance(model, nn.Module):
-        return model, capture(model, batch, loss=loss, batch_dims=batch_dims), None
+        return model, captures(model), None
     deferred = defer(model)
     try:
-        return deferred.model, capture(deferred.model, batch, loss=loss, batch_dims=batch_dims), deferred
+        return deferred.model, captures(deferred.model), deferred
     except ValuesNeeded as error:
         warnings.warn(f"each rank builds the model whole before it takes its part: {error}", ShardwiseWarning, stacklevel=3)
     module = model()
-    return module, capture(module, batch, loss=loss, batch_dims=batch_dims), None
+    return module, captures(module), None
 
 
 def _weights(module: nn.Module, graph: Graph, deferred: Deferred | None, path: str | Path | None) -> Weights:
@@ -152,7 +169,7 @@ def _weights(module: nn.Module, graph: Graph, deferred: Deferred | None, path: s
 
 def _release(model: nn.Module, job: Any) -> None:
     """Empties the model's parameters that this rank does not keep as they are; what no operator reads stays."""
-    kept = {tensor.untyped_storage().data_ptr() for tensor in job.state.values()}
+    kept = {tensor.untyped_storage().data_ptr() for tensor in (*job.state.values(), *job.parameters.of.values())}
     read = {value.name for op in job.graph.ops for value in op.inputs}
     for name, parameter in model.named_parameters():
         if name in read and parameter.untyped_storage().data_ptr() not in kept:

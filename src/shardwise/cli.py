@@ -23,6 +23,7 @@ from shardwise.commands.options import (
     PlannedClusterOption,
     PlanOption,
     Precision,
+    PrecisionOption,
     PriceOption,
     RandomOption,
     RecomputeOption,
@@ -72,6 +73,7 @@ def plan(
     global_batch: GlobalBatchOption = None,
     sequence: SequenceOption = None,
     random: RandomOption = None,
+    precision: PrecisionOption = None,
     recompute: RecomputeOption = None,
     out: Annotated[Path, typer.Option("--out", help="Where the plan goes.")] = Path("plan.json"),
     runnable: RunnableOption = False,
@@ -111,7 +113,7 @@ def plan(
     wished: Any = {"runnable": runnable, "budget": budget, "objective": objective, "within": within, "price": price}
     chosen: Plan | Proposal
     unlike = False
-    if _proposes(model, cluster, whole=whole, random=random):
+    if _proposes(model, cluster, whole=whole, chosen=random or precision):
         found = _outlook(required(model), cluster, pinned, global_batch, sequence, **wished)
         from shardwise.whatif import usual_changes, with_what_ifs
 
@@ -119,7 +121,7 @@ def plan(
         chosen, unlike = with_what_ifs(found, changes), bool(found.cluster.unlike)
     else:
         _without_effect(what_if=what_if or None, **wished)
-        chosen = _plan(model, cluster, pinned, global_batch, sequence, random)
+        chosen = _plan(model, cluster, pinned, global_batch, sequence, random, precision)
     _save(chosen, out)
     if as_json:
         typer.echo(out.read_text())
@@ -142,7 +144,11 @@ def verify(
     global_batch: GlobalBatchOption = None,
     sequence: SequenceOption = None,
     recompute: RecomputeOption = None,
-    dtype: Annotated[Precision, typer.Option("--dtype", help="float64 is the proof, float32 the practice.")] = Precision.FLOAT64,
+    precision: PrecisionOption = None,
+    dtype: Annotated[
+        Literal["float64", "float32", "bfloat16", "float16"],
+        typer.Option("--dtype", help="float64 is the proof, float32 the practice; bfloat16, float16: that of --precision."),
+    ] = "float64",
     as_json: JsonOption = False,
 ) -> None:
     """Run one step split and one step whole, and compare the loss, every gradient and the optimizer's step. Exits with 1 if they differ.
@@ -160,7 +166,7 @@ def verify(
 
     module, batch = load_model(required(model), batch_size=global_batch, sequence=sequence)
     pinned = pinned_layout(layout, schedule=schedule, recompute=recompute)
-    report = feasible(sw.verify(module, batch, cluster=cluster, layout=pinned, dtype=getattr(torch, dtype.value)))
+    report = feasible(sw.verify(module, batch, cluster=cluster, layout=pinned, dtype=getattr(torch, dtype), precision=precision))
     if as_json:
         names = ("ok", "max_relative_error", "first_difference", "layout")
         typer.echo(json.dumps({name: _plain(getattr(report, name)) for name in names}, indent=2))
@@ -452,12 +458,23 @@ def _plan(
     global_batch: int | None,
     sequence: int | None,
     random: Literal["keyed", "fast"] | None = None,
+    precision: Literal["float32", "bf16", "fp16"] | None = None,
 ) -> Plan:
     import shardwise as sw
     from shardwise.models import load_model
 
     module, batch = load_model(required(model), batch_size=global_batch, sequence=sequence, device="meta")
-    return feasible(sw.plan(module, batch, cluster=cluster, layout=layout, global_batch=global_batch, random=random or "keyed"))
+    return feasible(
+        sw.plan(
+            module,
+            batch,
+            cluster=cluster,
+            layout=layout,
+            global_batch=global_batch,
+            random=random or "keyed",
+            precision=precision or "float32",
+        )
+    )
 
 
 def _simulated(
@@ -473,7 +490,7 @@ def _simulated(
 
     if plan_file is None:
         machines = cluster or DEFAULT_CLUSTER
-        if not _proposes(model, machines, whole=False, random=None):
+        if not _proposes(model, machines, whole=False, chosen=None):
             return functools.partial(sw.simulate, _plan(model, machines, layout, global_batch, sequence))
         found = _outlook(required(model), machines, layout, global_batch, sequence)
     else:
@@ -487,9 +504,9 @@ def _simulated(
     return functools.partial(simulate_layout, found.search, found.found[0])
 
 
-def _proposes(model: str | None, cluster: str, *, whole: bool, random: str | None) -> bool:
+def _proposes(model: str | None, cluster: str, *, whole: bool, chosen: str | None) -> bool:
     """Whether the plan is one for a known model on devices of the catalog, made from a few of its layers."""
-    if whole or random or model is None or cluster.startswith("local:"):
+    if whole or chosen or model is None or cluster.startswith("local:"):
         return False
     from shardwise.outlook import covers
 

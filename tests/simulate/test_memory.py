@@ -226,7 +226,7 @@ def test_a_whole_step_takes_what_is_predicted(name: str) -> None:
         parts = [*program.parameters, *program.buffers]
         state = {part.name: own_part(whole[part.name], part, program, CPU).clone() for part in parts}
         gradients = Gradients(program, transport, built.choose, CPU)  # type: ignore[arg-type]
-        parameters = Parameters(program, state, gradients.parts, transport, built.choose)  # type: ignore[arg-type]
+        parameters = Parameters(program, state, {}, gradients.parts, transport, built.choose)  # type: ignore[arg-type]
         optimizer = prefer_fused(torch.optim.AdamW([parameter for _, parameter in parameters.trained], lr=0.0))
         executor = Executor(program, state, gradients, transport, CPU)  # type: ignore[arg-type]
 

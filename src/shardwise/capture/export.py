@@ -28,25 +28,44 @@ from shardwise.capture.keep import Treatment, keeping
 from shardwise.capture.normalize import NOISE, RANDOM_STATE, is_random, normalize, passes_through
 from shardwise.capture.opaque import EXPECT, OPERATOR, Opaque, Result, opaque_of
 from shardwise.capture.operators import strided
+from shardwise.capture.precision import LossesInFloat32, Precision, in_precision, mixes
 from shardwise.capture.record import TENSOR, Recording, record
 from shardwise.errors import BatchError, CaptureError, ValuesNeeded
 
-__all__ = ["Structure", "capture", "capture_inference", "loss_of"]
+__all__ = ["Structure", "capture", "capture_inference", "compute_loss", "loss_of"]
 
 Loss = Callable[[Any], torch.Tensor]
 
 
 def capture(
-    model: nn.Module, batch: Mapping[str, Any], *, loss: Loss | None = None, batch_dims: Mapping[str, int | None] | None = None
+    model: nn.Module,
+    batch: Mapping[str, Any],
+    *,
+    loss: Loss | None = None,
+    batch_dims: Mapping[str, int | None] | None = None,
+    precision: Precision = "float32",
 ) -> Graph:
     """The model's forward pass as a Graph.
 
     batch: keyword arguments of `forward`; tensors may be on the meta device.
     loss: makes the scalar loss from the module's output; by default the output itself when scalar, or its `.loss`.
     batch_dims: input → its batch dim (None: the same tensor for every sample); dim 0 where not named.
+    precision: "float32" leaves the model as it is; "bf16", "fp16": a copy of it that computes in 16 bits (`in_precision`).
     Raises CaptureError, naming the module and line, and BatchError when the inputs disagree on the batch size.
     """
-    return _captured(model, batch, _LossOnly(model, loss), batch_dims, trains=True)
+    for buffers in (False, True):
+        low, inputs = in_precision(model, batch, precision, buffers=buffers)
+        graph = _captured(low, inputs, _LossOnly(low, loss, precision), batch_dims, trains=True)
+        graph.precision = precision
+        mixing = next((op for op in graph.ops if mixes(op.name, (value.dtype for value in op.inputs))), None)
+        if mixing is None or precision == "float32":
+            return graph
+    assert mixing is not None
+    kinds = " and ".join(sorted({str(v.dtype).removeprefix("torch.") for v in mixing.inputs if v.dtype.is_floating_point}))
+    raise CaptureError(
+        f"precision={precision!r}: {mixing.name} in {mixing.module or 'the model'} is given {kinds}; cast there what is float32 on purpose "
+        "(`.to(x.dtype)`), or use precision='float32'"
+    )
 
 
 def capture_inference(
@@ -152,14 +171,22 @@ def _batch_dims(tensors: Mapping[str, torch.Tensor], given: Mapping[str, int | N
 class _LossOnly(nn.Module):
     """Returns the loss alone, so that outputs which are no pytrees need not be exported."""
 
-    def __init__(self, model: nn.Module, loss: Loss | None) -> None:
+    def __init__(self, model: nn.Module, loss: Loss | None, precision: Precision) -> None:
         super().__init__()
         self.model = model
         self.train(model.training)
-        self.loss = loss
+        self.loss, self.precision = loss, precision
 
     def forward(self, **batch: Any) -> torch.Tensor:
-        return loss_of(self.model(**batch), self.loss, self.model)
+        return compute_loss(self.model, batch, self.loss, self.precision)
+
+
+def compute_loss(model: nn.Module, batch: Mapping[str, Any], loss: Loss | None, precision: Precision = "float32") -> torch.Tensor:
+    """The scalar loss of a batch; in 16 bits functional losses, and the loss itself, are float32."""
+    if precision == "float32":
+        return loss_of(model(**batch), loss, model)
+    with LossesInFloat32():
+        return loss_of(model(**batch), loss, model).float()
 
 
 @dataclass(kw_only=True)

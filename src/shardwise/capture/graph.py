@@ -17,6 +17,8 @@ from typing import Any, Literal
 
 import torch
 
+from shardwise.capture.precision import Precision
+
 __all__ = ["Check", "Graph", "Op", "Slot", "Value", "call", "operator_name"]
 
 Kind = Literal["parameter", "buffer", "input", "result"]
@@ -119,6 +121,7 @@ class Graph:
     outputs: of a graph captured for inference, what the model returns, and `loss` is the first of them; () of one to train.
     changing: buffers that are changed between runs of the graph, though not by it.
     kept: submodules that are one operator each → why they could not be captured. checks: what a batch must be like.
+    precision: that in which it was captured (`shardwise.capture.precision`).
     """
 
     parameters: dict[str, Value]
@@ -135,6 +138,12 @@ class Graph:
     checks: list[Check] = field(default_factory=list)
     outputs: tuple[Value, ...] = ()
     changing: frozenset[str] = frozenset()
+    precision: Precision = "float32"
+
+    @property
+    def master(self) -> torch.dtype | None:
+        """In which parameters that operators read in 16 bits are updated; None where they are updated as they are read."""
+        return None if self.precision == "float32" else torch.float32
 
     @property
     def global_batch(self) -> int:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from shardwise.capture.draws import Held, dropped, keyed_keep, whole
 from shardwise.capture.draws import keyed_draw as draw
+from shardwise.capture.precision import LOW
 
 __all__ = [
     "KEYED",
@@ -146,7 +147,8 @@ def weight_norm(v: Tensor, g: Tensor, dim: int) -> Tensor:
 
 
 def statistics(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and (biased) variance over all dims but 1."""
+    """Mean and (biased) variance over all dims but 1; of 16 bits in float32."""
+    x = widened(x)
     dims = [dim for dim in range(x.dim()) if dim != 1]
     mean = x.mean(dims)
     return mean, ((x - _channels(mean, x)) ** 2).mean(dims)
@@ -161,11 +163,16 @@ def moved(running_mean: Tensor, running_var: Tensor, mean: Tensor, var: Tensor, 
 
 
 def normalise(x: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
-    """(x − mean) / √(var + eps) · weight + bias, with statistics and weights for each channel (dim 1)."""
-    result = (x - _channels(mean, x)) * _channels(torch.rsqrt(var + eps), x)
+    """(x − mean) / √(var + eps) · weight + bias, with statistics and weights for each channel (dim 1), in the dtype of x."""
+    result = (widened(x) - _channels(mean, x)) * _channels(torch.rsqrt(var + eps), x)
     if weight is not None:
         result = result * _channels(weight, x)
-    return result if bias is None else result + _channels(bias, x)
+    return (result if bias is None else result + _channels(bias, x)).to(x.dtype)
+
+
+def widened(x: Tensor) -> Tensor:
+    """16 bits as float32, others as they are."""
+    return x.float() if x.dtype in LOW else x
 
 
 def _channels(vector: Tensor, like: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ __all__ = [
     "PlanOption",
     "PlannedClusterOption",
     "Precision",
+    "PrecisionOption",
     "PriceOption",
     "RandomOption",
     "RecomputeOption",
@@ -60,6 +61,10 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for program
 RandomOption = Annotated[
     Literal["keyed", "fast"] | None,
     typer.Option("--random", help="keyed: one device's random numbers; fast: torch's own on each rank. Default: keyed."),
+]
+PrecisionOption = Annotated[
+    Literal["float32", "bf16", "fp16"] | None,
+    typer.Option("--precision", help="float32: the model's own dtypes; bf16, fp16: in 16 bits, updated in float32. Default: float32."),
 ]
 PlannedClusterOption = Annotated[
     str | None,

@@ -117,6 +117,10 @@ def apply_plan(plan: Plan, graph: Graph, *, same_fingerprint: bool = True) -> Ap
 
     same_fingerprint=False: the graph is the plan's in another precision.
     """
+    if same_fingerprint and plan.precision != graph.precision:
+        raise PlanError(
+            f"the plan computes in {plan.precision}, the model was captured in {graph.precision}; capture it in the plan's precision"
+        )
     if same_fingerprint and plan.fingerprint != graph.fingerprint():
         raise PlanError(
             f"the plan was made for {plan.model} with fingerprint {plan.fingerprint} and a batch of "

@@ -41,6 +41,7 @@ def explain(
     lines = [
         f"{plan.model} on {plan.cluster}: {parameters / 1e6:.3g} M parameters, batch {plan.global_batch}, {len(graph.ops)} operators",
         f"Layout  {plan.layout}",
+        *_precision(plan),
         *_random(plan, applied),
         f"  {_mesh(plan)}",
         *_devices(plan, cluster),
@@ -67,6 +68,13 @@ def explain(
 def _wrapped(line: str) -> list[str]:
     indent = " " * (len(line) - len(line.lstrip()) + 2)
     return textwrap.wrap(line, _COLUMNS, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False) or [""]
+
+
+def _precision(plan: Plan) -> list[str]:
+    if plan.precision == "float32":
+        return []
+    scaled = "; gradients are scaled, and steps that overflow skipped" if plan.precision == "fp16" else ""
+    return [f"Precision  {plan.precision}, updated and summed in float32{scaled}"]
 
 
 def _random(plan: Plan, applied: Applied) -> list[str]:

@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from shardwise.capture.blocks import block_pattern
 from shardwise.capture.graph import Graph, Op
+from shardwise.capture.precision import Precision
 from shardwise.cluster.model import Cluster, cluster_of
 from shardwise.cluster.specs import machines
 from shardwise.errors import ClusterError, LayoutError, PlanError
@@ -92,6 +93,7 @@ class Plan(_Strict):
     fingerprint: of the captured graph that the plan is for. stages: key of each stage's first operator.
     chunks: stages of each pipeline rank. schedule: the name of one, or "table" for the user's own, whose lines `table` has.
     random: "keyed", random numbers are the same in every layout; "fast", they come from torch's generator, seeded for each part.
+    precision: that in which operators compute (`shardwise.capture.precision`).
     sequence_dims: where cp splits the sequence, batch input → its sequence dim; attention: how its ranks do that together
     (`shardwise.sharding.context`).
     shares: in which proportion the data ranks divide the samples; [] evenly.
@@ -121,6 +123,7 @@ class Plan(_Strict):
     global_batch: int
     optimizer: str
     random: Random = "keyed"
+    precision: Precision = "float32"
     zero: Literal[0, 1, 2, 3] = 0
     shard: int = 0
     recompute: Recompute = "none"

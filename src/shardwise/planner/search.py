@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, fields, replace
 import torch
 
 from shardwise.capture.graph import Graph, Op, Value, call
+from shardwise.capture.precision import LOW
 from shardwise.cluster.model import Cluster
 from shardwise.cost.collectives import collective_cost, fastest, step_of
 from shardwise.cost.compute import op_flops, op_seconds
@@ -305,8 +306,19 @@ class _Search:
         """Of a parameter on each of the ranks that share its data axes."""
         ep = self._expert_ranks(value, layout)
         ranks, zero = layout.shard or _data(layout) // ep, layout.zero or 0
-        kinds = (OPTIMIZER_STATES.get(self.optimizer, 2), 1, 1) if value.requires_grad else (0, 0, 1)
-        return value.nbytes / ep * sum(count / ranks if zero >= level else count for level, count in enumerate(kinds, start=1))
+        wide = self._master_bytes(value)
+        states = OPTIMIZER_STATES.get(self.optimizer, 2) * wide
+        kinds = [states, wide, value.nbytes] if value.requires_grad else [0, 0, value.nbytes]
+        if wide != value.nbytes and zero == _MOST_ZERO:
+            kinds[2] = wide  # operators read what is gathered
+        elif wide != value.nbytes:
+            kinds[0] += wide  # they read a copy of what is updated
+        return sum(nbytes / ranks if zero >= level else nbytes for level, nbytes in enumerate(kinds, start=1)) / ep
+
+    def _master_bytes(self, value: Value) -> int:
+        """Of a parameter as it is updated, and of its gradient."""
+        master = self.graph.master if value.requires_grad and value.dtype in LOW else None
+        return value.nbytes // value.dtype.itemsize * (master or value.dtype).itemsize
 
     def _expert_ranks(self, value: Value, layout: Layout) -> int:
         """Over how many data ranks a parameter is split because it is of experts."""
@@ -369,7 +381,7 @@ class _Search:
         slots = layout.microbatches + (layout.pp - 1) / (layout.chunks or 1)
         work = crowd * (sum(rank_s) / layout.pp * layout.microbatches) if crowd > 1 else max(rank_s) * slots
         held = (
-            value.nbytes * self._kept_share(assignment, value) / self._expert_ranks(value, layout)
+            self._master_bytes(value) * self._kept_share(assignment, value) / self._expert_ranks(value, layout)
             for value in self.graph.parameters.values()
         )
         kept = sum(held) / layout.pp
@@ -625,6 +637,7 @@ def make_plan(run: _Search, best: _Trial, trials: list[_Trial], seconds: float, 
         global_batch=run.graph.global_batch,
         optimizer=run.optimizer,
         random=run.random,
+        precision=run.graph.precision,
         zero=best.layout.zero or 0,  # type: ignore[arg-type]
         shard=best.layout.shard or 0,
         recompute=best.layout.recompute or "none",  # type: ignore[arg-type]

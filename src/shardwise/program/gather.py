@@ -41,7 +41,7 @@ class Gathering:
     @property
     def key(self) -> Hashable:
         """Equal for those that do the same."""
-        return "gather", tuple((part.local, part.dtype, part.division) for part in self.parts), self.choose
+        return "gather", tuple((part.local, part.dtype, part.wide, part.division) for part in self.parts), self.choose
 
     def __call__(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """The whole tensors of the ranks' parts; differentiable."""
@@ -53,11 +53,13 @@ class Gathering:
         return [part.division for part in self.parts if part.division is not None]
 
     def _impl(self, kind: str) -> str:
-        nbytes = sum(prod(part.local) * part.dtype.itemsize for part in self.parts)
+        gathers = kind == "all_gather"
+        nbytes = sum(prod(part.local) * (part.dtype if gathers else part.wide).itemsize for part in self.parts)
         return self.choose(kind, nbytes, self._divisions[0].ranks)
 
     def gather(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """All ranks' parts joined."""
+        """All ranks' parts joined, as operators read them."""
+        tensors = [each.to(part.dtype) for each, part in zip(tensors, self.parts, strict=True)]
         divisions, shapes, impl = self._divisions, [part.local for part in self.parts], self._impl("all_gather")
         if len(self.parts) == 1:
             return [all_gather(tensors[0], divisions[0].group, divisions[0].dim, divisions[0].lengths(shapes[0]), impl)]
@@ -66,7 +68,8 @@ class Gathering:
         return unpacked(joined, divisions, shapes)
 
     def scatter(self, gradients: Sequence[Tensor]) -> list[Tensor]:
-        """This rank's parts of the sums over the ranks."""
+        """This rank's parts of the sums over the ranks, which are taken in the masters' dtype."""
+        gradients = [each.to(part.wide) for each, part in zip(gradients, self.parts, strict=True)]
         divisions, impl = self._divisions, self._impl("reduce_scatter")
         group, rank = divisions[0].group, divisions[0].rank
         if len(self.parts) == 1:
@@ -117,7 +120,7 @@ def gatherings(parts: Iterable[ParameterPart], home: Mapping[str, str], choose: 
     for part in parts:
         small = prod(part.local) * part.dtype.itemsize < ALONE_BYTES and part.name in home
         group = part.division.group if part.division else ""
-        key: Hashable = (home[part.name], group, part.dtype, part.requires_grad) if small else part.name
+        key: Hashable = (home[part.name], group, part.dtype, part.wide, part.requires_grad) if small else part.name
         messages.setdefault(key, []).append(part)
     found = [Gathering(parts=tuple(message), choose=choose) for message in messages.values()]
     return {part.name: gathering for gathering in found for part in gathering.parts}

@@ -17,6 +17,7 @@ from torch import fx
 
 from shardwise.capture.graph import Op, Value
 from shardwise.capture.normalize import RANDOM_STATE
+from shardwise.capture.precision import LOW
 from shardwise.program.edges import at_home, edge_type
 from shardwise.program.gather import Gathering, gatherings
 from shardwise.program.implementations import choose_implementations
@@ -70,6 +71,7 @@ def parameter_part(assignment: Assignment, value: Value, coordinates: Mapping[st
         shape=value.shape,
         local=local_shape(value.shape, type_, assignment.mesh, coordinates),
         dtype=value.dtype,
+        master=assignment.graph.master if value.requires_grad and value.dtype in LOW else None,
         requires_grad=value.requires_grad,
         reduce=reduce if value.requires_grad else (),
         stages=stages,
@@ -254,7 +256,7 @@ class _Stage:
     def _part_of(self, value: Value, part: ParameterPart) -> fx.Node:
         """The rank's part of a parameter that is gathered before it is read."""
         assert part.division is not None
-        meta = self.tracer.tensor(part.division.shape(part.local), value.dtype)
+        meta = self.tracer.tensor(part.division.shape(part.local), part.wide)
         node = self.body.placeholder(_identifier(f"parameter_{value.name}"), meta, grad=value.requires_grad)
         node.meta["parameter"] = True
         self.inputs[node] = Binding("parameter", value.name)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Any, Literal
 
@@ -34,6 +34,7 @@ class ParameterPart:
     type: axis → placement; shape: of the whole, local: of the part. reduce: axes over which gradients are summed once a step.
     stages: all stages that hold it (tied weights); the gradient is summed over them, too.
     division: how the data ranks divide the part, None where each has it whole; zero: what they divide (`shardwise.sharding.division`).
+    dtype: as operators read it; master: of gradients, of what the optimizer updates, and of its states, where that is another.
     """
 
     name: str
@@ -46,6 +47,27 @@ class ParameterPart:
     stages: tuple[int, ...] = ()
     division: Division | None = None
     zero: int = 0
+    master: torch.dtype | None = None
+
+    @property
+    def wide(self) -> torch.dtype:
+        """Of gradients, of what the optimizer updates, and of its states."""
+        return self.master or self.dtype
+
+    @property
+    def stored_dtype(self) -> torch.dtype:
+        """Of what is there all the time: a part that is gathered before it is read is cast on the way."""
+        return self.wide if self.division is not None and self.zero == 3 else self.dtype
+
+    @property
+    def has_copy(self) -> bool:
+        """Whether operators read a copy of what the optimizer updates, cast."""
+        return self.requires_grad and self.stored_dtype != self.wide
+
+    @property
+    def updated_part(self) -> ParameterPart:
+        """What the optimizer updates, as a parameter of its own."""
+        return replace(self, dtype=self.wide, master=None, zero=3)
 
     def _from(self, zero: int) -> tuple[int, ...]:
         return self.local if self.division is None or self.zero < zero else self.division.shape(self.local)

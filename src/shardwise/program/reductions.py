@@ -93,7 +93,7 @@ def reductions(program: Program) -> list[Reduction]:
     for parameter in program.parameters:
         if parameter.requires_grad:
             scatter = parameter.division.group if parameter.division and parameter.zero == 1 else ""
-            keyed.setdefault((_groups_of(program, parameter), scatter, parameter.dtype), []).append(parameter)
+            keyed.setdefault((_groups_of(program, parameter), scatter, parameter.wide), []).append(parameter)
     done = _completion(program)
     ordered = sorted(keyed, key=lambda key: (len(key[0]), key[0], key[1], str(key[2])))
     return [
@@ -119,7 +119,7 @@ def regatherings(program: Program) -> list[Regathering]:
 
 def _alone(groups: tuple[str, ...], parameters: list[ParameterPart], done: dict[str, tuple[int, int]]) -> list[tuple[ParameterPart, ...]]:
     """Parts of several parameters have to be put together for a message and taken apart again; large ones are spared that."""
-    small = [each for each in parameters if prod(each.local) * each.dtype.itemsize < ALONE_BYTES]
+    small = [each for each in parameters if prod(each.local) * each.wide.itemsize < ALONE_BYTES]
     large = sorted((each for each in parameters if each not in small), key=lambda each: (done.get(each.name, (-1, -1)), each.name))
     return [*((each,) for each in large), *(_messages((*groups, "divided"), small, done) if small else [])]
 
@@ -132,7 +132,7 @@ def _messages(
         return [tuple(sorted(parameters, key=lambda each: each.name))]
     buckets: list[list[ParameterPart]] = [[]]
     for parameter in sorted(parameters, key=lambda each: (done.get(each.name, (-1, -1)), each.name)):
-        if buckets[-1] and sum(prod(each.local) * each.dtype.itemsize for each in buckets[-1]) >= BUCKET_BYTES:
+        if buckets[-1] and sum(prod(each.local) * each.wide.itemsize for each in buckets[-1]) >= BUCKET_BYTES:
             buckets.append([])
         buckets[-1].append(parameter)
     return [tuple(bucket) for bucket in buckets]

@@ -93,6 +93,11 @@ class Executor:
         self.state.update(self.changed)
         return loss
 
+    def scale_gradients(self, scale: float) -> None:
+        """From now on gradients are so many times as large."""
+        for seed in self.seeds.values():
+            seed.fill_(scale)
+
     @property
     def loss(self) -> float:
         """What this rank has added to the loss in the present or last run."""
@@ -239,6 +244,7 @@ def _backward_functions(program: Program, gradients: Gradients) -> dict[Action, 
         last = max((writers[name][-1] for name in names if name in writers), key=number.__getitem__, default=None)
         if last is not None:
             begins.setdefault(last, {})[message] = names
+    wide = {part.name for part in program.parameters if part.wide != part.dtype}
     known: dict[tuple[Any, ...], Function] = {}
     found: dict[Action, Function] = {}
     for action in program.actions:
@@ -251,7 +257,7 @@ def _backward_functions(program: Program, gradients: Gradients) -> dict[Action, 
         if key not in known:
             outputs = stage.backward_outputs if action.kind is Kind.BACKWARD else stage.weight_outputs
             begin: dict[Callable[[], None], set[str]] = {partial(gradients.start, message): names for message, names in begun.items()}
-            known[key] = accumulating(stage.graphs[action.kind], outputs, first=fresh, begin=begin)
+            known[key] = accumulating(stage.graphs[action.kind], outputs, first=fresh, wide=wide, begin=begin)
         found[action] = known[key]
     return found
 

@@ -81,6 +81,7 @@ def accumulating(
     outputs: Sequence[Binding],
     *,
     first: Container[str],
+    wide: Container[str] = (),
     begin: Mapping[Callable[[], None], set[str]] | None = None,
 ) -> Function:
     """A graph of the backward pass with each parameter's gradient put into a buffer as soon as it is known.
@@ -88,6 +89,7 @@ def accumulating(
     Inputs: the graph's, and a buffer for each parameter whose gradient it makes; outputs: its others.
     outputs: what the graph returns; behind them stand the values that it keeps.
     first: the parameters whose buffers are overwritten (nothing was put there in this step), others are added to.
+    wide: those whose buffers have a larger dtype than the gradients that are put there.
     begin: functions to call as soon as all gradients of the named parameters are in their buffers.
     """
     graph = fx.Graph()
@@ -103,14 +105,17 @@ def accumulating(
                 last = graph.placeholder(f"buffer_{''.join(c if c.isalnum() else '_' for c in binding.name)}")
             sinks[binding.name] = last, gradient
     read = Counter([*(gradient for _, gradient in sinks.values()), *(value for value in others if value is not None)])
-    placed = {name: _sink(graph, buffer, gradient, last or buffer, read, first=name in first) for name, (buffer, gradient) in sinks.items()}
+    placed = {
+        name: _sink(graph, buffer, gradient, last or buffer, read, first=name in first, wide=name in wide)
+        for name, (buffer, gradient) in sinks.items()
+    }
     graph.output(others)
     _call_when_placed(graph, placed, begin or {})
     return callable_of(graph)
 
 
 def _sink(
-    graph: fx.Graph, buffer: fx.Node, gradient: fx.Node, last_placeholder: fx.Node, read: Mapping[fx.Node, int], *, first: bool
+    graph: fx.Graph, buffer: fx.Node, gradient: fx.Node, last_placeholder: fx.Node, read: Mapping[fx.Node, int], *, first: bool, wide: bool
 ) -> fx.Node:
     """Puts a gradient into its buffer: a matrix product that nothing else reads is computed there, others are copied or added.
 
@@ -121,7 +126,7 @@ def _sink(
     while product.target is aten.t.default and len(product.users) <= 1:
         product, turned = product.args[0], not turned  # type: ignore[assignment]
     alone = read[gradient] == 1 and (product is gradient or product not in read)
-    if product.target is aten.mm.default and len(product.users) <= 1 and alone:
+    if product.target is aten.mm.default and len(product.users) <= 1 and alone and not wide:
         with graph.inserting_before(product):
             place = graph.call_function(aten.t.default, (buffer,)) if turned else buffer
             if first:

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from shardwise.capture.graph import Graph
+from shardwise.capture.precision import LOW
 from shardwise.errors import BatchError, LayoutError, PlanError
 from shardwise.planner.apply import Applied
 from shardwise.planner.plan import Plan
@@ -30,10 +31,11 @@ from shardwise.runtime.needs import Need, needs
 from shardwise.runtime.norm import GradientNorm
 from shardwise.runtime.optimizer import OptimizerFactory, absent, make_on_parts, make_optimizers, prefer_fused
 from shardwise.runtime.parameters import Parameters
+from shardwise.runtime.scale import LossScale, Scaler
 from shardwise.runtime.source import Source
 from shardwise.runtime.state import load_state, state_of_job
 from shardwise.runtime.transport import Distributed
-from shardwise.runtime.weights import Weights
+from shardwise.runtime.weights import Weights, read_parts
 from shardwise.runtime.whole import WholeParameters, is_split
 from shardwise.sharding.types import Shard
 from shardwise.sharding.types import part as part_of
@@ -59,7 +61,8 @@ class Job:
 
     batch_slice: which samples of the global batch this rank works on. program: what it performs; print it to read it.
     events: the last step's actions with their times. grad_norm: of all gradients of the last step, before they were clipped; nan where
-    neither clip_norm nor check_finite asks for it. optimizers: what `optimizer` made, with the same groups on every rank.
+    neither clip_norm nor check_finite asks for it, infinite where a step was skipped. optimizers: what `optimizer` made, with the same
+    groups on every rank.
     """
 
     def __init__(
@@ -76,6 +79,7 @@ class Job:
         clip_norm: float | None = None,
         check_finite: bool = True,
         source: Source | None = None,
+        loss_scale: LossScale | None = None,
     ) -> None:
         self.graph, self.plan, self.device, self.seed = graph, plan, device, seed
         self.steps = 0
@@ -89,17 +93,17 @@ class Job:
         transport = Distributed()
         self.named: dict[str, nn.Parameter] = {}  # every trained parameter as an optimizer of this rank has it
         self._within_memory(lambda: self._set_up(weights, optimizer, transport, choose), lambda: "setting up")
-        self.norm = self._norm(clip_norm) if clip_norm is not None or check_finite else None
+        self.scaler = _scaler(plan, loss_scale)
+        self.norm = self._norm(clip_norm) if clip_norm is not None or check_finite or self.scaler else None
         self.loss = self.grad_norm = math.nan
         self._source = source
         self._hooks: list[Callable[[Step], object]] = []
         self._answers = None if source is None else Answers(source, plan, applied, self.program, self.state, transport, device)
 
     def _set_up(self, weights: Weights, optimizer: OptimizerFactory, transport: Distributed, choose: Choose) -> None:
-        parts = [*self.program.parameters, *self.program.buffers]
-        self.state = weights.parts(parts, self.program, self.device)
+        self.state, masters = read_parts(weights, self.program, self.device)
         self.gradients = Gradients(self.program, transport, choose, self.device)
-        self.parameters = Parameters(self.program, self.state, self.gradients.parts, transport, choose)
+        self.parameters = Parameters(self.program, self.state, masters, self.gradients.parts, transport, choose)
         self.whole, self.optimizers = self._optimizers(optimizer, transport)
         self.executor = Executor(self.program, self.state, self.gradients, transport, self.device)
 
@@ -134,7 +138,10 @@ class Job:
         gathered = {name for name in split if need[name] == "parameter"}
         whole = WholeParameters(self.program, self.parameters.of, gathered, transport, self.device)
         here = {name: each for name, each in self.parameters.of.items() if name not in gathered} | whole.of
-        dtypes = {name: value.dtype for name, value in self.graph.parameters.items()}
+        dtypes = {
+            name: self.graph.master if self.graph.master and value.dtype in LOW else value.dtype
+            for name, value in self.graph.parameters.items()
+        }
         mine = [(name, here[name] if name in here else absent(shape, dtypes[name], self.device)) for name, shape in shapes.items()]
         self.named = dict(mine)
         made = make_on_parts(factory, shapes, mine) if self.plan.ranks > 1 else make_optimizers(factory, mine)
@@ -148,6 +155,16 @@ class Job:
             kinds = ", ".join(type(optimizer).__name__ for optimizer in self.optimizers)
             raise LayoutError(f"the job has {len(self.optimizers)} optimizers ({kinds}): take one of job.optimizers")
         return self.optimizers[0]
+
+    @property
+    def skipped(self) -> int:
+        """How many steps were left out because gradients had overflowed in fp16; the same number on every rank."""
+        return 0 if self.scaler is None else self.scaler.skipped
+
+    @property
+    def loss_scale(self) -> float:
+        """By which the gradients of the next step are scaled while they are computed."""
+        return 1.0 if self.scaler is None else self.scaler.scale
 
     @property
     def batch_slice(self) -> slice:
@@ -171,6 +188,8 @@ class Job:
         if self.graph.checks:
             self._check_answers(self._gathered(batch) if local else batch)
         self.steps += 1
+        if self.scaler is not None:
+            self.executor.scale_gradients(self.scaler.scale)
         loss = self._within_memory(lambda: self.executor.step(part, step_key(self.seed, self.steps), self._update), self._doing)
         if self.norm is None:
             self.loss = self._total(loss)
@@ -181,7 +200,11 @@ class Job:
 
     def _update(self) -> None:
         if self.norm is not None:
-            self.loss, self.grad_norm = self.norm.apply(self.executor.loss if self.program.counts_loss else 0.0, self.steps)
+            loss = self.executor.loss if self.program.counts_loss else 0.0
+            self.loss, norm = self.norm.apply(loss, self.steps, self.scaler)
+            self.grad_norm = math.inf if norm is None else norm
+            if norm is None:
+                return
         self.whole.collect()
         for optimizer in self.optimizers:
             optimizer.step()
@@ -208,6 +231,7 @@ class Job:
     @property
     def answers(self) -> Answers:
         """Runs the model in eval mode."""
+        self._refuse_16_bits("eval and predict")
         assert self._answers is not None, "the job was made without its model"
         return self._answers
 
@@ -232,6 +256,7 @@ class Job:
         others; "model" has the keys of the model's own state_dict(). sharded: this rank's own parts instead, not copied.
         Raises PlanError for a split parameter's optimizer state that is not split like it.
         """
+        self._refuse_16_bits("state_dict")
         return state_of_job(self, sharded=sharded)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -239,7 +264,15 @@ class Job:
 
         Raises PlanError for the state of another model, optimizer or rank.
         """
+        self._refuse_16_bits("load_state_dict")
         load_state(self, state)
+
+    def _refuse_16_bits(self, what: str) -> None:
+        if self.plan.precision != "float32":
+            raise PlanError(
+                f"{what} cannot be had from a job in {self.plan.precision}: job.parameters.of has this rank's float32 parameters, and "
+                "job.evaluate the loss in the mode that is trained; or plan with precision='float32'"
+            )
 
     def renew(self) -> None:
         """Computes again what was computed when the job was made: values that never change have been changed after all."""
@@ -294,6 +327,8 @@ def batch_part(
             raise BatchError(f"the batch lacks {name!r}; it holds {sorted(batch)}")
         dim = graph.batch_dims.get(name)
         tensor = batch[name].to(device)
+        if value.dtype in LOW and tensor.is_floating_point():
+            tensor = tensor.to(value.dtype)
         expected = list(value.shape)
         cut = _batch_slice(plan, program)
         if dim is not None and local:
@@ -312,6 +347,14 @@ def batch_part(
 def _batch_slice(plan: Plan, program: Program) -> slice:
     mine = part_of(plan.global_batch, Shard(0, shares=tuple(plan.shares)), program.mesh["dp"], program.coordinates["dp"])
     return slice(mine.start, mine.stop)
+
+
+def _scaler(plan: Plan, rule: LossScale | None) -> Scaler | None:
+    if plan.precision != "fp16":
+        if rule is not None:
+            raise LayoutError(f"loss_scale has no effect with precision={plan.precision!r}; leave it out, or plan with precision='fp16'")
+        return None
+    return Scaler(rule or LossScale())
 
 
 def _refuse_coupled(need: Mapping[str, Need]) -> None:

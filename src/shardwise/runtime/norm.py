@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from shardwise.errors import LayoutError, NotFiniteError
+from shardwise.runtime.scale import Scaler
 
 __all__ = ["GradientNorm"]
 
@@ -41,33 +42,50 @@ class GradientNorm:
         self.copies = {name: count / max(sizes[name], 1) for name, count in zip(names, held.tolist(), strict=True)}
 
     @torch.no_grad()
-    def apply(self, loss: float, step: int) -> tuple[float, float]:
-        """The sum of all ranks' losses, and the norm of the gradients, which are clipped.
+    def apply(self, loss: float, step: int, scaler: Scaler | None = None) -> tuple[float, float | None]:
+        """The sum of all ranks' losses, and the norm of the gradients, which are unscaled and clipped; None where they have overflowed in
+        fp16, which the scaler then knows.
 
-        Raises NotFiniteError on every rank, naming ranks and parameters, where one of both is infinite or not a number.
+        Raises NotFiniteError on every rank, naming ranks and parameters, where one of both is infinite or not a number otherwise.
         """
+        if scaler is not None:
+            for gradient in self.parts.values():
+                gradient.mul_(1 / scaler.scale)
         found = torch.tensor([loss, self._squared()], dtype=torch.float64, device=self.device)
         dist.all_reduce(found)
         total, squared = found.tolist()
         if not math.isfinite(total) or not math.isfinite(squared):
-            squared = self._explained(total, step)
+            where = self._where()
+            if where and math.isfinite(total) and scaler is not None and not self._last_straw(scaler):
+                return total, None
+            squared = self._explained(total, where, step)
+        if scaler is not None:
+            scaler.judge(False)
         norm = math.sqrt(squared)
         if self.most is not None and (scale := self.most / (norm + _EPSILON)) < 1:
             for gradient in self.parts.values():
                 gradient.mul_(scale)
         return total, norm
 
+    def _last_straw(self, scaler: Scaler) -> bool:
+        """Whether one more step that overflows is one too many."""
+        scaler.judge(True)
+        return scaler.exhausted
+
     def _squared(self, dtype: torch.dtype | None = None) -> float:
         """Σ ‖part‖² ÷ copies."""
         norms = {name: torch.linalg.vector_norm(gradient, dtype=dtype) for name, gradient in self.parts.items()}
         return sum(norm.item() ** 2 / self.copies[name] for name, norm in norms.items() if self.parts[name].numel())
 
-    def _explained(self, loss: float, step: int) -> float:
-        """Says where what is not finite is. The square of the norm where only that was too large for a gradient's dtype."""
+    def _where(self) -> list[str]:
+        """Which ranks have gradients that are not finite, and of what."""
         mine = sorted(name for name, gradient in self.parts.items() if not gradient.isfinite().all())
         found: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(found, mine)
-        where = [f"rank {rank}: {_listed(names)}" for rank, names in enumerate(found) if names]
+        return [f"rank {rank}: {_listed(names)}" for rank, names in enumerate(found) if names]
+
+    def _explained(self, loss: float, where: list[str], step: int) -> float:
+        """Says where what is not finite is. The square of the norm where only that was too large for a gradient's dtype."""
         if where:
             raise NotFiniteError(f"step {step}: gradients are not finite, the parameters are as before it; {'; '.join(where)}. {_WAY_OUT}")
         if not math.isfinite(loss):

@@ -23,7 +23,7 @@ from shardwise.errors import WeightsError
 from shardwise.program.program import ParameterPart, Program
 from shardwise.sharding.types import Shard, take
 
-__all__ = ["DeferredWeights", "FileWeights", "LiveWeights", "Weights", "local_part", "own_indices", "own_part"]
+__all__ = ["DeferredWeights", "FileWeights", "LiveWeights", "Weights", "local_part", "own_indices", "own_part", "read_parts"]
 
 _NAMED = 3  # of many names, those that a message shows
 
@@ -47,11 +47,11 @@ def local_part(whole: Tensor, part: ParameterPart, program: Program) -> Tensor:
 
 
 def own_part(whole: Tensor, part: ParameterPart, program: Program, device: torch.device) -> Tensor:
-    """What this rank keeps of a whole tensor, on the device, in memory that no larger tensor keeps alive."""
+    """What this rank keeps of a whole tensor, as it keeps it, on the device, in memory that no larger tensor keeps alive."""
     tensor = local_part(whole, part, program).detach()
     if part.division is not None and part.stored != part.local:
         tensor = part.division.take(tensor)
-    tensor = tensor.to(device)
+    tensor = tensor.to(device, part.stored_dtype)
     small = tensor.untyped_storage().nbytes() > tensor.numel() * tensor.element_size()
     return tensor.clone(memory_format=torch.contiguous_format) if small else tensor.contiguous()
 
@@ -67,6 +67,15 @@ def own_indices(part: ParameterPart, program: Program) -> list[Tensor]:
         dim = part.division.dim
         indices[dim] = take(indices[dim], Shard(0), part.division.ranks, part.division.rank)
     return indices
+
+
+def read_parts(weights: Weights, program: Program, device: torch.device) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """What operators read, and of what they read a copy of, what is updated."""
+    copied = [part for part in program.parameters if part.has_copy]
+    masters = weights.parts([part.updated_part for part in copied], program, device) if copied else {}
+    same = {part.name for part in copied if part.updated == part.stored}
+    state = weights.parts([part for part in (*program.parameters, *program.buffers) if part.name not in same], program, device)
+    return state | {part.name: masters[part.name].to(part.stored_dtype) for part in copied if part.name in same}, masters
 
 
 class LiveWeights:
@@ -120,7 +129,7 @@ class FileWeights:
         self._check_names(set(_names(model)), [name for name, found in self.entries.items() if not found])
         for name, found in self.entries.items():
             for entry in found:
-                _check(entry, name, values[name])
+                _check(entry, name, values[name], rounds=graph.master is not None)
 
     def _check_names(self, known: set[str], missing: list[str]) -> None:
         unknown = [name for name in self.checkpoint.entries if name not in known]
@@ -137,7 +146,7 @@ class FileWeights:
         found = self.rest.parts([part for part in parts if part.name not in self.entries], program, device)
         for part in parts:
             if part.name in self.entries:
-                found[part.name] = self._read(part.name, own_indices(part, program)).to(device)
+                found[part.name] = self._read(part.name, own_indices(part, program)).to(device, part.stored_dtype)
         return found
 
     def whole(self, names: Iterable[str]) -> dict[str, Tensor]:
@@ -171,8 +180,10 @@ def _saved(model: nn.Module) -> list[str]:
     return [name for name in _names(model) if name not in passing]
 
 
-def _check(entry: Entry, name: str, value: Value) -> None:
-    if (entry.shape, entry.dtype) != (value.shape, value.dtype):
+def _check(entry: Entry, name: str, value: Value, *, rounds: bool) -> None:
+    """rounds: whether operators read 16 bits of what a file may hold in more."""
+    same = entry.dtype == value.dtype or (rounds and entry.dtype.is_floating_point and value.dtype.is_floating_point)
+    if entry.shape != value.shape or not same:
         raise WeightsError(
             f"{entry.name} in {entry.path} is {_text(entry.dtype)} {list(entry.shape)}, {name} of the model is {_text(value.dtype)} "
             f"{list(value.shape)}; build the model with the sizes and the dtype of its weights"

@@ -48,7 +48,7 @@ class WholeParameters:
         self.owned = dict(_owners(grids))
         self.grids = grids
         mine = [grid for grid in grids if self.owned[grid.held.name] == self.rank]
-        self.of = {grid.held.name: nn.Parameter(torch.empty(grid.held.shape, dtype=grid.held.dtype, device=device)) for grid in mine}
+        self.of = {grid.held.name: nn.Parameter(torch.empty(grid.held.shape, dtype=grid.held.wide, device=device)) for grid in mine}
 
     def release(self) -> None:
         """Frees the memory of what is owned, until it is collected."""

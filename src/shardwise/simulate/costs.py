@@ -129,7 +129,7 @@ def stage_times(program: Program, cluster: Cluster, optimizer: str) -> dict[int,
     gather_s = traffic_seconds(gather_traffic(program), cluster)
     for number, parameters in _own_parameters(program).items():
         stage = program.stages[number]
-        update_s = sum(optimizer_seconds(prod(p.updated), p.dtype, optimizer, cluster) for p in parameters if p.requires_grad)
+        update_s = sum(optimizer_seconds(prod(p.updated), p.wide, optimizer, cluster) for p in parameters if p.requires_grad)
         found[number] = {kind: graph_seconds(graph, cluster) for kind, graph in stage.graphs.items()}
         for kind in (Kind.BACKWARD, Kind.WEIGHT):
             if kind in found[number]:
@@ -165,8 +165,8 @@ def sink_seconds(parameters: list[ParameterPart], cluster: Cluster) -> float:
     seconds = 0.0
     for parameter in parameters:
         if parameter.requires_grad:
-            meta = torch.empty(parameter.gradient, dtype=parameter.dtype, device="meta")
-            seconds += op_seconds(copy, (meta, meta), {}, meta, cluster)
+            made, kept = (torch.empty(parameter.gradient, dtype=each, device="meta") for each in (parameter.dtype, parameter.wide))
+            seconds += op_seconds(copy, (kept, made), {}, kept, cluster)
     return seconds
 
 
@@ -207,7 +207,9 @@ def stage_memory(program: Program, optimizer: str) -> dict[int, StageMemory]:
         trained = [p for p in parameters if p.requires_grad]
         transient, saved, kept = _passes(stage)
         use = MemoryUse(
-            parameters=sum(_bytes(p, p.stored) for p in parameters) + _copied_bytes(trained, zero=(1, 2)),
+            parameters=sum(_bytes(p, p.stored, p.stored_dtype) for p in parameters)
+            + sum(_bytes(p, p.updated) for p in trained if p.has_copy)
+            + _copied_bytes([p for p in trained if not p.has_copy], zero=(1, 2)),
             gradients=sum(_bytes(p, p.gradient) for p in trained) + _copied_bytes(trained, zero=(1,)),
             optimizer=OPTIMIZER_STATES.get(optimizer, 2) * sum(_bytes(p, p.updated) for p in trained),
             buffers=sum(_bytes(p, p.local) for p in stage.buffers) + _crossing_bytes(stage),
@@ -302,8 +304,9 @@ def _crossing_bytes(stage: StageProgram) -> int:
     return sum(tensor_bytes(node.meta.get("val")) for node in stage.prelude.output_node().all_input_nodes)
 
 
-def _bytes(part: ParameterPart, shape: Sequence[int]) -> int:
-    return prod(shape) * part.dtype.itemsize
+def _bytes(part: ParameterPart, shape: Sequence[int], dtype: torch.dtype | None = None) -> int:
+    """dtype: by default that of gradients and of what is updated."""
+    return prod(shape) * (dtype or part.wide).itemsize
 
 
 def _copied_bytes(trained: Sequence[ParameterPart], zero: tuple[int, ...]) -> int:

@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from shardwise.capture.export import capture, loss_of
+from shardwise.capture.export import capture, compute_loss
 from shardwise.capture.graph import Graph
 from shardwise.capture.normalize import RANDOM_STATE
 from shardwise.capture.opaque import InFloat64
+from shardwise.capture.precision import LOW, Precision, dtype_of, in_precision
 from shardwise.capture.state import state_of
 from shardwise.errors import VerifyError
 from shardwise.runtime.job import step_key
@@ -52,12 +53,14 @@ class Reference:
     """One device's step.
 
     graph, state, batch: what was computed; exact: in float64, or in float32 where an operator has no float64 (`widest`).
+    masters: the parameters as they are updated, where operators read 16 bits of them; else the state.
     captured: the captured graph's gradients against the model's own, in the model's precision; empty where it draws random numbers.
     """
 
     name: str
     graph: Graph
     state: dict[str, Tensor]
+    masters: dict[str, Tensor]
     batch: dict[str, Tensor]
     seed: int
     exact: Step
@@ -68,6 +71,8 @@ class Reference:
 
     def cast(self, dtype: torch.dtype) -> Graph:
         """The graph in this precision."""
+        if dtype is dtype_of(self.graph.precision):
+            return self.graph
         if dtype not in self.graphs:
             self.graphs[dtype] = cast_graph(self.graph, dtype)
         return self.graphs[dtype]
@@ -77,7 +82,10 @@ class Reference:
         if dtype is self.widest:
             return self.exact
         if dtype not in self.steps:
-            self.steps[dtype] = _step_and_after(self.cast(dtype), self.state, self.batch, dtype, self.seed)
+            own = dtype is dtype_of(self.graph.precision)
+            self.steps[dtype] = _step_and_after(
+                self.cast(dtype), self.state, self.batch, None if own else dtype, self.seed, self.masters if own else None
+            )
         return self.steps[dtype]
 
 
@@ -88,21 +96,32 @@ def prepare(
     loss: Loss | None = None,
     batch_dims: Mapping[str, int | None] | None = None,
     seed: int = 0,
+    precision: Precision = "float32",
 ) -> Reference:
-    """Captures the model and computes its step on one device.
+    """Captures the model and computes its step on one device, in the precision.
 
     Raises CaptureError, and VerifyError when the model's forward pass gives other numbers each time under one seed.
     """
-    eager = _repeatable(model, batch, loss, seed)
-    graph = capture(model, batch, loss=loss, batch_dims=batch_dims)
+    graph = capture(model, batch, loss=loss, batch_dims=batch_dims, precision=precision)
+    masters, whole = state_of(model, graph), model
+    model, batch = in_precision(model, batch, precision, buffers=any(value.dtype in LOW for value in graph.buffers.values()))
     state = state_of(model, graph)
+    eager = _repeatable(model, batch, loss, seed, precision)
     tensors = {name: value for name, value in batch.items() if isinstance(value, Tensor)}
     exact, widest = _exact(graph, state, tensors, seed)
     captured = [] if RANDOM_STATE in graph.inputs else _check_capture(eager, graph, state, tensors, exact, seed)
     if not all(each.ok for each in captured) and widest is torch.float64:
-        captured = _check_capture_in_float64(model, batch, loss, exact, seed) or captured
+        captured = _check_capture_in_float64(model, batch, loss, exact, seed, precision) or captured
     return Reference(
-        name=type(model).__name__, graph=graph, state=state, batch=tensors, seed=seed, exact=exact, widest=widest, captured=captured
+        name=type(whole).__name__,
+        graph=graph,
+        state=state,
+        masters=masters,
+        batch=tensors,
+        seed=seed,
+        exact=exact,
+        widest=widest,
+        captured=captured,
     )
 
 
@@ -134,12 +153,21 @@ def _step(graph: Graph, state: Mapping[str, Tensor], batch: Mapping[str, Tensor]
     return Step(loss=loss.item(), gradients=whole, buffers={name: results[value].detach() for name, value in graph.updates.items()})
 
 
-def _step_and_after(graph: Graph, state: Mapping[str, Tensor], batch: Mapping[str, Tensor], dtype: torch.dtype, seed: int) -> Step:
-    """The graph's step, with the loss of the next one on the same batch."""
+def _step_and_after(
+    graph: Graph,
+    state: Mapping[str, Tensor],
+    batch: Mapping[str, Tensor],
+    dtype: torch.dtype | None,
+    seed: int,
+    masters: Mapping[str, Tensor] | None = None,
+) -> Step:
+    """The graph's step, with the loss of the next one on the same batch. masters: of what parameters are copies."""
+    cast = (lambda tensor: tensor) if dtype is None else (lambda tensor: cast_tensor(tensor, dtype))
     step = _step(graph, state, batch, dtype, seed)
-    left = {name: cast_tensor(tensor, dtype) for name, tensor in state.items()} | step.buffers
-    left |= {name: adamw_step(left[name], gradient) for name, gradient in step.gradients.items()}
-    inputs = {name: cast_tensor(tensor, dtype) for name, tensor in batch.items()} | {RANDOM_STATE: torch.tensor([step_key(seed, 2), 0])}
+    left = {name: cast(tensor) for name, tensor in state.items()} | step.buffers
+    start = left if masters is None else masters
+    left |= {n: adamw_step(start[n], gradient.to(start[n].dtype)).to(left[n].dtype) for n, gradient in step.gradients.items()}
+    inputs = {name: cast(tensor) for name, tensor in batch.items()} | {RANDOM_STATE: torch.tensor([step_key(seed, 2), 0])}
     with torch.no_grad():
         return replace(step, loss_after=graph.run(left, inputs)[graph.loss].item())
 
@@ -155,13 +183,13 @@ def adamw_step(start: Tensor, gradient: Tensor) -> Tensor:
 # -- the model itself ------------------------------------------------------------------------------------------------------------------
 
 
-def _eager(model: nn.Module, batch: Mapping[str, Any], loss: Loss | None, seed: int) -> Step:
+def _eager(model: nn.Module, batch: Mapping[str, Any], loss: Loss | None, seed: int, precision: Precision) -> Step:
     """The model's own step. Its buffers and torch's generators are left as they were."""
     kept = {name: tensor.clone() for name, tensor in model.named_buffers()}
     parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     with torch.random.fork_rng(), torch.enable_grad():
         torch.manual_seed(seed)
-        value = loss_of(model(**batch), loss, model)
+        value = compute_loss(model, batch, loss, precision)
         gradients = (
             torch.autograd.grad(value, list(parameters.values()), allow_unused=True) if value.requires_grad else [None] * len(parameters)
         )
@@ -172,9 +200,9 @@ def _eager(model: nn.Module, batch: Mapping[str, Any], loss: Loss | None, seed: 
     return Step(loss=value.item(), gradients={name: g for name, g in zip(parameters, gradients, strict=True) if g is not None})
 
 
-def _repeatable(model: nn.Module, batch: Mapping[str, Any], loss: Loss | None, seed: int) -> Step:
+def _repeatable(model: nn.Module, batch: Mapping[str, Any], loss: Loss | None, seed: int, precision: Precision) -> Step:
     """The model's own step. Raises VerifyError when a second one under the same seed differs."""
-    first, second = (_watched(model, lambda: _eager(model, batch, loss, seed)) for _ in range(2))
+    first, second = (_watched(model, lambda: _eager(model, batch, loss, seed, precision)) for _ in range(2))
     step, again = first[0], second[0]
     floor = 1e-3 * gradient_norm(step.gradients)
     same_loss = abs(step.loss - again.loss) <= FLOAT32_BOUND * abs(step.loss) or step.loss != step.loss
@@ -217,14 +245,14 @@ def _check_capture(
 
 
 def _check_capture_in_float64(
-    model: nn.Module, batch: Mapping[str, Any], loss: Loss | None, exact: Step, seed: int
+    model: nn.Module, batch: Mapping[str, Any], loss: Loss | None, exact: Step, seed: int, precision: Precision
 ) -> list[Difference] | None:
     """The graph against the model, both in float64, for gradients that are all rounding in float32; None where the model cannot run so."""
     try:
         double = copy.deepcopy(model).double()
         inputs = {name: cast_tensor(value, torch.float64) if isinstance(value, Tensor) else value for name, value in batch.items()}
         with InFloat64():
-            eager = _eager(double, inputs, loss, seed)
+            eager = _eager(double, inputs, loss, seed, "float32")
     except (RuntimeError, TypeError, ValueError):
         return None
     return _compared(exact, eager, FLOAT64_BOUND, FLOAT64_BOUND, "captured graph, in float64: ")

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from shardwise.capture.graph import Graph
+from shardwise.capture.precision import dtype_of
 from shardwise.planner.apply import apply_plan
 from shardwise.planner.plan import Plan
 from shardwise.program.program import ParameterPart, Program
@@ -20,6 +21,7 @@ from shardwise.runtime.job import Job, batch_part, step_key
 from shardwise.runtime.launch import launch
 from shardwise.runtime.optimizer import prefer_fused
 from shardwise.runtime.parameters import Parameters
+from shardwise.runtime.scale import LossScale
 from shardwise.runtime.transport import Transport
 from shardwise.runtime.weights import LiveWeights, local_part, own_part
 from shardwise.verify.cast import cast_tensor
@@ -73,12 +75,13 @@ class Work:
         seed: int,
         reference: Mapping[str, Tensor],
     ) -> Work:
-        """With state and batch cast to `dtype`."""
+        """With state and batch cast to `dtype`, but where that is what the graph computes in: they are as a job would get them."""
+        as_they_are = dtype is dtype_of(graph.precision)
         return Work(
             graph=graph,
             plan=plan,
-            state={name: cast_tensor(tensor, dtype) for name, tensor in state.items()},
-            batch={name: cast_tensor(tensor, dtype) for name, tensor in batch.items()},
+            state={name: tensor if as_they_are else cast_tensor(tensor, dtype) for name, tensor in state.items()},
+            batch={name: tensor if as_they_are else cast_tensor(tensor, dtype) for name, tensor in batch.items()},
             seed=seed,
             reference=dict(reference),
         )
@@ -92,10 +95,12 @@ def on_processes(work: Work) -> list[Part]:
 def _process(work: Work) -> Part:
     applied = apply_plan(work.plan, work.graph, same_fingerprint=False)
     state, optimizer = {name: tensor.clone() for name, tensor in work.state.items()}, _Optimizer(work=work)
-    job = Job(work.graph, work.plan, applied, LiveWeights(state), optimizer, device=_CPU, seed=work.seed, timeout_s=_WAIT_S)
+    scale = LossScale(initial=1.0) if work.plan.precision == "fp16" else None  # as one device's step, to which it is compared
+    weights = LiveWeights(state)
+    job = Job(work.graph, work.plan, applied, weights, optimizer, device=_CPU, seed=work.seed, timeout_s=_WAIT_S, loss_scale=scale)
     optimizer.program = job.program
     loss = job.step(work.batch)
-    found = _part(job.program, work, loss, job.state, job.gradient())
+    found = _part(job.program, work, loss, job.state, job.parameters, job.gradient())
     return replace(found, loss_after=job.step(work.batch))
 
 
@@ -116,7 +121,10 @@ def _thread(program: Program, work: Work, transport: Transport) -> tuple[Losses,
     parts = [*program.parameters, *program.buffers]
     state = {part.name: own_part(work.state[part.name], part, program, _CPU).clone() for part in parts}
     gradients = Gradients(program, transport, work.plan.chooser(), _CPU)
-    parameters = Parameters(program, state, gradients.parts, transport, work.plan.chooser())
+    masters = {
+        part.name: own_part(work.state[part.name], part.updated_part, program, _CPU).clone() for part in program.parameters if part.has_copy
+    }
+    parameters = Parameters(program, state, masters, gradients.parts, transport, work.plan.chooser())
     optimizer = _Optimizer(work=work, program=program)
 
     def update() -> None:
@@ -127,12 +135,14 @@ def _thread(program: Program, work: Work, transport: Transport) -> tuple[Losses,
     executor = Executor(program, state, gradients, transport, _CPU)
     batch = batch_part(work.graph, work.plan, program, work.batch, _CPU)
     loss = executor.step(batch, step_key(work.seed, 1), update)
-    found = _part(program, work, loss, state, gradients.parts)
+    found = _part(program, work, loss, state, parameters, gradients.parts)
     after = executor.step(batch, step_key(work.seed, 2), lambda: None)
     return (loss, after) if program.counts_loss else (0.0, 0.0), lambda totals: replace(found, loss=totals[0], loss_after=totals[1])
 
 
-def _part(program: Program, work: Work, loss: float, state: Mapping[str, Tensor], gradients: Mapping[str, Tensor]) -> Part:
+def _part(
+    program: Program, work: Work, loss: float, state: Mapping[str, Tensor], parameters: Parameters, gradients: Mapping[str, Tensor]
+) -> Part:
     return Part(
         loss=loss,
         loss_after=math.nan,
@@ -146,7 +156,9 @@ def _part(program: Program, work: Work, loss: float, state: Mapping[str, Tensor]
             for binding in stage.forward_outputs
             if binding.kind == "buffer"
         },
-        update_error=max((_update_error(part, program, work, state) for part in program.parameters if part.requires_grad), default=0.0),
+        update_error=max(
+            (_update_error(part, program, work, state, parameters) for part in program.parameters if part.requires_grad), default=0.0
+        ),
     )
 
 
@@ -170,10 +182,14 @@ class _Optimizer:
             if part.name in trained:
                 mine = local_part(self.work.reference[part.name], part, self.program)
                 mine = part.division.take(mine) if part.division else mine
-                trained[part.name].grad = mine.clone(memory_format=torch.contiguous_format)
+                trained[part.name].grad = mine.to(part.wide).clone(memory_format=torch.contiguous_format)
 
 
-def _update_error(part: ParameterPart, program: Program, work: Work, state: Mapping[str, Tensor]) -> float:
-    """What this rank holds of a parameter after the step, against AdamW on the whole."""
-    whole = adamw_step(work.state[part.name], work.reference[part.name])
-    return relative_error(state[part.name], own_part(whole, part, program, _CPU), 1e-30)
+def _update_error(part: ParameterPart, program: Program, work: Work, state: Mapping[str, Tensor], parameters: Parameters) -> float:
+    """What this rank holds of a parameter after the step, against AdamW on the whole; a copy that operators read need only be one."""
+    whole = adamw_step(work.state[part.name], work.reference[part.name].to(work.state[part.name].dtype))
+    held = relative_error(state[part.name], own_part(whole, part, program, _CPU), 1e-30)
+    if not part.has_copy:
+        return held
+    updated = relative_error(parameters.of[part.name].detach(), own_part(whole, part.updated_part, program, _CPU), 1e-30)
+    return updated if held <= torch.finfo(part.dtype).eps else held

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from shardwise.capture.graph import Graph
 from shardwise.capture.normalize import RANDOM_STATE
+from shardwise.capture.precision import LOW, Precision, checked_precision, dtype_of
 from shardwise.cluster.model import Cluster
 from shardwise.errors import PlanError, VerifyError
 from shardwise.planner.apply import apply_plan
@@ -107,17 +108,25 @@ def verify(
     sequence_dims: Mapping[str, int | None] | None = None,
     seed: int = 0,
     processes: bool = True,
+    precision: Precision | None = None,
 ) -> Report | Infeasible:
     """Runs one step split over local ranks and one step whole, and compares.
 
     dtype: float64 is the proof (bound 1e-10); float32 is held to max(1e-5, 4 × one device's own float32 error), as is a model with an
-    operator that has no float64. plan: verify this one; else one is made for `layout` on `cluster`, as by `plan` (sequence_dims, too).
+    operator that has no float64; torch.bfloat16 or torch.float16, where the plan computes in that, to twice its epsilon or 4 × one device's
+    own error in it. precision: as of `plan`; a given plan has its own. plan: verify this one; else one is made for `layout`
+    on `cluster`, as by `plan` (sequence_dims, too).
     processes: every rank is a process that talks over torch.distributed; False: a thread of this process, which starts faster.
     Raises what capture and planning raise, VerifyError for a model that is not deterministic or a plan with random="fast", and RankFailed.
     """
     if plan is not None and sequence_dims is not None:
         raise PlanError("the plan says already what cp splits: leave sequence_dims out")
-    reference = prepare(model, batch, loss=loss, batch_dims=batch_dims, seed=seed)
+    if plan is not None and precision not in (None, plan.precision):
+        raise PlanError(f"the plan computes in {plan.precision}: leave precision={precision!r} out")
+    chosen = plan.precision if plan is not None else checked_precision(precision or "float32")
+    if dtype in LOW and dtype is not dtype_of(chosen):
+        raise PlanError(f"dtype={dtype} compares steps in it, but the plan computes in {chosen}; pass precision, or another dtype")
+    reference = prepare(model, batch, loss=loss, batch_dims=batch_dims, seed=seed, precision=chosen)
     if plan is None:
         pinned = Layout.parse(layout)
         found = search(reference.graph, Cluster.parse(cluster), pinned, "adamw", reference.name, sequence_dims=sequence_dims)
@@ -158,7 +167,8 @@ def check_lowered(reference: Reference, plan: Plan, built: Lowered, *, processes
     """As `check_plan`."""
     dtype = built.dtype
     whole = reference.step(dtype)
-    work = Work.of(built.graph, plan, reference.state, reference.batch, dtype, reference.seed, whole.gradients)
+    state = reference.masters if dtype in LOW else reference.state
+    work = Work.of(built.graph, plan, state, reference.batch, dtype, reference.seed, whole.gradients)
     parts = on_processes(work) if processes else on_threads(work, built.programs)
     return Report(
         layout=plan.layout,
@@ -177,7 +187,9 @@ def _compare(split: list[Part], exact: Step, reference: Step, dtype: torch.dtype
     own_loss, own_after = loss_error(reference.loss, exact.loss), loss_error(reference.loss_after, exact.loss_after)
 
     def bound(error: float) -> float:
-        return FLOAT64_BOUND if dtype is torch.float64 else max(FLOAT32_BOUND, TIMES_REFERENCE * error)
+        if dtype is torch.float64:
+            return FLOAT64_BOUND
+        return max(2 * torch.finfo(dtype).eps if dtype in LOW else FLOAT32_BOUND, TIMES_REFERENCE * error)
 
     found = [Difference(name="loss", error=loss_error(split[0].loss, exact.loss), bound=bound(own_loss))]
     found += [Difference(name=f"loss on rank {rank}", error=abs(part.loss - split[0].loss), bound=0.0) for rank, part in enumerate(split)]
@@ -196,7 +208,8 @@ def _compare(split: list[Part], exact: Step, reference: Step, dtype: torch.dtype
             if name in part.buffers:
                 error = relative_error(part.buffers[name], buffer, least if buffer.is_floating_point() else 1e-30)
                 found.append(Difference(name=f"buffer {name}", error=error, bound=bound(1e-6)))
-    found.append(Difference(name="the optimizer's step", error=max(part.update_error for part in split), bound=bound(0.0)))
+    updated = FLOAT64_BOUND if dtype is torch.float64 else FLOAT32_BOUND
+    found.append(Difference(name="the optimizer's step", error=max(part.update_error for part in split), bound=updated))
     found.append(Difference(name="loss after the step", error=loss_error(split[0].loss_after, exact.loss_after), bound=bound(own_after)))
     return found
 

@@ -128,8 +128,9 @@ def _batch_norm(call: Call, tensors: Sequence[Tensor]) -> Any:
     dims = [dim for dim in range(x.dim()) if dim != 1]
     whole = call.op.inputs[0].shape
     count = call.op.inputs[0].numel // whole[1]
-    mean = _sum_over(x.sum(dims), groups) / count
-    var = _sum_over(((x - mean.reshape([1, -1] + [1] * (x.dim() - 2))) ** 2).sum(dims), groups) / count
+    wide = operators.widened(x)
+    mean = _sum_over(wide.sum(dims), groups) / count
+    var = _sum_over(((wide - mean.reshape([1, -1] + [1] * (x.dim() - 2))) ** 2).sum(dims), groups) / count
     result = operators.normalise(x, mean, var, weight, bias, rest[-1])
     if call.op.target is operators.batch_norm_alone:
         return result

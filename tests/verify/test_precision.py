@@ -1,0 +1,176 @@
+"""16 bits: the captured model is the one that computes so, and split it is equal in float64 and as near as one device in 16 bits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from tests.clusters import made_up
+from tests.models import Example, bert, gpt2, llama, mlp, unet
+from torch import Tensor, nn
+
+import shardwise as sw
+from shardwise.capture.export import capture, compute_loss
+from shardwise.capture.precision import Precision, in_precision
+from shardwise.errors import CaptureError, LayoutError, PlanError
+from shardwise.planner.layout import Layout
+from shardwise.planner.preflight import preflight
+from shardwise.simulate.costs import memory_use
+from shardwise.verify.verify import Report
+
+MODELS: dict[str, Callable[[], Example]] = {
+    "gpt2": lambda: gpt2(layers=2, samples=4),
+    "llama": lambda: llama(layers=2),
+    "bert": lambda: bert(layers=1),
+    "mlp": mlp,
+    "unet": unet,
+}
+CASES = [
+    ("gpt2", "tp=2", "bf16"),
+    ("gpt2", "dp=2,zero=2,microbatches=2", "bf16"),
+    ("gpt2", "pp=2,microbatches=2,recompute=full", "bf16"),
+    ("gpt2", "dp=2,tp=2,zero=3", "fp16"),
+    ("llama", "dp=2,zero=3,recompute=selective", "bf16"),
+    ("llama", "tp=2,pp=2,microbatches=2", "bf16"),
+    ("llama", "tp=4", "fp16"),
+    ("bert", "dp=2,tp=2,zero=1", "bf16"),
+    ("mlp", "dp=4,zero=3,shard=2", "bf16"),
+    ("mlp", "tp=3", "fp16"),
+    ("unet", "dp=2,zero=3", "bf16"),
+    ("unet", "pp=2", "fp16"),
+]
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def verified(name: str, layout: str, **more: Any) -> Report:
+    report = sw.verify(*MODELS[name](), cluster=made_up(Layout.parse(layout).ranks), layout=layout, processes=False, **more)
+    assert isinstance(report, Report)
+    return report
+
+
+@pytest.mark.parametrize(("name", "layout", "precision"), CASES)
+def test_split_steps_are_those_of_one_device(name: str, layout: str, precision: Precision) -> None:
+    for dtype in (torch.float64, DTYPES[precision]):
+        report = verified(name, layout, precision=precision, dtype=dtype)
+        assert report.ok, f"{report.first_difference}\n{report}"
+        assert report.plan.precision == precision
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_operators_compute_in_16_bits_and_the_loss_in_32(name: str, precision: Precision) -> None:
+    graph = capture(*MODELS[name](), precision=precision)
+    counts = dict.fromkeys((True, False), 0)
+    for op in graph.ops:
+        if op.requires_grad and op.outputs[0].dtype.is_floating_point:
+            counts[op.outputs[0].dtype is DTYPES[precision]] += 1
+    assert counts[True] > counts[False]
+    assert graph.loss.dtype is torch.float32
+    assert graph.precision == precision and graph.master is torch.float32
+
+
+def test_what_is_summed_over_steps_stays_in_float32() -> None:
+    """BatchNorm's statistics."""
+    graph = capture(*unet(), precision="bf16")
+    running = {name: value.dtype for name, value in graph.buffers.items() if "running" in name}
+    assert running and set(running.values()) == {torch.float32}
+
+
+class Positions(nn.Module):
+    """`strict`: adds a table to the input of a linear layer, which takes one dtype only."""
+
+    def __init__(self, strict: bool) -> None:
+        super().__init__()
+        self.strict, self.linear = strict, nn.Linear(8, 8)
+        self.register_buffer("table", torch.linspace(0, 1, 8))
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        hidden = x + self.table if self.strict else x + self.table.to(x.dtype)
+        return nn.functional.mse_loss(self.linear(hidden), y)
+
+
+@pytest.mark.parametrize(("strict", "dtype"), [(False, torch.float32), (True, torch.bfloat16)])
+def test_buffers_are_cast_only_where_the_model_needs_it(strict: bool, dtype: torch.dtype) -> None:
+    batch = {"x": torch.randn(4, 8), "y": torch.randn(4, 8)}
+    assert capture(Positions(strict), batch, precision="bf16").buffers["table"].dtype is dtype
+
+
+def test_the_users_model_is_left_as_it_is() -> None:
+    model, batch = mlp()
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    low, inputs = in_precision(model, batch, "bf16")
+    compute_loss(low, inputs, None, "bf16").backward()
+    assert {parameter.dtype for parameter in low.parameters()} == {torch.bfloat16}
+    assert all(torch.equal(parameter, before[name]) and parameter.grad is None for name, parameter in model.named_parameters())
+
+
+def test_tied_parameters_stay_tied() -> None:
+    low, _ = in_precision(*gpt2(), "bf16")
+    assert low.lm_head.weight is low.transformer.wte.weight  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(
+    ("layout", "bytes_each"),
+    [
+        ("dp=2", (2 + 4, 4, 8)),
+        ("dp=2,zero=1", (2 + 2, 4, 4)),
+        ("dp=2,zero=2", (2 + 2, 2, 4)),
+        ("dp=2,zero=3", (2, 2, 4)),
+        ("tp=2", (6 / 2, 4 / 2, 8 / 2)),
+    ],
+)
+def test_memory_counts_copies_masters_gradients_and_states(layout: str, bytes_each: tuple[float, float, float]) -> None:
+    model, batch = mlp(hidden=128)
+    plan = sw.plan(model, batch, made_up(2), layout=layout, precision="bf16")
+    assert isinstance(plan, sw.Plan)
+    use = memory_use(preflight(plan, capture(model, batch, precision="bf16"))[0], "adamw")
+    count = sum(parameter.numel() for parameter in model.parameters())
+    found = use.parameters / count, use.gradients / count, use.optimizer / count
+    assert found == pytest.approx(bytes_each, rel=0.02)
+    assert plan.predicted.by_kind[0]["parameters"] == use.parameters
+
+
+def test_activations_take_half_the_memory() -> None:
+    model, batch = gpt2(layers=2, hidden=128, samples=16, sequence=64)
+    saved = {}
+    for precision in ("float32", "bf16"):
+        plan = sw.plan(model, batch, made_up(2), layout="dp=2,microbatches=1", precision=precision)  # type: ignore[arg-type]
+        assert isinstance(plan, sw.Plan)
+        saved[precision] = plan.predicted.by_kind[0]["saved"]
+    assert 0.4 < saved["bf16"] / saved["float32"] < 0.7, saved
+
+
+def test_a_plan_keeps_its_precision_and_is_refused_in_another(tmp_path: Any) -> None:
+    model, batch = mlp()
+    plan = sw.plan(model, batch, made_up(2), layout="dp=2", precision="bf16")
+    assert isinstance(plan, sw.Plan)
+    plan.save(tmp_path / "plan.json")
+    assert sw.Plan.load(tmp_path / "plan.json").precision == "bf16"
+    with pytest.raises(PlanError, match="the plan computes in bf16, the model was captured in float32"):
+        preflight(plan, capture(model, batch))
+    with pytest.raises(PlanError, match=r"dtype=torch.float16 compares steps in it, but the plan computes in bf16"):
+        sw.verify(model, batch, plan=plan, dtype=torch.float16)
+    with pytest.raises(PlanError, match="the plan computes in bf16: leave precision='fp16' out"):
+        sw.verify(model, batch, plan=plan, precision="fp16")
+
+
+def test_an_unknown_precision_is_refused() -> None:
+    with pytest.raises(LayoutError, match="precision='fp8' is not known; choose float32, bf16, fp16"):
+        sw.plan(*mlp(), made_up(2), precision="fp8")  # type: ignore[arg-type]
+
+
+class Mixed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return nn.functional.mse_loss(self.linear(x + torch.ones(8)), y)
+
+
+def test_a_mixture_that_no_cast_of_buffers_helps_is_refused_with_the_place() -> None:
+    batch = {"x": torch.randn(4, 8), "y": torch.randn(4, 8)}
+    with pytest.raises(CaptureError, match=r"precision='bf16': aten.linear.default in linear is given bfloat16 and float32; cast there"):
+        capture(Mixed(), batch, precision="bf16")
