@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import os
 import sys
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -38,20 +37,27 @@ def tokenizer() -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=learnt._tokenizer)
 
 
+class Tensors:
+    """Rows of a dataset as tensors; `dataset.with_format("torch")` does the same."""
+
+    def __init__(self, rows: Any) -> None:
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        return {name: torch.tensor(values) for name, values in self.rows[index].items()}
+
+
 def datasets_of_text() -> tuple[Any, Any]:
     """Samples of input_ids and labels, to train on and to evaluate on."""
     from datasets import Dataset
 
-    encode = tokenizer()
-
-    def sequences(lines: dict[str, list[str]]) -> dict[str, list[list[int]]]:
-        tokens = list(chain(*encode(lines["text"])["input_ids"]))
-        cut = [tokens[start : start + SEQUENCE] for start in range(0, len(tokens) - SEQUENCE + 1, SEQUENCE)]
-        return {"input_ids": cut, "labels": cut}
-
-    lines = Dataset.from_dict({"text": TEXT.read_text().splitlines(keepends=True)})
-    found = lines.map(sequences, batched=True, remove_columns=["text"]).with_format("torch").train_test_split(0.1, seed=0)
-    return found["train"], found["test"]
+    tokens = tokenizer()(TEXT.read_text())["input_ids"]
+    cut = [tokens[start : start + SEQUENCE] for start in range(0, len(tokens) - SEQUENCE + 1, SEQUENCE)]
+    kept = len(cut) // 10
+    return tuple(Tensors(Dataset.from_dict({"input_ids": each, "labels": each})) for each in (cut[kept:], cut[:kept]))
 
 
 def model_and_batch() -> tuple[torch.nn.Module, dict[str, torch.Tensor]]:

@@ -81,3 +81,12 @@ def test_a_wrong_file_is_named_with_the_line(tmp_path: Path, requested: list[Tra
 def test_a_missing_file_is_named(requested: list[TrainRequest]) -> None:
     result = CliRunner().invoke(app, ["train", "--config", "nowhere.toml"])
     assert result.exit_code == 2 and "there is no configuration file nowhere.toml" in result.stderr
+
+
+def test_the_example_file_is_read(requested: list[TrainRequest]) -> None:
+    example = Path(__file__).parents[2] / "examples" / "run.toml"
+    result = CliRunner().invoke(app, ["train", "--config", str(example), "--steps", "20"])
+    assert result.exit_code == 0, result.output
+    (request,) = requested
+    assert (request.steps, request.evaluate_every, request.layout, request.model) == (20, 20, "tp=2", "hf:examples/llama.json")
+    assert (example.parent / "llama.json").is_file()
