@@ -6,8 +6,9 @@ Writes the weights of a Llama of about 10⁹ parameters (float32) to safetensors
 its part (--drawn: draws it instead, as one device would have drawn it), and trains two steps with SGD. No process builds the model, the one
 that starts the ranks included, so nothing is hidden in memory that ranks share.
 
-share: bytes of the rank's own parameters. start-up: the peak until `parallelize` returned, above what a rank with all code loaded holds;
-anonymous: that process's own memory when it was started, for it to be seen that no weights are there. steady: the peak in the steps after.
+share: bytes of the rank's own parameters and of the buffers of their gradients. start-up: the peak until `parallelize` returned, above
+what a rank with all code loaded holds; anonymous: that process's own memory when it was started, for it to be seen that no weights are
+there. steady: the peak in the steps after.
 Exit codes: 0; with --check also 1 where a rank's start-up takes more than its share + 10 %, or more than its steady peak.
 """
 
@@ -177,7 +178,7 @@ def _rank(build: partial[nn.Module], plan: sw.Plan, weights: Path | None, steps:
         weights=weights,
     )
     start_up, seconds = memory.peak_bytes(), time.perf_counter() - began
-    share = sum(prod(part.stored) * part.dtype.itemsize for part in job.program.parameters)
+    share = sum((prod(part.stored) + prod(part.gradient)) * part.dtype.itemsize for part in job.program.parameters)
     for _ in range(steps):
         job.step(batch())
     return Measured(

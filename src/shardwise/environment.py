@@ -6,7 +6,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["RankEnvironment", "cache_directory", "rank_environment"]
+__all__ = ["RankEnvironment", "cache_directory", "rank_environment", "use_interface"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +31,11 @@ def rank_environment() -> RankEnvironment | None:
         master_address=os.environ.get("MASTER_ADDR", "localhost"),
         master_port=int(os.environ.get("MASTER_PORT", "0")),
     )
+
+
+def use_interface(name: str) -> None:
+    """Has gloo connect ranks over this network interface, unless $GLOO_SOCKET_IFNAME names another."""
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
 
 
 def cache_directory() -> Path:

@@ -10,7 +10,12 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.skipif(sys.platform != "linux", reason="limits of memory are Linux's")]
+pytestmark = [
+    pytest.mark.distributed,
+    pytest.mark.slow,
+    pytest.mark.timeout(300),
+    pytest.mark.skipif(sys.platform != "linux", reason="limits of memory are Linux's"),
+]
 
 SCRIPT = """
 import resource, sys
@@ -65,7 +70,7 @@ def run(tmp_path: Path, ranks: int, layout: str) -> tuple[int, str, str]:
         text=True,
         cwd=root,
         env={**os.environ, "PYTHONPATH": f"{root / 'src'}:{root}"},
-        timeout=110,
+        timeout=280,
         check=False,
     )
     return done.returncode, done.stdout, done.stderr

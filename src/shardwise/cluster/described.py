@@ -17,6 +17,17 @@
     latency_s = 8e-6
     bytes_per_s = 230e9
 
+Ranks on several nodes are counted node by node; `[link]` is then that inside a node:
+
+    nodes = 2                            # of equally many ranks
+
+    [network]                            # between nodes
+    latency_s = 50e-6
+    bytes_per_s = 3e9                    # of a node, in each direction, all its ranks together
+
+Nodes like this machine need no more than `like = "local:4"` instead of memory_gb, backend, cores, [rates] and [link]: each rank is as one
+of four on this machine, which are measured.
+
 All figures are *achieved* ones. Collectives are costed by the ring's formulas over the link (Thakur, Rabenseifner, Gropp:
 "Optimization of Collective Communication Operations in MPICH", 2005), for every group size.
 """
@@ -67,14 +78,32 @@ class DescribedMachine(_Described):
 
     name: str = ""
     ranks: Annotated[int, Field(ge=1)]
-    memory_gb: Positive
+    nodes: Annotated[int, Field(ge=1)] = 1
+    like: Annotated[str, Field(pattern=r"^local:\d+$")] | None = None
+    memory_gb: Positive | None = None
     backend: Annotated[str, Field(pattern="^(nccl|gloo)$")] = "nccl"
     cores: Annotated[int, Field(ge=1)] | None = None
-    rates: DescribedRates
-    link: DescribedLink
+    rates: DescribedRates | None = None
+    link: DescribedLink | None = None
+    network: DescribedLink | None = None
+
+    @model_validator(mode="after")
+    def _described_once(self) -> DescribedMachine:
+        own = ("memory_gb", "rates", "link")
+        if self.like is None and (lacks := [name for name in own if getattr(self, name) is None]):
+            raise ValueError(f'key {lacks[0]!r} is missing; the file says memory_gb, [rates] and [link], or like = "local:N"')
+        if self.like is not None and (extra := [name for name in (*own, "cores", "backend") if name in self.model_fields_set]):
+            raise ValueError(f"like = {self.like!r} and {extra[0]!r} say the same; leave one out")
+        if self.ranks % self.nodes:
+            raise ValueError(f"nodes = {self.nodes} do not divide ranks = {self.ranks}; nodes have equally many ranks")
+        if (self.nodes > 1) != (self.network is not None):
+            raise ValueError(f"nodes = {self.nodes} {'want' if self.nodes > 1 else 'need no'} [network], what joins them")
+        return self
 
     @model_validator(mode="after")
     def _speed_of_each(self) -> DescribedMachine:
+        if self.rates is None:
+            return self
         if self.rates.speeds and len(self.rates.speeds) != self.ranks:
             raise ValueError(f"rates.speeds has {len(self.rates.speeds)} numbers for ranks = {self.ranks}; give one for each rank")
         if len(set(self.rates.speeds)) > 1 and self.cores is not None:
@@ -83,12 +112,14 @@ class DescribedMachine(_Described):
 
     @property
     def memory_bytes(self) -> int:
-        """Memory of one rank."""
+        """Memory of one rank, where the file says it."""
+        assert self.memory_gb is not None, "ranks like measured ones have their memory"
         return int(self.memory_gb * _BYTES_PER_GB)
 
     def described_rates(self, speed: float = 1.0) -> Rates:
         """The figures as a probe would have put them, of a rank that is so many times as fast."""
         own = self.rates
+        assert own is not None and self.link is not None, "ranks like measured ones have their rates"
         by_dtype = own.matmul_flops if isinstance(own.matmul_flops, dict) else {"float32": own.matmul_flops}
         faster = {
             "matmul_flops": {dtype: flops * speed for dtype, flops in by_dtype.items()},
@@ -124,7 +155,12 @@ def _said(problem: Any) -> str:
 
 
 def _known(place: tuple[str | int, ...]) -> str:
-    tables: dict[tuple[str | int, ...], type[BaseModel]] = {(): DescribedMachine, ("rates",): DescribedRates, ("link",): DescribedLink}
+    tables: dict[tuple[str | int, ...], type[BaseModel]] = {
+        (): DescribedMachine,
+        ("rates",): DescribedRates,
+        ("link",): DescribedLink,
+        ("network",): DescribedLink,
+    }
     return ", ".join(tables[place].model_fields)
 
 

@@ -8,9 +8,10 @@ from dataclasses import dataclass, replace
 from itertools import accumulate
 from pathlib import Path
 
-from shardwise.cluster.described import read_machine
+from shardwise.cluster.described import DescribedMachine, read_machine
 from shardwise.cluster.machine import available_cores, available_memory_bytes
 from shardwise.cluster.machine_files import is_machine_file
+from shardwise.cluster.network import Network
 from shardwise.cluster.rates import Rates
 from shardwise.cluster.roofline import device_rates
 from shardwise.cluster.specs import machines
@@ -43,6 +44,7 @@ class Cluster:
     memory_bytes, rates: of each rank, of the smallest and of the slowest where they are not alike. machines: what they are and what joins
     them, where they are of the catalog.
     unlike: where the ranks are not all alike, in their order (how many, what each of them computes on); () where they are.
+    network: what joins nodes, where the ranks are on several and not of the catalog.
     """
 
     name: str
@@ -53,6 +55,7 @@ class Cluster:
     rates: Rates
     machines: Machines | None = None
     unlike: tuple[tuple[int, Device], ...] = ()
+    network: Network | None = None
 
     @property
     def threads_per_rank(self) -> int:
@@ -146,6 +149,9 @@ def cluster_of(found: Machines, attention: str = "", fitted: bool = True) -> Clu
 def _described(path: Path) -> Cluster:
     machine = read_machine(path)
     name = machine.name or path.stem
+    if machine.like is not None:
+        return _alike(name, machine, Cluster.parse(machine.like))
+    assert machine.rates is not None and machine.memory_bytes is not None
     speeds = machine.rates.speeds
     rates = {speed: machine.described_rates(speed) for speed in (*speeds, 1.0)}
     each = [(1, Device(name=f"{name}/{rank}", memory_bytes=machine.memory_bytes, rates=rates[speed])) for rank, speed in enumerate(speeds)]
@@ -157,4 +163,18 @@ def _described(path: Path) -> Cluster:
         memory_bytes=machine.memory_bytes,
         rates=rates[min(speeds, default=1.0)],
         unlike=tuple(each) if len(set(speeds)) > 1 else (),
+        network=_network(machine),
     )
+
+
+def _alike(name: str, machine: DescribedMachine, measured: Cluster) -> Cluster:
+    """Ranks like those measured here, on as many of their cores, and with as much memory, for each."""
+    cores = None if measured.cores is None else max(1, measured.cores * machine.ranks // measured.ranks)
+    return replace(measured, name=name, ranks=machine.ranks, cores=cores, network=_network(machine))
+
+
+def _network(machine: DescribedMachine) -> Network | None:
+    joined = machine.network
+    if joined is None:
+        return None
+    return Network(node_ranks=machine.ranks // machine.nodes, latency_s=joined.latency_s, bytes_per_s=joined.bytes_per_s)

@@ -16,6 +16,9 @@ rest by the bytes that a rank sends: all_reduce, all_gather, reduce_scatter and 
 send_recv 1 (Thakur, Rabenseifner, Gropp, 2005). `exchange` and `native` are scaled alike.
 
 A shift takes what one of the ranks − 1 rounds does in which an all_gather of all their tensors sends them round a ring.
+
+**Several nodes.** Where a group crosses the network between nodes of a described cluster, it takes what it would take in one node or what
+its bytes take on the network (`shardwise.cost.network`), whichever is longer.
 """
 
 from __future__ import annotations
@@ -27,6 +30,7 @@ from shardwise.cluster.model import Cluster
 from shardwise.cluster.rates import IMPLEMENTATIONS, CollectiveRate
 from shardwise.cluster.topology import Crossing, Machines
 from shardwise.cost.links import link_seconds
+from shardwise.cost.network import network_seconds
 
 __all__ = ["CollectiveCost", "Shares", "collective_cost", "collective_seconds", "collective_shares", "crossing_of", "fastest", "step_of"]
 
@@ -102,7 +106,12 @@ def collective_seconds(kind: str, impl: str, message_bytes: float, ranks: int, c
     if cluster.machines is not None:
         return link_seconds(kind, message_bytes, crossing_of(cluster.machines, ranks, stride))
     rate = _nearest(kind, impl, ranks, cluster)
-    return _scaled(rate, rate.seconds_for(message_bytes), rate.latency_s, ranks) if rate else float("inf")
+    if rate is None:
+        return float("inf")
+    within = _scaled(rate, rate.seconds_for(message_bytes), rate.latency_s, ranks)
+    if cluster.network is None:
+        return within
+    return max(within, network_seconds(kind, impl, message_bytes, ranks, stride, cluster.network))
 
 
 def _nearest(kind: str, impl: str, ranks: int, cluster: Cluster) -> CollectiveRate | None:

@@ -41,13 +41,12 @@ def reshard_seconds(assignment: Assignment, axis: str, share: float, cluster: Cl
     ranks = assignment.mesh[axis]
     if ranks == 1:
         return 0.0
-    total = 0.0
+    total, stride = 0.0, assignment.mesh["tp"] if axis == "cp" else 1
     for value, made, wanted, _ in reshards(assignment, axis):
         whole = value.nbytes * (share if value.kind == "result" else 1.0) * share_left(assignment, value, axis)
         kinds = [collective_of(made, wanted)] + ([collective_of(dual(wanted), dual(made))] if value.requires_grad else [])
-        total += sum(
-            collective_cost(kind, whole / ranks if kind == "all_to_all" else whole, ranks, cluster).seconds for kind in kinds if kind
-        )
+        sent = [(kind, whole / ranks if kind == "all_to_all" else whole) for kind in kinds if kind]
+        total += sum(collective_cost(kind, nbytes, ranks, cluster, stride).seconds for kind, nbytes in sent)
     return total
 
 

@@ -343,6 +343,7 @@ class _Search:
         body = [op for op in self.graph.ops if op not in self.analysis.prelude]
         assert layout.pp and layout.dp and layout.microbatches
         sent = self._share(layout) / (layout.cp or 1)
+        apart = _data(layout) * (layout.tp or 1)  # ranks between neighbouring stages
         home, of_rank = placed(layout.tables), self._limits(layout)
         limits = [of_rank[home[stage]] for stage in range(layout.stages)]
         slowest = [self._slowest(layout, home[stage]) for stage in range(layout.stages)]
@@ -353,7 +354,7 @@ class _Search:
 
         costs = StageCosts(
             seconds=seconds,
-            transfer=lambda nbytes: collective_cost("send_recv", nbytes * sent, 2, self.cluster).seconds if nbytes else 0.0,
+            transfer=lambda nbytes: collective_cost("send_recv", nbytes * sent, 2, self.cluster, apart).seconds if nbytes else 0.0,
             state_bytes=lambda value: self._state_bytes(value, layout) * self._kept_share(assignment, value),
             limit_bytes=limits,
         )
@@ -390,13 +391,13 @@ class _Search:
 
     def _data_s(self, layout: Layout, kept: float) -> float:
         """Reducing gradients and gathering parameters of so many bytes over the data ranks, in a step."""
-        data, count, zero = _data(layout), layout.microbatches or 1, layout.zero or 0
+        data, count, zero, stride = _data(layout), layout.microbatches or 1, layout.zero or 0, layout.tp or 1
         if not zero:
-            return collective_cost("all_reduce", kept, data, self.cluster).seconds
+            return collective_cost("all_reduce", kept, data, self.cluster, stride).seconds
         ranks = layout.shard or data
-        scatter = collective_cost("reduce_scatter", kept, ranks, self.cluster).seconds * (1 if zero == 1 else count)
-        gather = collective_cost("all_gather", kept, ranks, self.cluster).seconds * (2 * count if zero == _MOST_ZERO else 1)
-        return scatter + gather + collective_cost("all_reduce", kept / ranks, data // ranks, self.cluster).seconds
+        scatter = collective_cost("reduce_scatter", kept, ranks, self.cluster, stride).seconds * (1 if zero == 1 else count)
+        gather = collective_cost("all_gather", kept, ranks, self.cluster, stride).seconds * (2 * count if zero == _MOST_ZERO else 1)
+        return scatter + gather + collective_cost("all_reduce", kept / ranks, data // ranks, self.cluster, stride * ranks).seconds
 
     def _talk_s(self, assignment: Assignment, layout: Layout) -> float:
         """In one microbatch, over the expert, the context and the tensor axis."""

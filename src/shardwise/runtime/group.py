@@ -5,18 +5,20 @@ from __future__ import annotations
 import ctypes
 import os
 import signal
+import socket
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from weakref import WeakKeyDictionary
 
+import psutil
 import torch
 import torch.distributed as dist
 
 from shardwise._torch import register_group
 from shardwise.cluster.machine import available_cores
-from shardwise.environment import RankEnvironment, rank_environment
+from shardwise.environment import RankEnvironment, rank_environment, use_interface
 from shardwise.errors import ClusterError
 from shardwise.sharding.collectives import group_name
 
@@ -75,6 +77,8 @@ def _place() -> RankEnvironment:
 
 
 def _join(place: RankEnvironment, *, timeout_s: float, backend: str) -> None:
+    if backend == "gloo" and (interface := interface_towards(place.master_address)) is not None:
+        use_interface(interface)
     try:
         dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
         dist.barrier()  # a rank that was done and left while others still connect would make them fail
@@ -82,6 +86,22 @@ def _join(place: RankEnvironment, *, timeout_s: float, backend: str) -> None:
         if "EADDRINUSE" in str(error) or "address already in use" in str(error).lower():
             raise port_in_use(place.master_address, place.master_port) from error
         raise
+
+
+def interface_towards(address: str) -> str | None:
+    """The network interface by which this machine reaches the job's first one, None where that is this machine alone.
+
+    Left to itself gloo takes the interface of the address that this machine's name stands for, often 127.0.0.1, where no other node
+    finds it.
+    """
+    try:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            probe.connect((address, 9))  # sends nothing: the system chooses the way
+            own = probe.getsockname()[0]
+    except OSError:
+        return None
+    found = [name for name, addresses in psutil.net_if_addrs().items() if any(each.address == own for each in addresses)]
+    return None if own.startswith("127.") or not found else found[0]
 
 
 def port_in_use(host: str, port: int) -> ClusterError:

@@ -14,6 +14,7 @@ from shardwise.cost.collectives import collective_cost
 from shardwise.cost.compute import op_seconds, streaming_seconds
 from shardwise.cost.fusion import fused_traffic
 from shardwise.cost.memory import bases, liveness, tensor_bytes
+from shardwise.cost.network import sent_seconds
 from shardwise.cost.optimizer import optimizer_seconds
 from shardwise.program.actions import COMPUTES, Kind
 from shardwise.program.program import ParameterPart, Program, StageProgram
@@ -144,9 +145,15 @@ def stage_times(program: Program, cluster: Cluster, optimizer: str) -> dict[int,
 def transfer_seconds(program: Program, cluster: Cluster) -> dict[str, float]:
     """Of one message on each edge of a rank; none between stages of one rank."""
     local = program.local_edges
-    apart = program.stage_ranks
-    seconds = {edge.name: collective_cost("send_recv", edge.nbytes, 2, cluster, apart).seconds for edge in program.edges}
-    return {name: 0.0 if name in local else each for name, each in seconds.items()}
+    stage_ranks = program.stage_ranks
+    found: dict[str, float] = {}
+    for edge in program.edges:
+        source, target = (program.placement[stage] * stage_ranks + program.rank % stage_ranks for stage in (edge.source, edge.target))
+        seconds = collective_cost("send_recv", edge.nbytes, 2, replace(cluster, network=None), stage_ranks).seconds
+        if cluster.network is not None and cluster.network.node(source) != cluster.network.node(target):
+            seconds = max(seconds, sent_seconds(edge.nbytes, stage_ranks, cluster.network))
+        found[edge.name] = seconds
+    return {name: 0.0 if name in local else each for name, each in found.items()}
 
 
 def _own_parameters(program: Program) -> dict[int, list[ParameterPart]]:

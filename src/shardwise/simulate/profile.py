@@ -61,12 +61,13 @@ class EdgeProfile(_Strict):
 
 class Profile(_Strict):
     """stages: in the order in which data passes them, also where a rank has several.
-    cores: that the ranks share, None where each has its own device.
+    cores: that the ranks share, None where each has its own device; nodes: of equally many ranks, each with its part of the cores.
     """
 
     stages: list[StageProfile]
     edges: list[EdgeProfile]
     cores: int | None
+    nodes: int = 1
 
 
 def profile_programs(programs: Mapping[int, Program], cluster: Cluster, optimizer: str) -> Profile:
@@ -85,7 +86,9 @@ def profile_programs(programs: Mapping[int, Program], cluster: Cluster, optimize
             sent = _edge(edge, transfers[edge.name])
             if edge.name not in edges or sent.transfer_s > edges[edge.name].transfer_s:
                 edges[edge.name] = sent
-    return Profile(stages=[_stage(stages[number]) for number in sorted(stages)], edges=list(edges.values()), cores=cluster.cores)
+    nodes = 1 if cluster.network is None else cluster.ranks // cluster.network.node_ranks
+    found = [_stage(stages[number]) for number in sorted(stages)]
+    return Profile(stages=found, edges=list(edges.values()), cores=cluster.cores, nodes=nodes)
 
 
 def computing_ranks(program: Program) -> range:

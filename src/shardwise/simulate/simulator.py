@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import heapq
 import json
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
@@ -158,7 +159,13 @@ def simulate_profile(
     rows = _rows(profile, mesh, tables)
     paces = _paces(mesh, slow or {}, apart=shared)
     ranks = {pipe * each + pace.first: _placed(row, pipe, pace, mesh, profile) for pace in paces for pipe, row in rows.items()}
-    clock = _Clock(cores=profile.cores, ranks=dict(sorted(ranks.items())), together=mesh.together if shared else 1, recorded=recorded)
+    clock = _Clock(
+        cores=None if profile.cores is None else profile.cores / profile.nodes,
+        node_ranks=each * mesh.pp // profile.nodes,
+        ranks=dict(sorted(ranks.items())),
+        together=mesh.together if shared else 1,
+        recorded=recorded,
+    )
     timeline, total = clock.play(), clock.end_s
     crowd = max(1.0, len(ranks) / profile.cores) if profile.cores else 1.0
     waiting = 1 - min(1.0, _busy_s(rows, mesh, slow or {}) * crowd / (total * each * mesh.pp))
@@ -253,7 +260,7 @@ def simulate_columns(columns: Sequence[Column], mesh: Mesh) -> Simulation:
         for number, column in enumerate(columns)
         for pipe, row in rows[number].items()
     }
-    clock = _Clock(cores=None, ranks=dict(sorted(ranks.items())))
+    clock = _Clock(cores=None, node_ranks=len(ranks), ranks=dict(sorted(ranks.items())))
     timeline, total = clock.play(), clock.end_s
 
     def real(rank: int) -> int:
@@ -451,12 +458,14 @@ class _Clock:
     """events: (when, which in order of making, rank whose computing or communicating ends then). Computing on shared cores has no event
     of its own: how long it takes depends on who else computes.
 
+    cores: of each node of `node_ranks` ranks.
     together: neighbouring ranks that communicate in every action that computes; 1 where one of them stands for all.
     sent, received: rank → until when its way out, and in, is taken; gathered: those who are there, of each group and action.
     recorded: whether the timeline is written down; end_s: when the last action ended.
     """
 
-    cores: int | None
+    cores: float | None
+    node_ranks: int
     ranks: dict[int, _Rank]
     together: int = 1
     now_s: float = 0.0
@@ -568,6 +577,13 @@ class _Clock:
         heapq.heappush(self.events, (when_s, self.made, rank))
         self.made += 1
 
+    def _rates(self) -> dict[int, float]:
+        """Of each rank that computes, its part of a core: those of a node share the node's."""
+        if not self.cores:
+            return dict.fromkeys(self.computing, 1.0)
+        crowds = Counter(rank // self.node_ranks for rank in self.computing)
+        return {rank: min(1.0, self.cores / crowds[rank // self.node_ranks]) for rank in self.computing}
+
     def _next(self) -> list[int]:
         """Lets time pass until the next end; whose."""
         ended = self._computed() if self.computing else []
@@ -582,12 +598,12 @@ class _Clock:
 
     def _computed(self) -> list[int]:
         """Lets those on shared cores compute until one of them, or an event, ends; those of them that do."""
-        rate = min(1.0, self.cores / len(self.computing)) if self.cores else 1.0
-        soonest = min(state.compute_s for state in self.computing.values()) / rate
+        rates = self._rates()
+        soonest = min(state.compute_s / rates[rank] for rank, state in self.computing.items())
         passed = min(soonest, self.events[0][0] - self.now_s if self.events else float("inf"))
         self.now_s += max(passed, 0.0)
-        for state in self.computing.values():
-            state.compute_s -= passed * rate
+        for rank, state in self.computing.items():
+            state.compute_s -= passed * rates[rank]
         ended = [rank for rank, state in self.computing.items() if state.compute_s <= _TINY_S]
         for rank in ended:
             self.computing.pop(rank).phase = "waiting"
