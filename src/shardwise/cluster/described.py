@@ -78,14 +78,14 @@ class DescribedMachine(_Described):
 
     name: str = ""
     ranks: Annotated[int, Field(ge=1)]
-    nodes: Annotated[int, Field(ge=1)] = 1
-    like: Annotated[str, Field(pattern=r"^local:\d+$")] | None = None
     memory_gb: Positive | None = None
     backend: Annotated[str, Field(pattern="^(nccl|gloo)$")] = "nccl"
     cores: Annotated[int, Field(ge=1)] | None = None
     rates: DescribedRates | None = None
     link: DescribedLink | None = None
+    nodes: Annotated[int, Field(ge=1)] = 1
     network: DescribedLink | None = None
+    like: Annotated[str, Field(pattern=r"^local:\d+$")] | None = None
 
     @model_validator(mode="after")
     def _described_once(self) -> DescribedMachine:
