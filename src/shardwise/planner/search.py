@@ -381,6 +381,8 @@ class _Search:
         crowd = max(1.0, layout.ranks / self.cluster.cores) if self.cluster.cores else 1.0
         slots = layout.microbatches + (layout.pp - 1) / (layout.chunks or 1)
         work = crowd * (sum(rank_s) / layout.pp * layout.microbatches) if crowd > 1 else max(rank_s) * slots
+        if crowd > 1 and self.cluster.network is not None:
+            work = self._on_nodes_s(layout, rank_s, self.cluster.network.node_ranks)
         held = (
             self._master_bytes(value) * self._kept_share(assignment, value) / self._expert_ranks(value, layout)
             for value in self.graph.parameters.values()
@@ -388,6 +390,17 @@ class _Search:
         kept = sum(held) / layout.pp
         updated = kept / (layout.shard or _data(layout)) if layout.zero else kept
         return work + talk_s * layout.microbatches + self._data_s(layout, kept) + crowd * self._update_s(updated)
+
+    def _on_nodes_s(self, layout: Layout, rank_s: Sequence[float], node_ranks: int) -> float:
+        """Computing of a step where a node's ranks share its cores: its stages take turns, and the nodes are a pipeline.
+
+        rank_s: of a microbatch, for each place of the pipeline.
+        """
+        assert layout.pp and layout.microbatches and self.cluster.cores
+        stage_ranks = layout.ranks // layout.pp
+        places, cores = max(1, node_ranks // stage_ranks), self.cluster.cores * node_ranks / self.cluster.ranks
+        in_node = [sum(rank_s[first : first + places]) for first in range(0, layout.pp, places)]
+        return max(in_node) * min(stage_ranks, node_ranks) / cores * (layout.microbatches + len(in_node) - 1)
 
     def _data_s(self, layout: Layout, kept: float) -> float:
         """Reducing gradients and gathering parameters of so many bytes over the data ranks, in a step."""
