@@ -8,10 +8,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 from benchmarks.hosts import Hosts, why_not
+from tests.clusters import made_up
+from typer.testing import CliRunner
 
 import shardwise as sw
+from shardwise.cli import app
 from shardwise.runtime.group import interface_towards
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.timeout(300)]
@@ -79,19 +81,16 @@ def test_training_on_two_hosts_is_training_on_one(hosts: Hosts, layout: str, tmp
 
 
 def one_device(folder: Path) -> list[float]:
-    """The same steps in this process."""
-    from shardwise.data.text import ByteText
+    """The same steps on one rank of this machine."""
     from shardwise.models import load_model
 
-    model, _ = load_model(f"hf:{folder}/config.json", sequence=16)
-    text = ByteText.load(folder / "text.txt", sequence=16)
-    optimizer, losses = torch.optim.AdamW(model.parameters(), lr=1e-3), []
-    for step in range(3):
-        loss = model(**text.batch(step, size=8)).loss
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
+    plan = sw.plan(*load_model(f"hf:{folder}/config.json", sequence=16, device="meta"), made_up(1), layout="dp=1")
+    assert isinstance(plan, sw.Plan)
+    plan.save(folder / "one.json")
+    command = ["train", "--model", f"hf:{folder}/config.json", "--data", f"{folder}/text.txt", "--steps", "3", "--sequence", "16"]
+    done = CliRunner().invoke(app, [*command, "--plan", f"{folder}/one.json", "--out", f"{folder}/one", "--json"])
+    assert done.exit_code == 0, done.output
+    losses: list[float] = json.loads((folder / "one" / "training.json").read_text())["losses"]
     return losses
 
 
