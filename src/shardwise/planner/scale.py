@@ -33,7 +33,7 @@ from shardwise.planner.space import Pins, Space, Split, layout_text
 from shardwise.planner.twins import Twin, TwinLayout
 from shardwise.program.tables import splits_backward
 from shardwise.simulate.profile import Profile
-from shardwise.simulate.simulator import Simulation, simulate_profile
+from shardwise.simulate.simulator import Simulation, peak_memory, simulate_profile
 
 __all__ = ["Found", "Parts", "ScaleSearch", "Searched"]
 
@@ -242,6 +242,12 @@ class ScaleSearch:
         bound = profile_bound(profile, scheme)
         estimate = bound + _bubble(profile, scheme)
         return Found(scheme=scheme, samples=samples, bound_s=bound, estimate_s=estimate, memory_bytes=memory_bound(profile, scheme))
+
+    def held(self, found: Found) -> Found:
+        """With what the fullest rank holds; no step is simulated for it."""
+        peaks = peak_memory(self.composed(found.scheme, found.samples), found.scheme.mesh)
+        fullest = max(peaks, key=lambda use: sum(use.values()))
+        return replace(found, memory_bytes=sum(fullest.values()), memory=fullest)
 
     def simulated(self, found: Found) -> Found:
         """With the simulator's figures."""
@@ -472,12 +478,14 @@ class _Branching:
                 or (result.found and self._late())
             ):
                 return [other for other in ordered[place:] if other.bound_s < result.best_s]
+            if not self._fits(self.search.held(each)):
+                continue
             step = self.search.simulated(each)
             most -= 1
             result.simulated += 1
             result.slots += _slots(each)
-            if self._fits(step):
-                result.found = sorted([*result.found, step], key=lambda found: found.seconds)
+            result.considered[step.scheme, step.samples] = step
+            result.found = sorted([*result.found, step], key=lambda found: found.seconds)
         return []
 
     def _late(self) -> bool:
