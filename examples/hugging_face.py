@@ -1,6 +1,5 @@
-"""A model of the transformers library and a dataset of the datasets library, from local files alone: nothing is downloaded.
+"""A model and a tokenizer of the transformers library on a text of yours, from local files alone: nothing is downloaded.
 
-pip install datasets
 shardwise plan --model examples/hugging_face.py:model_and_batch --cluster local:2 --out plan.json
 torchrun --nproc-per-node 2 examples/hugging_face.py plan.json
 
@@ -38,7 +37,7 @@ def tokenizer() -> Any:
 
 
 class Tensors:
-    """Rows of a dataset as tensors; `dataset.with_format("torch")` does the same."""
+    """Rows as tensors: a list, or a dataset of the library `datasets`, which has the same rows."""
 
     def __init__(self, rows: Any) -> None:
         self.rows = rows
@@ -52,12 +51,11 @@ class Tensors:
 
 def datasets_of_text() -> tuple[Any, Any]:
     """Samples of input_ids and labels, to train on and to evaluate on."""
-    from datasets import Dataset
-
     tokens = tokenizer()(TEXT.read_text())["input_ids"]
     cut = [tokens[start : start + SEQUENCE] for start in range(0, len(tokens) - SEQUENCE + 1, SEQUENCE)]
     kept = len(cut) // 10
-    return tuple(Tensors(Dataset.from_dict({"input_ids": each, "labels": each})) for each in (cut[kept:], cut[:kept]))
+    rows = [{"input_ids": each, "labels": each} for each in cut]
+    return Tensors(rows[kept:]), Tensors(rows[:kept])
 
 
 def model_and_batch() -> tuple[torch.nn.Module, dict[str, torch.Tensor]]:
