@@ -22,4 +22,4 @@ esac
 run format "$PY" -m ruff format --check .
 run lint "$PY" -m ruff check .
 run types "$PY" -m mypy
-run tests "$PY" -m pytest -q ${select[@]+"${select[@]}"}
+run tests "$PY" -m pytest -q --numprocesses 2 --dist worksteal ${select[@]+"${select[@]}"}
