@@ -8,6 +8,7 @@ from contextlib import suppress
 from typing import Any
 
 import torch
+from torch import fx
 from torch._library.custom_ops import OPDEFS
 from torch._subclasses.fake_impls import fast_detach
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
@@ -21,11 +22,13 @@ __all__ = [
     "FaithfulFakeMode",
     "FakeTensor",
     "FakeTensorMode",
+    "compiled_by_inductor",
     "find_group",
     "forget_conversions",
     "functions_behind",
     "is_written_out",
     "make_fx",
+    "missing_compiler",
     "register_group",
     "traced_names",
     "without_gradient",
@@ -111,6 +114,45 @@ class BoxedCodeGen(CodeGen):
 
     def process_inputs(self, *args: Any) -> Any:
         return args[0]
+
+
+def missing_compiler(device: torch.device) -> str:
+    """What torch's inductor lacks to compile for a device, and how to get it; "" where it lacks nothing."""
+    if device.type == "cuda":
+        from torch.utils._triton import has_triton
+
+        return "" if has_triton() else "inductor needs Triton for this GPU: pip install triton"
+    from torch._inductor.cpp_builder import get_cpp_compiler
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    try:
+        get_cpp_compiler()
+    except (InvalidCxxCompiler, RuntimeError):
+        return "inductor needs a C++ compiler: install one (apt install g++), or name yours in the environment's CXX"
+    return ""
+
+
+def compiled_by_inductor(
+    graph: fx.Graph, inputs: Sequence[tuple[Sequence[int], Sequence[int], torch.dtype]], device: torch.device
+) -> Callable[[list[Any]], Sequence[Any]]:
+    """A graph of ATen operators, without side effects, that returns a list, compiled for inputs of these shapes, strides and dtypes.
+
+    The function takes its inputs in one list, which it empties; results have the strides that the operators give them.
+    """
+    from torch._inductor import config
+    from torch._inductor.compile_fx import compile_fx_inner
+    from torch._inductor.decomposition import select_decomp_table
+
+    mode = FaithfulFakeMode(allow_non_fake_inputs=True)
+    with mode, torch.no_grad():
+        examples = [torch.empty_strided(shape, strides, dtype=dtype, device=device) for shape, strides, dtype in inputs]
+        traced = make_fx(fx.GraphModule(torch.nn.Module(), graph), decomposition_table=select_decomp_table())(*examples)
+    traced.graph.eliminate_dead_code()
+    traced.recompile()
+    output = traced.graph.output_node()
+    output.meta["user_visible_output_idxs"] = [place for place, node in enumerate(output.args[0]) if isinstance(node, fx.Node)]  # type: ignore[arg-type]
+    with config.patch(compile_threads=1), torch.no_grad():
+        return compile_fx_inner(traced, examples)
 
 
 Function = Callable[[Sequence[Any]], Any]

@@ -96,6 +96,7 @@ def parallelize(
     check_finite: bool = True,
     weights: str | Path | None = None,
     loss_scale: Any = None,
+    compile: bool = False,
 ) -> Any:
     """This rank's Job of a plan; call it on every rank, under torchrun or in a process group of your own.
 
@@ -110,10 +111,13 @@ def parallelize(
     loss_scale: with precision="fp16", how gradients are scaled (`shardwise.runtime.scale.LossScale`), by default as
     torch.amp.GradScaler does. A step whose gradients overflow is skipped on all ranks and counted (`job.skipped`); when that happens again
     although nothing is scaled any more, NotFiniteError names the parameters.
+    compile: the stages' graphs are compiled by torch's inductor, which takes seconds to minutes once; `print(job.compiler)` says what was
+    and what was not, and why. The same numbers but for rounding; equal bit by bit from run to run.
     The job takes a module's weights over: parameters that it keeps whole go on living in the model, those that it splits are emptied there.
     Raises PlanError when the plan is for another model, batch or number of ranks; CaptureError for values that are not there (meta device);
     WeightsError for files that are damaged or of another model; OutOfMemory; LayoutError for an optimizer that cannot give one device's
-    numbers in this layout; ClusterError outside a job; CheckError when the programs would not fit together.
+    numbers in this layout; ClusterError outside a job, and to compile without a compiler; CheckError when the programs would not fit
+    together.
     """
     from shardwise.runtime.group import join_group
     from shardwise.runtime.job import Job
@@ -138,6 +142,7 @@ def parallelize(
         check_finite=check_finite,
         source=Source(module, given, loss, batch_dims, start),
         loss_scale=loss_scale,
+        compile=compile,
     )
     if deferred is None:
         _release(module, job)

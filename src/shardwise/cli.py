@@ -15,6 +15,7 @@ from shardwise.commands.options import (
     DEFAULT_CLUSTER,
     BudgetOption,
     ClusterOption,
+    CompileOption,
     GlobalBatchOption,
     JsonOption,
     LayoutOption,
@@ -149,6 +150,7 @@ def verify(
         Literal["float64", "float32", "bfloat16", "float16"],
         typer.Option("--dtype", help="float64 is the proof, float32 the practice; bfloat16, float16: that of --precision."),
     ] = "float64",
+    compile: CompileOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Run one step split and one step whole, and compare the loss, every gradient and the optimizer's step. Exits with 1 if they differ.
@@ -166,7 +168,9 @@ def verify(
 
     module, batch = load_model(required(model), batch_size=global_batch, sequence=sequence)
     pinned = pinned_layout(layout, schedule=schedule, recompute=recompute)
-    report = feasible(sw.verify(module, batch, cluster=cluster, layout=pinned, dtype=getattr(torch, dtype), precision=precision))
+    report = feasible(
+        sw.verify(module, batch, cluster=cluster, layout=pinned, dtype=getattr(torch, dtype), precision=precision, compile=compile)
+    )
     if as_json:
         names = ("ok", "max_relative_error", "first_difference", "layout")
         typer.echo(json.dumps({name: _plain(getattr(report, name)) for name in names}, indent=2))

@@ -37,7 +37,7 @@ __all__ = ["TrainRequest", "run_training"]
 
 @dataclass(frozen=True, kw_only=True)
 class TrainRequest:
-    """The command's options, None where they were not given; shown: whether progress is displayed."""
+    """The command's options, None where they were not given; shown: whether progress is displayed; compile: as of `parallelize`."""
 
     model: str
     data: str | None
@@ -57,6 +57,7 @@ class TrainRequest:
     workers: int = 0
     tensorboard: bool = False
     shown: bool = True
+    compile: bool = False
 
 
 def run_training(request: TrainRequest) -> dict[str, Any] | Infeasible | None:
@@ -156,6 +157,7 @@ def _settings(request: TrainRequest, batch: Batch) -> Settings:
         workers=request.workers,
         out=request.out,
         tensorboard=request.tensorboard,
+        compile=request.compile,
     )
 
 

@@ -12,6 +12,7 @@ __all__ = [
     "DEFAULT_CLUSTER",
     "BudgetOption",
     "ClusterOption",
+    "CompileOption",
     "GlobalBatchOption",
     "JsonOption",
     "LayoutOption",
@@ -50,6 +51,10 @@ LayoutOption = Annotated[
 ScheduleOption = Annotated[
     str | None,
     typer.Option("--schedule", help="gpipe, 1f1b, interleaved, zb-h1, zb-2p, zb-v, or a file with a table of your own."),
+]
+CompileOption = Annotated[
+    bool,
+    typer.Option("--compile", help="Compile what the ranks run (torch's inductor; needs a C++ compiler): takes seconds to minutes once."),
 ]
 RecomputeOption = Annotated[
     Literal["none", "selective", "full"] | None,

@@ -10,6 +10,7 @@ import typer
 from shardwise.commands.config import ConfigOption
 from shardwise.commands.options import (
     DEFAULT_CLUSTER,
+    CompileOption,
     GlobalBatchOption,
     JsonOption,
     LayoutOption,
@@ -52,6 +53,7 @@ def train(
     ] = 0,
     workers: Annotated[int, typer.Option("--workers", min=0, help="Processes of each rank that read data; 0: a thread.")] = 0,
     tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Also write TensorBoard's event files.")] = False,
+    compile: CompileOption = False,
     port: Annotated[int, typer.Option("--port", min=0, max=65535, help="For the ranks to meet at; 0 takes a free one.")] = 0,
     out: Annotated[
         Path, typer.Option("--out", help="A directory for plan.json, metrics.jsonl, training.json, report.html and trace.json.")
@@ -93,6 +95,7 @@ def train(
         workers=workers,
         tensorboard=tensorboard,
         shown=not as_json,
+        compile=compile,
     )
     summary = feasible(run_training(request))
     if summary is not None:  # None on all ranks but the first

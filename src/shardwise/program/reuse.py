@@ -15,7 +15,7 @@ from torch import fx
 
 from shardwise.cost.memory import bases
 
-__all__ = ["into_fresh_memory", "reuse_memory"]
+__all__ = ["into_fresh_memory", "reuse_memory", "without_reuse"]
 
 aten = torch.ops.aten
 
@@ -50,6 +50,16 @@ def reuse_memory(graph: fx.Graph) -> None:
 def into_fresh_memory(target: Callable[..., Any]) -> Callable[..., Any]:
     """The operator that leaves its inputs as they are, of one that `reuse_memory` put in; others as they are."""
     return _FRESH.get(target, target)  # type: ignore[call-overload]
+
+
+def without_reuse(graph: fx.Graph) -> fx.Graph:
+    """A copy in which every operator has memory of its own for its result; the values are the same."""
+    copied = fx.Graph()
+    copied.output(copied.graph_copy(graph, {}))
+    for node in copied.nodes:
+        if node.op == "call_function":
+            node.target = into_fresh_memory(node.target)
+    return copied
 
 
 def _reuse(node: fx.Node, base: dict[fx.Node, fx.Node], last: dict[fx.Node, int], position: dict[fx.Node, int]) -> None:

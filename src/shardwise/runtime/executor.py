@@ -15,8 +15,10 @@ from torch import Tensor
 from shardwise.errors import TransferError
 from shardwise.program.actions import Action, Kind
 from shardwise.program.program import Binding, Program, StageProgram
+from shardwise.program.reuse import without_reuse
 from shardwise.runtime.gradients import Gradients
 from shardwise.runtime.graphs import Function, Prelude, accumulating, callable_of
+from shardwise.runtime.regions import Compiler
 from shardwise.runtime.transport import Transport, using
 from shardwise.sharding.types import take
 
@@ -38,16 +40,23 @@ class Executor:
     """Runs a program's steps on the tensors of this rank.
 
     state: the rank's parts of parameters and buffers, by name; they are read, and updated buffers are put there.
-    current: the action that it performs, or performed last.
+    current: the action that it performs, or performed last. compiler: of the stages' forward and backward graphs, None where torch's
+    kernels run them as they are.
     """
 
     def __init__(
-        self, program: Program, state: dict[str, Tensor], gradients: Gradients, transport: Transport, device: torch.device
+        self,
+        program: Program,
+        state: dict[str, Tensor],
+        gradients: Gradients,
+        transport: Transport,
+        device: torch.device,
+        compiler: Compiler | None = None,
     ) -> None:
         self.program, self.state, self.gradients, self.transport, self.device = program, state, gradients, transport, device
         self.renew()
-        self.forward = {number: callable_of(stage.forward) for number, stage in program.stages.items()}
-        self.backward = _backward_functions(program, gradients)
+        self.forward = {number: _forward_function(number, stage, compiler) for number, stage in program.stages.items()}
+        self.backward = _backward_functions(program, gradients, compiler)
         self.buffers = {
             (kind, number): [gradients.of[name] for name in stage.gradients(kind)]
             for number, stage in program.stages.items()
@@ -233,7 +242,13 @@ class Executor:
             ) from error
 
 
-def _backward_functions(program: Program, gradients: Gradients) -> dict[Action, Function]:
+def _forward_function(number: int, stage: StageProgram, compiler: Compiler | None) -> Function:
+    if compiler is None:
+        return callable_of(stage.forward)
+    return compiler.function(without_reuse(stage.forward), f"forward of stage {number}")
+
+
+def _backward_functions(program: Program, gradients: Gradients, compiler: Compiler | None) -> dict[Action, Function]:
     """What each BACKWARD and WEIGHT runs: the first in a step to make a parameter's gradient puts it into its buffer, later ones add to it,
     and the last one that a message of gradients waits for begins to send it. Those alike share a function."""
     writers = program.writers()
@@ -257,7 +272,12 @@ def _backward_functions(program: Program, gradients: Gradients) -> dict[Action, 
         if key not in known:
             outputs = stage.backward_outputs if action.kind is Kind.BACKWARD else stage.weight_outputs
             begin: dict[Callable[[], None], set[str]] = {partial(gradients.start, message): names for message, names in begun.items()}
-            known[key] = accumulating(stage.graphs[action.kind], outputs, first=fresh, wide=wide, begin=begin)
+            graph = stage.graphs[action.kind]
+            if compiler is None:
+                known[key] = accumulating(graph, outputs, first=fresh, wide=wide, begin=begin)
+            else:
+                make = partial(compiler.function, where=f"{action.kind.value} of stage {action.stage}")
+                known[key] = accumulating(without_reuse(graph), outputs, first=fresh, wide=wide, begin=begin, make=make)
         found[action] = known[key]
     return found
 

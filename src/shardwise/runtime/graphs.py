@@ -83,6 +83,7 @@ def accumulating(
     first: Container[str],
     wide: Container[str] = (),
     begin: Mapping[Callable[[], None], set[str]] | None = None,
+    make: Callable[[fx.Graph], Function] = callable_of,
 ) -> Function:
     """A graph of the backward pass with each parameter's gradient put into a buffer as soon as it is known.
 
@@ -91,6 +92,7 @@ def accumulating(
     first: the parameters whose buffers are overwritten (nothing was put there in this step), others are added to.
     wide: those whose buffers have a larger dtype than the gradients that are put there.
     begin: functions to call as soon as all gradients of the named parameters are in their buffers.
+    make: what makes a graph callable.
     """
     graph = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
@@ -103,6 +105,7 @@ def accumulating(
         if binding.kind == "parameter" and gradient is not None:
             with graph.inserting_after(last) if last else graph.inserting_before(next(iter(graph.nodes), None)):
                 last = graph.placeholder(f"buffer_{''.join(c if c.isalnum() else '_' for c in binding.name)}")
+            last.meta["buffer"] = True
             sinks[binding.name] = last, gradient
     read = Counter([*(gradient for _, gradient in sinks.values()), *(value for value in others if value is not None)])
     placed = {
@@ -111,7 +114,7 @@ def accumulating(
     }
     graph.output(others)
     _call_when_placed(graph, placed, begin or {})
-    return callable_of(graph)
+    return make(graph)
 
 
 def _sink(

@@ -31,10 +31,12 @@ from shardwise.runtime.needs import Need, needs
 from shardwise.runtime.norm import GradientNorm
 from shardwise.runtime.optimizer import OptimizerFactory, absent, make_on_parts, make_optimizers, prefer_fused
 from shardwise.runtime.parameters import Parameters
+from shardwise.runtime.progress import CompilingDisplay
+from shardwise.runtime.regions import Compiler
 from shardwise.runtime.scale import LossScale, Scaler
 from shardwise.runtime.source import Source
 from shardwise.runtime.state import load_state, state_of_job
-from shardwise.runtime.transport import Distributed
+from shardwise.runtime.transport import Distributed, Transport
 from shardwise.runtime.weights import Weights, read_parts
 from shardwise.runtime.whole import WholeParameters, is_split
 from shardwise.sharding.types import Shard
@@ -62,7 +64,7 @@ class Job:
     batch_slice: which samples of the global batch this rank works on. program: what it performs; print it to read it.
     events: the last step's actions with their times. grad_norm: of all gradients of the last step, before they were clipped; nan where
     neither clip_norm nor check_finite asks for it, infinite where a step was skipped. optimizers: what `optimizer` made, with the same
-    groups on every rank.
+    groups on every rank. compiler: what was compiled and what was not; None where that was not asked for.
     """
 
     def __init__(
@@ -80,7 +82,9 @@ class Job:
         check_finite: bool = True,
         source: Source | None = None,
         loss_scale: LossScale | None = None,
+        compile: bool = False,
     ) -> None:
+        self.compiler = Compiler(device=device) if compile else None
         self.graph, self.plan, self.device, self.seed = graph, plan, device, seed
         self.steps = 0
         self.fixed = weights.whole(graph.buffers) if graph.checks else {}
@@ -105,7 +109,7 @@ class Job:
         self.gradients = Gradients(self.program, transport, choose, self.device)
         self.parameters = Parameters(self.program, self.state, masters, self.gradients.parts, transport, choose)
         self.whole, self.optimizers = self._optimizers(optimizer, transport)
-        self.executor = Executor(self.program, self.state, self.gradients, transport, self.device)
+        self.executor = self._executor(transport)
 
     def _within_memory(self, work: Callable[[], Result], doing: Callable[[], str]) -> Result:
         """Raises OutOfMemory where the system gives none; the job has let go of what it held then, and is at its end."""
@@ -123,6 +127,15 @@ class Job:
 
     def _doing(self) -> str:
         return f"{self.executor.current} of step {self.steps}" if self.steps else f"{self.executor.current} before the first step"
+
+    def _executor(self, transport: Transport) -> Executor:
+        if self.compiler is None:
+            return Executor(self.program, self.state, self.gradients, transport, self.device)
+        with CompilingDisplay(shown=self.program.rank == 0) as display:
+            self.compiler.progress = display.update
+            executor = Executor(self.program, self.state, self.gradients, transport, self.device, self.compiler)
+            display.done(str(self.compiler))
+        return executor
 
     def _norm(self, most: float | None) -> GradientNorm:
         sizes = {name: prod(value.shape) for name, value in self.graph.parameters.items() if value.requires_grad}

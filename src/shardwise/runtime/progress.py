@@ -1,4 +1,4 @@
-"""What a training run shows while it runs: a live line on a terminal, plain lines every few seconds elsewhere."""
+"""What a run shows while it compiles and trains: a live line on a terminal, plain lines every few seconds elsewhere."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from types import TracebackType
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-__all__ = ["TrainingDisplay"]
+__all__ = ["CompilingDisplay", "TrainingDisplay"]
 
 _PLAIN_EVERY_S = 5.0
 _RANKS = 8  # whose memory is shown one by one
@@ -86,6 +86,39 @@ class TrainingDisplay:
 
     def _is_due(self, step: int) -> bool:
         return step in (1, self._steps) or time.monotonic() - self._last_line >= _PLAIN_EVERY_S
+
+
+class CompilingDisplay:
+    """What is being compiled, on standard error; silent unless `shown` (rank 0 shows)."""
+
+    def __init__(self, *, shown: bool, console: Console | None = None) -> None:
+        self._shown = shown
+        self._console = console or Console(stderr=True)
+        self._live = self._console.status("compiling") if shown and self._console.is_terminal else None
+        self._last_line = time.monotonic()
+
+    def __enter__(self) -> CompilingDisplay:
+        self._last_line = time.monotonic()
+        if self._live is not None:
+            self._live.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._live is not None:
+            self._live.stop()
+
+    def update(self, text: str) -> None:
+        """Before `text` is compiled."""
+        if self._live is not None:
+            self._live.update(f"compiling {text}")
+        elif self._shown and time.monotonic() - self._last_line >= _PLAIN_EVERY_S:
+            self._last_line = time.monotonic()
+            self._console.print(f"compiling {text}", highlight=False)
+
+    def done(self, text: str) -> None:
+        """At the end."""
+        if self._shown:
+            self._console.print(text, highlight=False)
 
 
 def _live(console: Console) -> Progress:

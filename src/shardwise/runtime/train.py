@@ -63,7 +63,7 @@ class Settings:
     """steps: optimizer steps, fewer where they would take more than most_s seconds; batch_size: samples in the global batch;
     shown: whether rank 0 displays progress. evaluate_every: steps between two evaluations on held-out data, 0: only before and after;
     evaluated: batches of it. workers: of each rank, to read data. out: where rank 0 writes metrics, also for TensorBoard if asked for.
-    weights: files to begin from, as of `parallelize`.
+    weights: files to begin from, compile: as of `parallelize`.
     """
 
     steps: int
@@ -78,6 +78,7 @@ class Settings:
     out: Path | None = None
     tensorboard: bool = False
     weights: Path | None = None
+    compile: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,7 +158,8 @@ def train_rank(build: Build, plan: Plan, read: Read, settings: Settings) -> Rank
     memory = PeakMemory()
     torch.manual_seed(settings.seed)
     example = example_of(corpus, settings.batch_size)
-    job = sw.parallelize(build, example, plan=plan, optimizer=_adamw(settings.learning_rate), weights=settings.weights)
+    adamw, weights = _adamw(settings.learning_rate), settings.weights
+    job = sw.parallelize(build, example, plan=plan, optimizer=adamw, weights=weights, compile=settings.compile)
     first = place.rank == 0
     loop = _Loop(job=job, corpus=corpus, settings=settings, memory=memory)
     kind = (settings.batch_size, "samples") if corpus.tokens is None else (settings.batch_size * corpus.tokens, "tokens")

@@ -21,6 +21,7 @@ from shardwise.runtime.job import Job, batch_part, step_key
 from shardwise.runtime.launch import launch
 from shardwise.runtime.optimizer import prefer_fused
 from shardwise.runtime.parameters import Parameters
+from shardwise.runtime.regions import Compiler
 from shardwise.runtime.scale import LossScale
 from shardwise.runtime.transport import Transport
 from shardwise.runtime.weights import LiveWeights, local_part, own_part
@@ -55,7 +56,8 @@ class Part:
 class Work:
     """A step to be done.
 
-    state, batch: whole, in the precision of the graph; reference: one device's gradients, for the optimizer's step.
+    state, batch: whole, in the precision of the graph; reference: one device's gradients, for the optimizer's step; compile: whether what
+    the ranks run is compiled.
     """
 
     graph: Graph
@@ -64,6 +66,7 @@ class Work:
     batch: dict[str, Tensor]
     seed: int
     reference: dict[str, Tensor]
+    compile: bool = False
 
     @staticmethod
     def of(
@@ -74,6 +77,8 @@ class Work:
         dtype: torch.dtype,
         seed: int,
         reference: Mapping[str, Tensor],
+        *,
+        compile: bool = False,
     ) -> Work:
         """With state and batch cast to `dtype`, but where that is what the graph computes in: they are as a job would get them."""
         as_they_are = dtype is dtype_of(graph.precision)
@@ -84,6 +89,7 @@ class Work:
             batch={name: tensor if as_they_are else cast_tensor(tensor, dtype) for name, tensor in batch.items()},
             seed=seed,
             reference=dict(reference),
+            compile=compile,
         )
 
 
@@ -97,7 +103,18 @@ def _process(work: Work) -> Part:
     state, optimizer = {name: tensor.clone() for name, tensor in work.state.items()}, _Optimizer(work=work)
     scale = LossScale(initial=1.0) if work.plan.precision == "fp16" else None  # as one device's step, to which it is compared
     weights = LiveWeights(state)
-    job = Job(work.graph, work.plan, applied, weights, optimizer, device=_CPU, seed=work.seed, timeout_s=_WAIT_S, loss_scale=scale)
+    job = Job(
+        work.graph,
+        work.plan,
+        applied,
+        weights,
+        optimizer,
+        device=_CPU,
+        seed=work.seed,
+        timeout_s=_WAIT_S,
+        loss_scale=scale,
+        compile=work.compile,
+    )
     optimizer.program = job.program
     loss = job.step(work.batch)
     found = _part(job.program, work, loss, job.state, job.parameters, job.gradient())
@@ -108,15 +125,16 @@ def on_threads(work: Work, programs: Mapping[int, Program]) -> list[Part]:
     """The ranks' programs on threads of this process: the same executor, with messages through memory."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
+    compiler = Compiler(device=_CPU) if work.compile else None
     try:
-        done = run_ranks(work.plan.ranks, lambda rank, transport: _thread(programs[rank], work, transport))
+        done = run_ranks(work.plan.ranks, lambda rank, transport: _thread(programs[rank], work, transport, compiler))
     finally:
         torch.set_num_threads(threads)
     totals = sum(losses[0] for losses, _ in done), sum(losses[1] for losses, _ in done)
     return [make(totals) for _, make in done]
 
 
-def _thread(program: Program, work: Work, transport: Transport) -> tuple[Losses, Callable[[Losses], Part]]:
+def _thread(program: Program, work: Work, transport: Transport, compiler: Compiler | None) -> tuple[Losses, Callable[[Losses], Part]]:
     """What this rank adds to the losses (nothing where others add the same), and its part, given the whole losses."""
     parts = [*program.parameters, *program.buffers]
     state = {part.name: own_part(work.state[part.name], part, program, _CPU).clone() for part in parts}
@@ -132,7 +150,7 @@ def _thread(program: Program, work: Work, transport: Transport) -> tuple[Losses,
             prefer_fused(optimizer(parameters.trained)).step()
         parameters.gather()
 
-    executor = Executor(program, state, gradients, transport, _CPU)
+    executor = Executor(program, state, gradients, transport, _CPU, compiler)
     batch = batch_part(work.graph, work.plan, program, work.batch, _CPU)
     loss = executor.step(batch, step_key(work.seed, 1), update)
     found = _part(program, work, loss, state, parameters, gradients.parts)

@@ -109,6 +109,7 @@ def verify(
     seed: int = 0,
     processes: bool = True,
     precision: Precision | None = None,
+    compile: bool = False,
 ) -> Report | Infeasible:
     """Runs one step split over local ranks and one step whole, and compares.
 
@@ -117,6 +118,7 @@ def verify(
     own error in it. precision: as of `plan`; a given plan has its own. plan: verify this one; else one is made for `layout`
     on `cluster`, as by `plan` (sequence_dims, too).
     processes: every rank is a process that talks over torch.distributed; False: a thread of this process, which starts faster.
+    compile: what the ranks run is compiled, as by `parallelize`.
     Raises what capture and planning raise, VerifyError for a model that is not deterministic or a plan with random="fast", and RankFailed.
     """
     if plan is not None and sequence_dims is not None:
@@ -134,17 +136,19 @@ def verify(
             return found
         plan = found
     apply_plan(plan, reference.graph)  # a plan for another model is refused here
-    return check_plan(reference, plan, dtype=dtype, processes=processes)
+    return check_plan(reference, plan, dtype=dtype, processes=processes, compile=compile)
 
 
-def check_plan(reference: Reference, plan: Plan, *, dtype: torch.dtype = torch.float64, processes: bool = True) -> Report:
+def check_plan(
+    reference: Reference, plan: Plan, *, dtype: torch.dtype = torch.float64, processes: bool = True, compile: bool = False
+) -> Report:
     """Runs one step of the plan on ranks and compares it with one device's; arguments as of `verify`."""
     if plan.random == "fast" and RANDOM_STATE in reference.graph.inputs:
         raise VerifyError(
             f"the plan of {plan.model} says random='fast': its random numbers are meant to differ from one device's. Verify it with "
             "random='keyed'; all else is computed alike"
         )
-    return check_lowered(reference, plan, lowered(reference, plan, dtype), processes=processes)
+    return check_lowered(reference, plan, lowered(reference, plan, dtype), processes=processes, compile=compile)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,12 +167,12 @@ def lowered(reference: Reference, plan: Plan, dtype: torch.dtype = torch.float64
     return Lowered(dtype=dtype, graph=graph, programs=preflight(plan, graph, same_fingerprint=False, tracer=tracer))
 
 
-def check_lowered(reference: Reference, plan: Plan, built: Lowered, *, processes: bool = True) -> Report:
+def check_lowered(reference: Reference, plan: Plan, built: Lowered, *, processes: bool = True, compile: bool = False) -> Report:
     """As `check_plan`."""
     dtype = built.dtype
     whole = reference.step(dtype)
     state = reference.masters if dtype in LOW else reference.state
-    work = Work.of(built.graph, plan, state, reference.batch, dtype, reference.seed, whole.gradients)
+    work = Work.of(built.graph, plan, state, reference.batch, dtype, reference.seed, whole.gradients, compile=compile)
     parts = on_processes(work) if processes else on_threads(work, built.programs)
     return Report(
         layout=plan.layout,
