@@ -62,5 +62,5 @@ def build(context: RankContext) -> OurStep:
 
     assert context.plan_path is not None
     plan = sw.Plan.load(context.plan_path)
-    job = sw.parallelize(context.workload.build(), context.workload.batch(0), plan=plan, optimizer=optimizer)
+    job = sw.parallelize(context.workload.build(), context.workload.batch(0), plan=plan, optimizer=optimizer, compile=context.compiled)
     return OurStep(job)
