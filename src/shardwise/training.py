@@ -18,7 +18,7 @@ from shardwise.capture.export import capture
 from shardwise.cluster.machine import available_memory_bytes
 from shardwise.data.text import VOCABULARY
 from shardwise.environment import rank_environment
-from shardwise.errors import ModelError, PlanError
+from shardwise.errors import ModelError
 from shardwise.models import Batch, load_model
 from shardwise.planner.plan import Random, simulate
 from shardwise.planner.preflight import preflight
@@ -101,11 +101,6 @@ def _plan(request: TrainRequest, model: nn.Module, batch: Batch) -> Plan | Infea
     if request.plan_file is not None:
         plan = sw.Plan.load(request.plan_file)
         _asked(request).check(plan, request.plan_file)
-        if plan.precision != "float32":
-            raise PlanError(
-                f"{request.plan_file} computes in {plan.precision}, in which `train` cannot evaluate the model; write a loop of job.step, "
-                "or plan with --precision float32"
-            )
         return plan
     assert request.cluster is not None, "without a plan the command names a cluster"
     random = request.random or "keyed"

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from tests.clusters import made_up
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -14,7 +15,7 @@ from torch.nn import functional as F
 import shardwise as sw
 from shardwise.capture.export import compute_loss
 from shardwise.capture.precision import Precision, in_precision
-from shardwise.errors import NotFiniteError, PlanError, RankFailed
+from shardwise.errors import NotFiniteError, RankFailed
 from shardwise.planner.layout import Layout
 from shardwise.runtime.launch import launch
 from shardwise.runtime.scale import LossScale
@@ -218,15 +219,43 @@ def test_a_scale_without_fp16_is_refused() -> None:
         launch(with_a_scale, (plan,), ranks=2, timeout_s=60.0, threads=1)
 
 
-def with_a_state(plan: sw.Plan) -> list[str]:
-    job = sw.parallelize(*example(), plan=plan, optimizer=adamw)
-    found = []
-    for call in (job.state_dict, lambda: job.load_state_dict({}), lambda: job.eval(example()[1]), lambda: job.predict(example()[1])):
-        with pytest.raises(PlanError, match="cannot be had from a job in bf16") as caught:
-            call()
-        found.append(str(caught.value))
-    return found
+def with_a_state(plan: sw.Plan) -> tuple[float, float, Tensor, dict[str, Tensor], bool]:
+    """The loss in eval mode at first and after two steps, what is predicted then, the model's whole state, and whether a job that starts
+    from the state goes on as the one that it is of."""
+    (model, batch), other = example(), example()[0]
+    job = sw.parallelize(model, batch, plan=plan, optimizer=adamw)
+    first = job.eval(batch)
+    for _ in range(2):
+        job.step(batch)
+    shared: list[Any] = [job.state_dict()]
+    dist.broadcast_object_list(shared, 0)
+    state = shared[0]
+    after, told = job.eval(batch), job.predict(batch)
+    again = sw.parallelize(other, batch, plan=plan, optimizer=adamw)
+    again.load_state_dict(state)
+    same = again.eval(batch) == after and again.loss_scale == job.loss_scale
+    for each in (job, again):
+        for _ in range(2):
+            each.step(batch)
+    same &= all(torch.equal(parameter, again.parameters.of[name]) for name, parameter in job.parameters.of.items())
+    again.load_state_dict(job.state_dict(sharded=True))
+    same &= all(torch.equal(tensor, again.state[name]) for name, tensor in job.state.items())
+    return first, after, told, state["model"], same
 
 
-def test_what_16_bits_cannot_do_is_refused() -> None:
-    assert len(launch(with_a_state, (planned("dp=2", "bf16"),), ranks=2, timeout_s=60.0)[0]) == 4
+@pytest.mark.parametrize(
+    ("layout", "precision"),
+    [("dp=2", "bf16"), ("dp=2,zero=1", "bf16"), ("dp=2,zero=3", "bf16"), ("tp=2", "bf16"), ("pp=2", "fp16"), ("dp=2,zero=2", "fp16")],
+)
+def test_answers_and_states_of_16_bits(layout: str, precision: Precision) -> None:
+    """States are the float32 parameters; answers are those of the model in 16 bits that they are copied to."""
+    eps = torch.finfo(DTYPES[precision]).eps
+    for first, after, told, state, same in launch(with_a_state, (planned(layout, precision),), ranks=2, timeout_s=60.0, threads=1):
+        model, batch = example()
+        assert state.keys() == model.state_dict().keys() and {each.dtype for each in state.values()} == {torch.float32}
+        model.load_state_dict(state)
+        low, inputs = in_precision(model.eval(), batch, precision)
+        expected = compute_loss(low, inputs, None, precision).item()
+        assert after == pytest.approx(expected, rel=eps) and told.float().item() == pytest.approx(expected, rel=eps)
+        assert after < first * (1 - 4 * eps), "the two differ by more than is allowed"
+        assert same

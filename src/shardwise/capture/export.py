@@ -13,8 +13,9 @@ import operator
 import traceback
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stderr
+from contextlib import contextmanager, nullcontext, redirect_stderr
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -53,9 +54,17 @@ def capture(
     precision: "float32" leaves the model as it is; "bf16", "fp16": a copy of it that computes in 16 bits (`in_precision`).
     Raises CaptureError, naming the module and line, and BatchError when the inputs disagree on the batch size.
     """
+    return _in_precision(
+        model, batch, precision, lambda low, inputs: _captured(low, inputs, _LossOnly(low, loss, precision), batch_dims, trains=True)
+    )
+
+
+def _in_precision(
+    model: nn.Module, batch: Mapping[str, Any], precision: Precision, captured: Callable[[nn.Module, dict[str, Any]], Graph]
+) -> Graph:
+    """What is captured of the model and batch as they compute in the precision; buffers in 16 bits only where an operator needs that."""
     for buffers in (False, True):
-        low, inputs = in_precision(model, batch, precision, buffers=buffers)
-        graph = _captured(low, inputs, _LossOnly(low, loss, precision), batch_dims, trains=True)
+        graph = captured(*in_precision(model, batch, precision, buffers=buffers))
         graph.precision = precision
         mixing = next((op for op in graph.ops if mixes(op.name, (value.dtype for value in op.inputs))), None)
         if mixing is None or precision == "float32":
@@ -76,17 +85,33 @@ def capture_inference(
     batch_dims: Mapping[str, int | None] | None = None,
     changing: Collection[str] = (),
     fill: Callable[[], None] | None = None,
+    precision: Precision = "float32",
 ) -> tuple[Graph, Structure]:
     """The forward pass in the mode that the model is in, without gradients, as a Graph with `outputs`, and how they form its output.
 
     wanted: makes what is wanted of the module's output; all of it by default.
     changing: names of buffers that training changes between runs. Buffers that this forward pass would change are left as they are.
-    fill: called once if the values of parameters are needed, which they need not have before.
+    fill: called once if the values of parameters are needed, which they need not have before. precision: as of `capture`.
     Raises as `capture`, and CaptureError for an output without tensors.
     """
-    wrapped = _Outputs(model, wanted)
-    graph = _captured(model, batch, wrapped, batch_dims, trains=False, changing=changing, fill=fill)
-    return graph, wrapped.structure
+    structures: list[Structure] = []
+
+    def captured(low: nn.Module, inputs: dict[str, Any]) -> Graph:
+        wrapped = _Outputs(low, wanted, precision)
+        structures.append(wrapped.structure)
+        filled = fill if fill is None or low is model else partial(_fill_copy, fill, model, low)
+        return _captured(low, inputs, wrapped, batch_dims, trains=False, changing=changing, fill=filled)
+
+    graph = _in_precision(model, batch, precision, captured)
+    return graph, structures[-1]
+
+
+@torch.no_grad()
+def _fill_copy(fill: Callable[[], None], model: nn.Module, low: nn.Module) -> None:
+    """Fills the model, and its copy in a smaller precision from it."""
+    fill()
+    for whole, copy in zip((*model.parameters(), *model.buffers()), (*low.parameters(), *low.buffers()), strict=True):
+        copy.copy_(whole)
 
 
 def _captured(
@@ -205,16 +230,18 @@ class Structure:
 class _Outputs(nn.Module):
     """Returns all tensors of the output in a list, and notes how they form it; with `wanted`, what that makes of it."""
 
-    def __init__(self, model: nn.Module, wanted: Callable[[Any], Any] | None) -> None:
+    def __init__(self, model: nn.Module, wanted: Callable[[Any], Any] | None, precision: Precision) -> None:
         super().__init__()
         self.model = model
         self.train(model.training)
-        self.wanted = wanted
+        self.wanted, self.precision = wanted, precision
         self.structure = Structure()
 
     def forward(self, **batch: Any) -> list[torch.Tensor]:
-        output = self.model(**batch)
-        leaves, spec = pytree.tree_flatten(output if self.wanted is None else self.wanted(output))
+        with LossesInFloat32() if self.precision != "float32" else nullcontext():
+            output = self.model(**batch)
+            output = output if self.wanted is None else self.wanted(output)
+        leaves, spec = pytree.tree_flatten(output)
         self.structure.spec, self.structure.leaves = spec, [TENSOR if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
         tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
         if not tensors:

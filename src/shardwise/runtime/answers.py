@@ -92,7 +92,9 @@ class Answers:
         dims = {name: dim for name, dim in source.batch_dims.items() if name in batch}
         fill = None if source.on_meta else lambda: source.fill(every_whole(self.trained, self.state, self.device))
         with source.answering() as model:
-            graph, structure = capture_inference(model, batch, wanted=wanted, batch_dims=dims, changing=trained.updates, fill=fill)
+            graph, structure = capture_inference(
+                model, batch, wanted=wanted, batch_dims=dims, changing=trained.updates, fill=fill, precision=self.plan.precision
+            )
         answering = apply_to_inference(self.plan, graph, self.applied)
         applied, rank = answering.applied, self.trained.rank
         programs = build_programs(applied.assignment, applied.cut, answering.tables, self.plan.chooser(), device=self.device, ranks=[rank])
@@ -107,7 +109,7 @@ class Answers:
         for part in (*program.parameters, *program.buffers):
             if part.name in here and not part.name.startswith("constant."):
                 assert here[part.name].stored == part.stored, f"{part.name}: {here[part.name].stored} in training, {part.stored} here"
-                found[part.name] = self.state[part.name]
+                found[part.name] = self.state[part.name].to(part.stored_dtype)  # itself, but where it is cast when it is gathered
             elif part.name in fixed and part.name not in self.applied.assignment.graph.updates:
                 found[part.name] = own_part(fixed[part.name], part, program, self.device)
             else:
@@ -125,6 +127,9 @@ class Answers:
                 f"{check.module or 'the model'} asks for a value of the batch that was {check.expected:g} when captured in eval "
                 f"mode and is {found:g} now: it would do something else; make batches alike in this (padding, masks)"
             )
+        for name, read in inference.state.items():
+            if name in self.state and read.dtype is not self.state[name].dtype:
+                read.copy_(self.state[name])
         parts = {name: inference.part(value, whole[name]) for name, value in graph.inputs.items() if not name.startswith("__")}
         return inference.run(parts, step_key)
 

@@ -66,7 +66,7 @@ class Inference:
         placement = self._type(value)["dp"]
         if isinstance(placement, Shard):
             whole = take(whole, placement, self.program.mesh["dp"], self.program.coordinates["dp"])
-        return whole.to(self.device).contiguous()
+        return whole.to(self.device, value.dtype if whole.is_floating_point() else None).contiguous()
 
     @torch.no_grad()
     def run(self, batch: Mapping[str, Tensor], step_key: int) -> list[Tensor]:

@@ -244,7 +244,6 @@ class Job:
     @property
     def answers(self) -> Answers:
         """Runs the model in eval mode."""
-        self._refuse_16_bits("eval and predict")
         assert self._answers is not None, "the job was made without its model"
         return self._answers
 
@@ -269,7 +268,6 @@ class Job:
         others; "model" has the keys of the model's own state_dict(). sharded: this rank's own parts instead, not copied.
         Raises PlanError for a split parameter's optimizer state that is not split like it.
         """
-        self._refuse_16_bits("state_dict")
         return state_of_job(self, sharded=sharded)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -277,15 +275,7 @@ class Job:
 
         Raises PlanError for the state of another model, optimizer or rank.
         """
-        self._refuse_16_bits("load_state_dict")
         load_state(self, state)
-
-    def _refuse_16_bits(self, what: str) -> None:
-        if self.plan.precision != "float32":
-            raise PlanError(
-                f"{what} cannot be had from a job in {self.plan.precision}: job.parameters.of has this rank's float32 parameters, and "
-                "job.evaluate the loss in the mode that is trained; or plan with precision='float32'"
-            )
 
     def renew(self) -> None:
         """Computes again what was computed when the job was made: values that never change have been changed after all."""

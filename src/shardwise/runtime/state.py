@@ -2,9 +2,11 @@
 
     {"model":      name → tensor, the keys of the model's own state_dict(), tied names included
      "optimizer":  {"state": name → what the optimizer keeps of that parameter, "groups": [{"parameters": [names], "lr": …}, …]}
-     "steps", "seed": from which the random numbers of the next step follow}
+     "steps", "seed": from which the random numbers of the next step follow
+     "loss_scale":  {"scale", "skipped", "good"}, where the job trains in fp16}
 
-The whole is put together on rank 0, one tensor after the other, in CPU memory; any layout loads it, and so does one device.
+Of a parameter that operators read in 16 bits, the float32 is meant that the optimizer updates. The whole is put together on rank 0, one
+tensor after the other, in CPU memory; any layout loads it, and so does one device.
 """
 
 from __future__ import annotations
@@ -25,6 +27,8 @@ from shardwise.sharding.types import Shard, Type, join
 
 if TYPE_CHECKING:
     from shardwise.runtime.job import Job
+
+_SCALE = ("scale", "skipped", "good")
 
 __all__ = ["Gatherer", "every_whole", "load_state", "state_of_job", "updated_part"]
 
@@ -66,7 +70,7 @@ class Gatherer:
             key = (*at, place)
             dims[at] = part.division.dim if part.division is not None else 0
             if key not in pieces:
-                pieces[key] = self._fetched(rank, mine, shape, dtype or part.dtype)
+                pieces[key] = self._fetched(rank, mine, shape, dtype or (part.wide if updated else part.stored_dtype))
         if self.rank != 0:
             return None
         part = next(each.parts[name] for each in self.held if name in each.parts)
@@ -118,7 +122,7 @@ def every_whole(program: Program, state: Mapping[str, Tensor], device: torch.dev
     for name in gatherer.names:
         whole = gatherer.whole(name, state.get(name))
         part = next(each.parts[name] for each in gatherer.held if name in each.parts)
-        sent = torch.empty(part.shape, dtype=part.dtype, device=device) if whole is None else whole.to(device)
+        sent = torch.empty(part.shape, dtype=part.stored_dtype, device=device) if whole is None else whole.to(device)
         dist.broadcast(sent, 0)
         yield name, sent
 
@@ -128,10 +132,13 @@ def every_whole(program: Program, state: Mapping[str, Tensor], device: torch.dev
 
 def state_of_job(job: Job, *, sharded: bool) -> dict[str, Any]:
     """As of `Job.state_dict`."""
-    common = {"steps": job.steps, "seed": job.seed}
+    common: dict[str, Any] = {"steps": job.steps, "seed": job.seed}
+    if job.scaler is not None:
+        common["loss_scale"] = {name: getattr(job.scaler, name) for name in _SCALE}
     if sharded:
         place = {"rank": job.program.rank, "ranks": job.plan.ranks, "layout": job.plan.layout, "fingerprint": job.plan.fingerprint}
-        return {"model": dict(job.state), "optimizer": {"state": _kept(job), "groups": _groups(job)}, **common, **place}
+        model = job.state | {part.name: job.parameters.of[part.name].detach() for part in job.program.parameters if part.has_copy}
+        return {"model": model, "optimizer": {"state": _kept(job), "groups": _groups(job)}, **common, **place}
     gatherer = Gatherer(job.program, job.device)
     model = _whole_model(job, gatherer)
     optimizer = _whole_optimizer(job, gatherer)
@@ -139,7 +146,11 @@ def state_of_job(job: Job, *, sharded: bool) -> dict[str, Any]:
 
 
 def _whole_model(job: Job, gatherer: Gatherer) -> dict[str, Tensor]:
-    found = {name: gatherer.whole(name, job.state.get(name)) for name in gatherer.names}
+    copied = {part.name for held in gatherer.held for part in held.parts.values() if part.has_copy}
+    found = {
+        name: gatherer.whole(name, job.parameters.of.get(name) if name in copied else job.state.get(name), updated=name in copied)
+        for name in gatherer.names
+    }
     if job.program.rank != 0:
         return {}
     names = job.source.names
@@ -215,15 +226,16 @@ def load_state(job: Job, state: Mapping[str, Any]) -> None:
         raise PlanError(f"the state lacks {lacking[0]!r}; give what job.state_dict() returned, on every rank the same whole one")
     if "layout" in state:
         _check_same_place(job, state)
-        _load_model(job, state["model"], lambda tensor, part: _of_shape(tensor, part.stored, part.name))
+        _load_model(job, state["model"], lambda tensor, part: _of_shape(tensor, part.updated if part.has_copy else part.stored, part.name))
         _load_optimizer(job, state["optimizer"], lambda tensor, part: tensor)
     else:
-        _load_model(
-            job, state["model"], lambda tensor, part: own_part(_of_shape(tensor, part.shape, part.name), part, job.program, job.device)
-        )
+        _load_model(job, state["model"], lambda tensor, part: _own(job, _of_shape(tensor, part.shape, part.name), part))
         _load_optimizer(job, state["optimizer"], lambda tensor, part: updated_part(tensor, part, job.program))
         job.source.load_unread(job.graph, state["model"])
     job.steps, job.seed = int(state["steps"]), int(state["seed"])
+    if job.scaler is not None:
+        for name, value in state.get("loss_scale", {}).items():
+            setattr(job.scaler, name, value)
 
 
 def _check_same_place(job: Job, state: Mapping[str, Any]) -> None:
@@ -239,15 +251,23 @@ def _check_same_place(job: Job, state: Mapping[str, Any]) -> None:
 Take = Callable[[Tensor, ParameterPart], Tensor]
 
 
+def _own(job: Job, whole: Tensor, part: ParameterPart) -> Tensor:
+    """This rank's part of a whole parameter or buffer: what is updated where operators read a copy of it, else what is stored."""
+    return updated_part(whole, part, job.program) if part.has_copy else own_part(whole, part, job.program, job.device)
+
+
 @torch.no_grad()
 def _load_model(job: Job, given: Mapping[str, Tensor], own: Take) -> None:
     for part in (*job.program.parameters, *job.program.buffers):
-        if part.name in given:
+        if part.name in given and part.has_copy:
+            job.parameters.of[part.name].copy_(own(given[part.name], part))
+        elif part.name in given:
             job.state[part.name].copy_(own(given[part.name], part))
         elif part.name in job.source.names:
             raise PlanError(f"the state lacks {part.name}, which the model has: it is of another model")
-        if part.updated != part.stored:
+        if part.updated != part.stored and not part.has_copy:
             job.parameters.of[part.name].copy_(own_view(job.state[part.name], part))
+    job.parameters.gather()
     job.renew()
 
 
