@@ -95,6 +95,7 @@ def test_simulate_refuses(plan: sw.Plan, tmp_path: Path, options: list[str], mes
     [
         (["--cluster", "local:4"], "is for the cluster local:2, --cluster says local:4"),
         (["--layout", "pp=2"], "says pp=1, --layout says pp=2"),
+        (["--precision", "bf16"], "says precision='float32', --precision says bf16"),
     ],
 )
 def test_train_refuses_before_a_rank_starts(plan: sw.Plan, tmp_path: Path, options: list[str], message: str) -> None:

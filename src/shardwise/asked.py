@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from pathlib import Path
 
+from shardwise.capture.precision import Precision
 from shardwise.cluster.model import Cluster
 from shardwise.errors import PlanError
 from shardwise.planner.layout import Layout
@@ -21,6 +22,7 @@ class Asked:
     layout: str | None = None
     global_batch: int | None = None
     random: Random | None = None
+    precision: Precision | None = None
 
     def check(self, plan: Plan, path: Path) -> None:
         """Raises PlanError for the first option that the plan contradicts; LayoutError and ClusterError for one that cannot be read."""
@@ -37,6 +39,8 @@ class Asked:
             raise _contradiction(path, f"is for a global batch of {plan.global_batch}", f"--global-batch says {self.global_batch}")
         if self.random is not None and self.random != plan.random:
             raise _contradiction(path, f"says random={plan.random!r}", f"--random says {self.random}")
+        if self.precision is not None and self.precision != plan.precision:
+            raise _contradiction(path, f"says precision={plan.precision!r}", f"--precision says {self.precision}")
 
 
 def _cluster_name(spec: str) -> str:

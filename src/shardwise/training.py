@@ -15,6 +15,7 @@ from torch import nn
 
 from shardwise.asked import Asked
 from shardwise.capture.export import capture
+from shardwise.capture.precision import Precision
 from shardwise.cluster.machine import available_memory_bytes
 from shardwise.data.text import VOCABULARY
 from shardwise.environment import rank_environment
@@ -49,6 +50,7 @@ class TrainRequest:
     global_batch: int | None
     sequence: int | None
     random: Random | None
+    precision: Precision | None
     plan_file: Path | None
     port: int
     out: Path
@@ -76,7 +78,7 @@ def _as_parent(request: TrainRequest) -> dict[str, Any] | Infeasible:
     plan = _plan(request, model, batch)
     if isinstance(plan, sw.Infeasible):
         return plan
-    preflight(plan, capture(model, batch), limit_bytes=available_memory_bytes() // plan.ranks)
+    preflight(plan, capture(model, batch, precision=plan.precision), limit_bytes=available_memory_bytes() // plan.ranks)
     run = train(_builder(request), plan=plan, ranks=plan.ranks, read=read, settings=settings, port=request.port)
     return _written(request, plan, run)
 
@@ -103,12 +105,25 @@ def _plan(request: TrainRequest, model: nn.Module, batch: Batch) -> Plan | Infea
         _asked(request).check(plan, request.plan_file)
         return plan
     assert request.cluster is not None, "without a plan the command names a cluster"
-    random = request.random or "keyed"
-    return sw.plan(model, batch, cluster=request.cluster, layout=request.layout, global_batch=request.global_batch, random=random)
+    return sw.plan(
+        model,
+        batch,
+        cluster=request.cluster,
+        layout=request.layout,
+        global_batch=request.global_batch,
+        random=request.random or "keyed",
+        precision=request.precision or "float32",
+    )
 
 
 def _asked(request: TrainRequest) -> Asked:
-    return Asked(cluster=request.cluster, layout=request.layout, global_batch=request.global_batch, random=request.random)
+    return Asked(
+        cluster=request.cluster,
+        layout=request.layout,
+        global_batch=request.global_batch,
+        random=request.random,
+        precision=request.precision,
+    )
 
 
 def _plan_of_rank_0(request: TrainRequest, model: nn.Module, batch: Batch) -> Plan | Infeasible:

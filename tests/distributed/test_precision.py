@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -259,3 +263,36 @@ def test_answers_and_states_of_16_bits(layout: str, precision: Precision) -> Non
         assert after == pytest.approx(expected, rel=eps) and told.float().item() == pytest.approx(expected, rel=eps)
         assert after < first * (1 - 4 * eps), "the two differ by more than is allowed"
         assert same
+
+
+MODEL = """
+import torch
+
+class Net(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed, self.head = torch.nn.Embedding(256, 16), torch.nn.Linear(16, 256)
+
+    def forward(self, input_ids, labels):
+        return torch.nn.functional.cross_entropy(self.head(self.embed(input_ids))[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+
+def model_and_batch():
+    ids = torch.zeros(4, 16, dtype=torch.long)
+    return Net(), {"input_ids": ids, "labels": ids}
+"""
+
+
+def test_the_command_trains_in_16_bits(tmp_path: Path) -> None:
+    (tmp_path / "net.py").write_text(MODEL)
+    (tmp_path / "text.txt").write_text("the numbers are the same " * 200)
+    namespace: dict[str, Any] = {}
+    exec(MODEL, namespace)
+    plan = sw.plan(*namespace["model_and_batch"](), made_up(2), layout="dp=2,zero=1", precision="bf16")
+    assert isinstance(plan, sw.Plan)
+    plan.save(tmp_path / "plan.json")
+    command = [sys.executable, "-m", "shardwise", "train", "--model", "net.py:model_and_batch", "--data", "text.txt", "--steps", "5"]
+    command += ["--plan", "plan.json", "--precision", "bf16", "--lr", "0.01", "--out", "out", "--json"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=90)
+    assert done.returncode == 0, done.stderr
+    lines = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+    assert lines[-1]["held_out_loss"] < lines[0]["held_out_loss"]

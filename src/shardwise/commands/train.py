@@ -17,6 +17,7 @@ from shardwise.commands.options import (
     ModelOption,
     PlannedClusterOption,
     PlanOption,
+    PrecisionOption,
     RandomOption,
     RecomputeOption,
     ScheduleOption,
@@ -43,6 +44,7 @@ def train(
     global_batch: GlobalBatchOption = None,
     sequence: SequenceOption = None,
     random: RandomOption = None,
+    precision: PrecisionOption = None,
     recompute: RecomputeOption = None,
     plan_file: PlanOption = None,
     weights: Annotated[
@@ -87,6 +89,7 @@ def train(
         global_batch=global_batch,
         sequence=sequence,
         random=random,
+        precision=precision,
         plan_file=plan_file,
         port=port,
         out=out,
