@@ -160,7 +160,7 @@ class Predictor:
             clusters.append(_cluster(row, last_year, unfitted(software), self.beside.fitted))
         keys = [(key, split, near, each.rates.model_dump_json()) for each in clusters]
         if keys[0] not in self.costs:
-            shape, costs = Twin(graph=graph, counts=counts, cluster=cluster, tracer=self.tracer).split_on(split, clusters)
+            shape, costs = Twin(graph=graph, counts=counts, tracer=self.tracer).split_on(split, clusters)
             self.costs |= {each: (shape, found) for each, found in zip(keys, costs, strict=True)}
         return self.costs[keys[0]]
 

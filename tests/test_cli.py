@@ -105,7 +105,9 @@ def test_a_plan_is_explained_and_saved(interface: Interface, model: str, tmp_pat
     assert result.exit_code == 0, result.output
     assert "tp=2: because" in result.output
     assert json.loads(out.read_text()) == {"format_version": 1}
-    assert interface.calls == [("plan", {"cluster": "local:4", "layout": "tp=2", "global_batch": 8, "random": "keyed"})]
+    assert interface.calls == [
+        ("plan", {"cluster": "local:4", "layout": "tp=2", "global_batch": 8, "random": "keyed", "precision": "float32"})
+    ]
 
 
 def test_a_schedule_joins_the_layout(interface: Interface, model: str, tmp_path: Path) -> None:
@@ -170,9 +172,9 @@ def test_verify_exits_1_on_a_difference(interface: Interface, model: str) -> Non
 
 
 def test_verify_refuses_other_precisions(interface: Interface, model: str) -> None:
-    result = run("verify", "--model", model, "--dtype", "float16")
+    result = run("verify", "--model", model, "--dtype", "int8")
     assert result.exit_code == 2
-    assert "float16" in result.stderr
+    assert "int8" in result.stderr
 
 
 def simulated(seconds: float = 0.5) -> Simulation:

@@ -168,7 +168,7 @@ class TestFindings:
         (["--check", "--size", "small"], "leave out --only and --size small"),
         (["--check", "--only", "tp=2"], "leave out --only and --size small"),
         (["--check", "--steps", "5"], "at least 6 quiet steps: --steps 5 cannot suffice"),
-        (["--models", "gpt3"], "no model gpt3; there are gpt2, llama, vit"),
+        (["--models", "gpt3"], "no model gpt3; there are bert, gpt2, llama, moe, unet, vit"),
     ],
 )
 def test_options_that_cannot_work_are_refused(arguments, message, capsys):
