@@ -21,7 +21,7 @@ pytestmark = pytest.mark.distributed
 
 
 class StandInJob:
-    def __init__(self, build: Any, batch: dict[str, torch.Tensor], *, plan: Any, optimizer: Any, weights: Any) -> None:
+    def __init__(self, build: Any, batch: dict[str, torch.Tensor], *, plan: Any, optimizer: Any, weights: Any, compile: bool) -> None:
         self.optimizer = optimizer(build().named_parameters())
         self.steps, self.grad_norm = 0, float("nan")
         size = len(next(iter(batch.values())))
