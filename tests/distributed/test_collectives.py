@@ -135,7 +135,7 @@ def _check_shifts() -> int:
         ]
         received = [torch.empty_like(each) for each in sent[rank - 1]]
         copies = [each.clone() for each in sent[rank]]
-        waits = [collectives.start_shift(x, into, None) for x, into in zip(copies, received, strict=True)]
+        waits = [collectives.begin_shift(x, into, None) for x, into in zip(copies, received, strict=True)]
         for number in (1, 0, 2):
             waits[number]()
         assert all(torch.equal(got, gave) for got, gave in zip(received, sent[rank - 1], strict=True))

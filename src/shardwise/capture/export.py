@@ -13,7 +13,7 @@ import operator
 import traceback
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext, redirect_stderr
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -29,7 +29,7 @@ from shardwise.capture.keep import Treatment, keeping
 from shardwise.capture.normalize import NOISE, RANDOM_STATE, is_random, normalize, passes_through
 from shardwise.capture.opaque import EXPECT, OPERATOR, Opaque, Result, opaque_of
 from shardwise.capture.operators import strided
-from shardwise.capture.precision import LossesInFloat32, Precision, in_precision, mixes
+from shardwise.capture.precision import Precision, in_precision, losses_in_float32, mixes
 from shardwise.capture.record import TENSOR, Recording, record
 from shardwise.errors import BatchError, CaptureError, ValuesNeeded
 
@@ -208,10 +208,9 @@ class _LossOnly(nn.Module):
 
 def compute_loss(model: nn.Module, batch: Mapping[str, Any], loss: Loss | None, precision: Precision = "float32") -> torch.Tensor:
     """The scalar loss of a batch; in 16 bits functional losses, and the loss itself, are float32."""
-    if precision == "float32":
-        return loss_of(model(**batch), loss, model)
-    with LossesInFloat32():
-        return loss_of(model(**batch), loss, model).float()
+    with losses_in_float32(precision):
+        value = loss_of(model(**batch), loss, model)
+    return value if precision == "float32" else value.float()
 
 
 @dataclass(kw_only=True)
@@ -238,7 +237,7 @@ class _Outputs(nn.Module):
         self.structure = Structure()
 
     def forward(self, **batch: Any) -> list[torch.Tensor]:
-        with LossesInFloat32() if self.precision != "float32" else nullcontext():
+        with losses_in_float32(self.precision):
             output = self.model(**batch)
             output = output if self.wanted is None else self.wanted(output)
         leaves, spec = pytree.tree_flatten(output)

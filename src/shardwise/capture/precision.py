@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Final, Literal, get_args
 
 import torch
@@ -23,7 +24,7 @@ from torch.utils._pytree import tree_map
 
 from shardwise.errors import LayoutError
 
-__all__ = ["LOW", "PRECISIONS", "LossesInFloat32", "Precision", "checked_precision", "dtype_of", "in_precision", "mixes"]
+__all__ = ["LOW", "PRECISIONS", "Precision", "checked_precision", "dtype_of", "in_precision", "losses_in_float32", "mixes"]
 
 Precision = Literal["float32", "bf16", "fp16"]
 PRECISIONS: tuple[str, ...] = get_args(Precision)
@@ -53,9 +54,12 @@ def dtype_of(precision: Precision) -> torch.dtype | None:
     return _DTYPES.get(precision)
 
 
-class LossesInFloat32(TorchFunctionMode):
-    """Inside, functional losses get their 16-bit inputs as float32."""
+def losses_in_float32(precision: Precision) -> AbstractContextManager[object]:
+    """Inside, functional losses get their 16-bit inputs as float32; nothing changes for "float32"."""
+    return nullcontext() if precision == "float32" else _LossesInFloat32()
 
+
+class _LossesInFloat32(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in _LOSSES:
             args, kwargs = tree_map(_widened, args), tree_map(_widened, kwargs or {})

@@ -30,14 +30,15 @@ from torch import Tensor
 from shardwise.errors import ShardwiseError
 
 __all__ = [
+    "Finish",
     "all_gather",
     "all_reduce",
     "all_to_all",
     "begin_all_gather",
     "begin_all_reduce",
     "begin_reduce_scatter",
+    "begin_shift",
     "reduce_scatter",
-    "start_shift",
 ]
 
 Group = dist.ProcessGroup | None
@@ -92,7 +93,7 @@ def begin_all_reduce(tensor: Tensor, group: Group, impl: str, number: int) -> Fi
     return hand_round
 
 
-def start_shift(tensor: Tensor, received: Tensor, group: Group) -> Callable[[], None]:
+def begin_shift(tensor: Tensor, received: Tensor, group: Group) -> Finish:
     """Begins to send a contiguous `tensor` to the next rank of the group, the last one's to the first, and to fill `received` with that of
     the one before; the function returned waits for both.
 
@@ -100,12 +101,7 @@ def start_shift(tensor: Tensor, received: Tensor, group: Group) -> Callable[[], 
     """
     rank, ranks = dist.get_rank(group), dist.get_world_size(group)
     works = _post({(rank + 1) % ranks: tensor}, {(rank - 1) % ranks: received}, group, _TAG_OF_SHIFTS)
-
-    def finish() -> None:
-        for work in works:
-            work.wait()
-
-    return finish
+    return lambda: _wait(works)
 
 
 def all_gather(tensor: Tensor, dim: int, sizes: Sequence[int], group: Group = None, impl: str = "native") -> Tensor:

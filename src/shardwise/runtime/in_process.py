@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from shardwise.errors import TransferError
-from shardwise.runtime.transport import Finish, Transport, using
+from shardwise.runtime.collectives import Finish
+from shardwise.runtime.transport import Transport, using
 from shardwise.sharding.collectives import group_ranks
 
 __all__ = ["InProcess", "Meetings", "run_ranks"]
@@ -168,7 +169,7 @@ class InProcess:
         assert [len(each) for each in found] == list(receive), f"{group}: other numbers of rows than {receive}"
         return torch.cat(found)
 
-    def begin_shift(self, x: Tensor, received: Tensor, group: str) -> Callable[[], object]:
+    def begin_shift(self, x: Tensor, received: Tensor, group: str) -> Finish:
         ranks = group_ranks(group)
         here = ranks.index(self.rank)
         before, after = ranks[here - 1], ranks[(here + 1) % len(ranks)]

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from shardwise._torch import find_group
 from shardwise.runtime import collectives
+from shardwise.runtime.collectives import Finish
 from shardwise.sharding.collectives import LIBRARY, group_ranks
 
 __all__ = ["Distributed", "Transport", "using"]
@@ -29,9 +30,6 @@ class Work(Protocol):
 
     def wait(self) -> object:
         """Returns when it has arrived (a receive) or its tensor is free again (a send)."""
-
-
-Finish = Callable[[], object]
 
 
 class Transport(Protocol):
@@ -55,7 +53,7 @@ class Transport(Protocol):
     def exchange_rows(self, x: Tensor, group: str, send: Sequence[int], receive: Sequence[int], impl: str) -> Tensor:
         """So many rows to and from each rank."""
 
-    def begin_shift(self, x: Tensor, received: Tensor, group: str) -> Callable[[], object]:
+    def begin_shift(self, x: Tensor, received: Tensor, group: str) -> Finish:
         """Begins to send a contiguous x to the next rank of the group and to receive from the one before; the returned function waits."""
 
     def begin_all_gather(self, x: Tensor, group: str, dim: int, sizes: Sequence[int], impl: str) -> tuple[Tensor, Finish]:
@@ -109,8 +107,8 @@ class Distributed:
     def exchange_rows(self, x: Tensor, group: str, send: Sequence[int], receive: Sequence[int], impl: str) -> Tensor:
         return collectives.all_to_all(x, 0, send, 0, receive, find_group(group), impl)
 
-    def begin_shift(self, x: Tensor, received: Tensor, group: str) -> Callable[[], object]:
-        return collectives.start_shift(x, received, find_group(group))
+    def begin_shift(self, x: Tensor, received: Tensor, group: str) -> Finish:
+        return collectives.begin_shift(x, received, find_group(group))
 
     def sum_in_place(self, x: Tensor, group: str, impl: str) -> None:
         collectives.all_reduce(x, find_group(group), impl, inplace=True)
