@@ -6,7 +6,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["RankEnvironment", "cache_directory", "rank_environment", "use_interface"]
+__all__ = ["RankEnvironment", "cache_directory", "rank_environment", "tunes_malloc", "use_interface"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +36,12 @@ def rank_environment() -> RankEnvironment | None:
 def use_interface(name: str) -> None:
     """Has gloo connect ranks over this network interface, unless $GLOO_SOCKET_IFNAME names another."""
     os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
+
+
+def tunes_malloc() -> bool:
+    """Whether the user tells glibc's malloc when to take memory from the kernel and when to give it back."""
+    named = any(os.environ.get(f"MALLOC_{name}_") for name in ("TRIM_THRESHOLD", "MMAP_THRESHOLD", "MMAP_MAX", "TOP_PAD"))
+    return named or "glibc.malloc" in os.environ.get("GLIBC_TUNABLES", "")
 
 
 def cache_directory() -> Path:

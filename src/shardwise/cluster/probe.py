@@ -31,11 +31,11 @@ from shardwise.cluster.probe_collectives import collective_rates
 from shardwise.cluster.rates import Rates
 from shardwise.cluster.timing import Stopwatch
 from shardwise.environment import cache_directory
+from shardwise.heap import MAPPED_FROM_BYTES
 
 __all__ = ["Budget", "cache_file", "local_rates", "measure"]
 
-_PROBE_VERSION = 6  # raise it when what is measured changes: figures kept by an older probe are then measured anew
-_FRESH_FROM_BYTES = float(32 << 20)  # glibc's largest mmap threshold, DEFAULT_MMAP_THRESHOLD_MAX of mallopt(3)
+_PROBE_VERSION = 7  # raise it when what is measured changes: figures kept by an older probe are then measured anew
 _WAIT_S = 60.0
 
 
@@ -119,7 +119,7 @@ def _compute(watch: Stopwatch) -> dict[str, Any]:
         "write_bytes_per_s": write.model_dump(),
         "cached_bytes_per_s": probe_compute.cached_bytes_per_s(watch),
         "fresh_bytes_per_s": probe_compute.fresh_bytes_per_s(watch),
-        "fresh_from_bytes": _FRESH_FROM_BYTES,
+        "fresh_from_bytes": float(MAPPED_FROM_BYTES),
         "element_s": {_name(dtype): probe_compute.element_seconds(dtype, watch) for dtype in products},
         "call_s": call_s,
         "view_s": view_s,

@@ -20,6 +20,7 @@ from shardwise._torch import register_group
 from shardwise.cluster.machine import available_cores
 from shardwise.environment import RankEnvironment, rank_environment, use_interface
 from shardwise.errors import ClusterError
+from shardwise.heap import keep_freed_memory
 from shardwise.sharding.collectives import group_name
 
 __all__ = ["create_groups", "die_with_parent", "join_group", "process_group", "threads_per_rank"]
@@ -59,7 +60,8 @@ def process_group(*, timeout_s: float, threads: int | None = None, backend: str 
 
 
 def join_group(timeout_s: float, *, backend: str = "gloo") -> bool:
-    """Join the job that the environment describes unless a group exists already; whether it was joined here."""
+    """Join the job that the environment describes unless a group exists already; whether it was joined here. Freed memory is kept."""
+    keep_freed_memory()
     if dist.is_initialized():
         return False
     _join(_place(), timeout_s=timeout_s, backend=backend)
