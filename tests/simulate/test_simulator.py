@@ -76,6 +76,12 @@ def test_one_core_does_one_thing_at_a_time() -> None:
     assert step.bubble == pytest.approx(0.0)
 
 
+def test_messages_take_the_core_of_both_ends() -> None:
+    profile = chain([stage(), stage()], cores=1)
+    busy = profile.model_copy(update={"edges": [edge.model_copy(update={"busy_s": 0.25}) for edge in profile.edges]})
+    assert simulated(busy, 4).step_time_s == pytest.approx(4 * 2 * (F + B) + 4 * 2 * 2 * 0.25)
+
+
 @pytest.mark.parametrize(("ranks", "cores"), [(2, 1), (4, 2), (4, 3), (3, 4)])
 def test_copies_on_fewer_cores_are_slowed_alike(ranks: int, cores: int) -> None:
     step = simulated(chain([stage()], cores=cores), 1, dp=ranks)

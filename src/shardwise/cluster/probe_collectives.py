@@ -17,7 +17,7 @@ __all__ = ["collective_rates"]
 
 _LEAST, _MOST = 4, 60
 _WIDTH = 4  # bytes of a float32
-_OTHER_WORK_BYTES = 1 << 20  # between two calls
+_OTHER_WORK_BYTES = 8 << 20  # between two calls: more than a core's own caches hold
 _Call = Callable[[Tensor, Sequence[int], dist.ProcessGroup, str], object]
 
 
@@ -63,8 +63,9 @@ def _seconds(kind: str, impl: str, message_bytes: int, group: dist.ProcessGroup,
     taking_part = dist.get_rank(group) >= 0
     call = _prepared(kind, impl, message_bytes, group) if taking_part else _nothing
     other = torch.ones(_OTHER_WORK_BYTES // _WIDTH)
-    first, _ = _timed(call, other)
-    times = [_timed(call, other) for _ in range(_repetitions(first, budget_s))]
+    start = time.perf_counter()
+    _timed(call, other)
+    times = [_timed(call, other) for _ in range(_repetitions(time.perf_counter() - start, budget_s))]
     slowest, busy = torch.tensor(times).unbind(1)
     dist.all_reduce(slowest := slowest.clone(), op=dist.ReduceOp.MAX)
     dist.all_reduce(taken := torch.tensor([float(busy.median()), 1.0]) * taking_part)
@@ -73,7 +74,7 @@ def _seconds(kind: str, impl: str, message_bytes: int, group: dist.ProcessGroup,
 
 def _timed(call: Callable[[], object], other: Tensor) -> tuple[float, float]:
     """Seconds by the clock, and of cores: of all threads of this process. The call comes after other work, as in a step: its code and
-    data are in no cache."""
+    data are in no cache of the core's own, as where another rank computed on it while this one waited."""
     dist.barrier()
     other.mul_(1.0)
     start, busy = time.perf_counter(), time.process_time()

@@ -10,7 +10,7 @@ import torch
 from torch import fx
 
 from shardwise.cluster.model import Cluster
-from shardwise.cost.collectives import collective_cost
+from shardwise.cost.collectives import Shares, collective_cost, collective_shares
 from shardwise.cost.compute import op_seconds, streaming_seconds
 from shardwise.cost.fusion import fused_traffic
 from shardwise.cost.memory import bases, liveness, tensor_bytes
@@ -47,7 +47,7 @@ __all__ = [
     "sink_seconds",
     "stage_memory",
     "stage_times",
-    "transfer_seconds",
+    "transfer_shares",
 ]
 
 OPTIMIZER_STATES = {"adamw": 2, "adam": 2, "sgd": 0, "sgd_momentum": 1}
@@ -142,18 +142,20 @@ def stage_times(program: Program, cluster: Cluster, optimizer: str) -> dict[int,
     return found
 
 
-def transfer_seconds(program: Program, cluster: Cluster) -> dict[str, float]:
-    """Of one message on each edge of a rank; none between stages of one rank."""
+def transfer_shares(program: Program, cluster: Cluster) -> dict[str, Shares]:
+    """Of one message on each edge of a rank; none between stages of one rank. compute_s: of its sender, and of its receiver."""
     local = program.local_edges
     stage_ranks = program.stage_ranks
-    found: dict[str, float] = {}
+    found: dict[str, Shares] = {}
     for edge in program.edges:
         source, target = (program.placement[stage] * stage_ranks + program.rank % stage_ranks for stage in (edge.source, edge.target))
-        seconds = collective_cost("send_recv", edge.nbytes, 2, replace(cluster, network=None), stage_ranks).seconds
+        inside = replace(cluster, network=None)
+        impl = collective_cost("send_recv", edge.nbytes, 2, inside, stage_ranks).impl
+        shares = collective_shares("send_recv", impl, edge.nbytes, 2, inside, stage_ranks)
         if cluster.network is not None and cluster.network.node(source) != cluster.network.node(target):
-            seconds = max(seconds, sent_seconds(edge.nbytes, stage_ranks, cluster.network))
-        found[edge.name] = seconds
-    return {name: 0.0 if name in local else each for name, each in found.items()}
+            shares = replace(shares, communicate_s=max(shares.communicate_s, sent_seconds(edge.nbytes, stage_ranks, cluster.network)))
+        found[edge.name] = shares
+    return {name: Shares(compute_s=0.0, communicate_s=0.0) if name in local else each for name, each in found.items()}
 
 
 def _own_parameters(program: Program) -> dict[int, list[ParameterPart]]:

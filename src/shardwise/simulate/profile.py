@@ -9,12 +9,12 @@ from math import prod
 from pydantic import BaseModel, ConfigDict
 
 from shardwise.cluster.model import Cluster
-from shardwise.cost.collectives import collective_cost
+from shardwise.cost.collectives import Shares, collective_cost
 from shardwise.errors import LayoutError
 from shardwise.program.actions import Kind
 from shardwise.program.holdings import modules_held
 from shardwise.program.program import Edge, Program, StageProgram
-from shardwise.simulate.costs import Seconds, StageMemory, passing_traffic, stage_memory, stage_times, transfer_seconds
+from shardwise.simulate.costs import Seconds, StageMemory, passing_traffic, stage_memory, stage_times, transfer_shares
 from shardwise.simulate.traffic import Traffic, gather_traffic, reduction_traffic, traffic_seconds
 
 __all__ = ["EdgeProfile", "Profile", "StageProfile", "computing_ranks", "on_links", "profile_programs"]
@@ -49,13 +49,15 @@ class StageProfile(_Strict):
 
 
 class EdgeProfile(_Strict):
-    """A value sent from stage to stage: bytes and seconds of one message."""
+    """A value sent from stage to stage: bytes and seconds of one message. busy_s: of a core that the rank has to itself, which its sender
+    needs for it, and its receiver again; where ranks share cores."""
 
     name: str
     source: int
     target: int
     nbytes: int
     transfer_s: float
+    busy_s: float = 0.0
     requires_grad: bool
 
 
@@ -81,7 +83,7 @@ def profile_programs(programs: Mapping[int, Program], cluster: Cluster, optimize
             talk = _traffic(program, number, seen) if cluster.machines else {}
             on_rank = _OnRank(stage=stage, copy=program.coordinates["dp"], times=times[number], memory=memory[number], traffic=talk)
             stages.setdefault(number, []).append(on_rank)
-        transfers = transfer_seconds(program, seen)
+        transfers = transfer_shares(program, seen)
         for edge in program.edges:
             sent = _edge(edge, transfers[edge.name])
             if edge.name not in edges or sent.transfer_s > edges[edge.name].transfer_s:
@@ -98,9 +100,15 @@ def computing_ranks(program: Program) -> range:
     return range(first, first + size)
 
 
-def _edge(edge: Edge, transfer_s: float) -> EdgeProfile:
+def _edge(edge: Edge, shares: Shares) -> EdgeProfile:
     return EdgeProfile(
-        name=edge.name, source=edge.source, target=edge.target, nbytes=edge.nbytes, transfer_s=transfer_s, requires_grad=edge.requires_grad
+        name=edge.name,
+        source=edge.source,
+        target=edge.target,
+        nbytes=edge.nbytes,
+        transfer_s=shares.communicate_s,
+        busy_s=shares.compute_s,
+        requires_grad=edge.requires_grad,
     )
 
 

@@ -338,13 +338,17 @@ def _row(inner: list[Action], own: list[int], profile: Profile, seconds: list[_T
     actions = [Action(kind=Kind.PRELUDE), *inner, Action(kind=Kind.REDUCE), Action(kind=Kind.UPDATE)]
     stages = [action.stage if action.stage >= 0 else own[0] for action in actions]
     once = {kind: _added(seconds[stage].get(kind, _NO_TIME) for stage in own) for kind in (Kind.PRELUDE, Kind.REDUCE, Kind.UPDATE)}
+    messages = {edge.name: (edge.busy_s, 0.0) for edge in profile.edges}
+
+    def times(action: Action, stage: int) -> tuple[float, float]:
+        if action.sends or action.receives:
+            return messages[action.edge]
+        return once[action.kind] if action.kind in once else seconds[stage].get(action.kind, _NO_TIME)
+
     return _Row(
         actions=actions,
         stages=stages,
-        seconds=[
-            once[action.kind] if action.kind in once else seconds[stage].get(action.kind, _NO_TIME)
-            for action, stage in zip(actions, stages, strict=True)
-        ],
+        seconds=[times(action, stage) for action, stage in zip(actions, stages, strict=True)],
         reduces=any(profile.stages[stage].reduces for stage in own),
         tied=frozenset(home[other] for stage in own for other in profile.stages[stage].tied) - {home[own[0]]},
         memory=_memory([profile.stages[stage] for stage in own], held_bytes),
@@ -591,6 +595,8 @@ class _Clock:
             self.now_s = max(self.now_s, self.events[0][0])
         while self.events and self.events[0][0] <= self.now_s:
             rank = heapq.heappop(self.events)[2]
+            if rank in self.computing:  # woken for what it had found by itself at this very moment
+                continue
             if self.ranks[rank].phase == "computing":
                 self.ranks[rank].phase = "waiting"
             ended.append(rank)
