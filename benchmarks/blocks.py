@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -88,16 +89,16 @@ def parts(model: nn.Module, workload: Workload) -> Parts:
     return Parts(embedding=get("vit.embeddings"), blocks=inner, head=head)
 
 
-def ends(workload: Workload, stages: int) -> list[int]:
-    """Return the block before which each of so many stages ends, so that all multiply about equally much; each has a block.
+def ends(workload: Workload, speeds: Sequence[float]) -> list[int]:
+    """Return the block before which each stage ends, so that all take about equally long at these speeds; each has a block.
 
     The head counts as part of a block.
     """
     matrices = {"llama": 3, "moe": 6}.get(workload.family, 2)
     block = 4 * workload.hidden**2 + matrices * workload.hidden * workload.ffn
     head = 0 if workload.family == "vit" else workload.hidden * workload.vocabulary
-    each = (workload.layers + head / block) / stages
-    found = [round(each * (stage + 1)) for stage in range(stages - 1)] + [workload.layers]
+    stages, whole = len(speeds), workload.layers + head / block
+    found = [round(whole * sum(speeds[: stage + 1]) / sum(speeds)) for stage in range(stages - 1)] + [workload.layers]
     for stage in range(stages):
         found[stage] = min(max(found[stage], stage + 1), workload.layers - (stages - 1 - stage))
     return found

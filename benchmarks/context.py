@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
+from benchmarks.scenarios import PLAIN, Host, Scenario
 from benchmarks.workloads import Batch, Workload
 
 StepFunction = Callable[[Batch], float | None]
@@ -27,13 +29,21 @@ class Recording(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class RankContext:
-    """One rank's place: `plan_path` is the saved plan for ours, and None for the peers; `compiled`: with torch.compile."""
+    """One rank's place: `plan_path` is the saved plan for ours, and None for the peers; `compiled`: with torch.compile; `host`: where there
+    are two."""
 
     rank: int
     world_size: int
     workload: Workload
     plan_path: Path | None = None
     compiled: bool = False
+    scenario: Scenario = PLAIN
+    host: Host | None = None
+
+    @property
+    def speeds(self) -> tuple[float, ...]:
+        """Of each rank of this contestant."""
+        return self.scenario.speeds(self.world_size)
 
     def part(self, batch: Batch, rank: int | None = None, ranks: int | None = None) -> Batch:
         """Return this rank's slice of the global batch, or that of one of so many."""
@@ -46,7 +56,8 @@ class Contestant:
     """One way to train the model: `builder` is `module:function`, called in each rank with its context.
 
     layout: ours that divides the model alike, with {n} ranks or {h}, half of them ("" none). ranks, threads: 0 as many as the race is for.
-    least: it needs so many ranks; chunks: and so many blocks for each. families: that it can train, () all.
+    least: it needs so many ranks; chunks: and so many blocks for each. families: that it can train, () all. package: that it needs besides
+    torch. may_fail: whether the race goes on without it.
     """
 
     name: str
@@ -58,8 +69,15 @@ class Contestant:
     least: int = 2
     chunks: int = 0
     families: tuple[str, ...] = ()
+    package: str = "torch"
     compiled: bool = False
     is_peer: bool = True
+    may_fail: bool = False
+
+    @property
+    def base(self) -> str:
+        """Its name, compiled or not."""
+        return self.name.removesuffix(_COMPILED)
 
     def at(self, ranks: int) -> Contestant:
         """The same in a race of so many ranks."""
@@ -71,6 +89,8 @@ class Contestant:
 
 
 OURS = "ours"
+SINGLE = "single"
+_COMPILED = "+compile"
 _BLOCKS = ("gpt2", "llama", "vit", "bert", "moe")
 """Families that are a chain of blocks: torch's pipelines and plans for tensors need that."""
 CONTESTANTS = {
@@ -107,19 +127,29 @@ CONTESTANTS = {
             least=4,
             families=_BLOCKS,
         ),
-        Contestant(name="single", title="one process, all threads", builder="benchmarks.peers:single", ranks=1, threads=0, is_peer=False),
+        Contestant(name=SINGLE, title="one process, all threads", builder="benchmarks.peers:single", ranks=1, threads=0, is_peer=False),
     )
 }
 
 
-def contestants(workload: Workload, ranks: int, *, compiled: Sequence[str] = ()) -> dict[str, Contestant]:
-    """All that can train this model on so many ranks, by name; those named also as `NAME+compile`, with torch.compile."""
+def missing_packages() -> list[str]:
+    """Packages that contestants need, and that are not installed."""
+    return sorted({each.package for each in CONTESTANTS.values() if find_spec(each.package) is None})
+
+
+def contestants(workload: Workload, ranks: int, *, compiled: Sequence[str] = (), limited: bool = False) -> dict[str, Contestant]:
+    """All that can train this model on so many ranks, by name; those named also as `NAME+compile`, with torch.compile. What torch.compile
+    cannot do, or a limit that the ranks have does not let happen, may fail, ours excepted."""
+    lacking = missing_packages()
     found: dict[str, Contestant] = {}
     for each in CONTESTANTS.values():
         if each.least > ranks or (each.families and workload.family not in each.families) or each.chunks * ranks > workload.layers:
             continue
-        found[each.name] = each.at(ranks)
+        if each.package in lacking:
+            continue
+        found[each.name] = replace(each.at(ranks), may_fail=limited and each.name != OURS)
         if each.name in compiled:
-            more = replace(found[each.name], name=f"{each.name}+compile", title=f"{each.title}, compiled", compiled=True)
+            title, may_fail = f"{each.title}, compiled", each.name != OURS
+            more = replace(found[each.name], name=each.name + _COMPILED, title=title, compiled=True, may_fail=may_fail)
             found[more.name] = more
     return found

@@ -27,6 +27,7 @@ _MOMENT_S = 20.0
 _NUMBERS = itertools.count()
 _MEASURED_BYTES = 1 << 28
 _PR_SET_PDEATHSIG = 1
+_CLONE_NEWNET = 0x40000000  # linux/sched.h
 
 _RECEIVE = """
 import socket, sys, time
@@ -173,6 +174,14 @@ class Hosts:
 
     def _ip(self, host: int, *arguments: str) -> None:
         _call("ip", "-n", self.names[host], *arguments)
+
+
+def enter(namespace: str) -> None:
+    """Move the thread that calls, and all that it starts from now on, into a host's network."""
+    with open(f"/run/netns/{namespace}") as opened:
+        if ctypes.CDLL(None, use_errno=True).setns(opened.fileno(), _CLONE_NEWNET):
+            number = ctypes.get_errno()
+            raise OSError(number, os.strerror(number), opened.name)
 
 
 def _alone() -> None:

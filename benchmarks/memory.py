@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 import threading
 from pathlib import Path
 from typing import Protocol
@@ -34,6 +35,13 @@ def peak_meter() -> PeakMeter:
 def resident_bytes() -> int:
     """Return the resident size of this process."""
     return int(psutil.Process().memory_info().rss)
+
+
+def limit_data(more_bytes: int) -> None:
+    """From now on this process may map so much more private memory than it has; the system refuses what is beyond (RLIMIT_DATA)."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    kib = next(int(line.split()[1]) for line in lines if line.startswith("VmData:"))
+    resource.setrlimit(resource.RLIMIT_DATA, (1024 * kib + more_bytes, resource.RLIM_INFINITY))
 
 
 class KernelPeak:

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from benchmarks.context import RankContext
+from benchmarks.scenarios import PLAIN, Scenario
 from benchmarks.workloads import Batch, Workload, optimizer
+
+if TYPE_CHECKING:  # imported by the ranks of ours alone
+    from shardwise.cluster.model import Cluster
+
+_LATENCY_S = 100e-6  # of a message over a link between hosts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,16 +26,33 @@ class Prediction:
     memory_bytes: tuple[float, ...]
 
 
-def make_plan(workload: Workload, ranks: int, layout: str | None, path: Path) -> Prediction:
-    """Plan as a user does, on one process before any rank starts; save the plan for the ranks."""
+def make_plan(
+    workload: Workload, ranks: int, layout: str | None, path: Path, scenario: Scenario = PLAIN, link_bytes_per_s: float | None = None
+) -> Prediction:
+    """Plan as a user does, on one process before any rank starts; save the plan for the ranks. link_bytes_per_s: between two hosts."""
     import shardwise as sw
 
-    plan = sw.plan(workload.build(), workload.batch(0), cluster=f"local:{ranks}", layout=layout)
+    plan = sw.plan(workload.build(), workload.batch(0), cluster=_cluster(ranks, scenario, link_bytes_per_s), layout=layout)
     if not isinstance(plan, sw.Plan):
         raise RuntimeError(f"no plan for this workload: {plan}")
     plan.save(path)
     predicted = plan.predicted
     return Prediction(text=str(plan), step_time_s=float(predicted.step_time_s), memory_bytes=_per_rank(predicted.memory_bytes, ranks))
+
+
+def _cluster(ranks: int, scenario: Scenario, link_bytes_per_s: float | None) -> Cluster:
+    """This machine, and what the scenario changes about it."""
+    from shardwise.cluster.model import Cluster
+    from shardwise.cluster.network import Network
+
+    found = Cluster.parse(f"local:{ranks}")
+    if scenario.data_bytes is not None:
+        found = found.with_memory(scenario.data_bytes)
+    if scenario.last_speed != 1:
+        found = found.with_speeds(scenario.speeds(ranks))
+    if link_bytes_per_s is not None:
+        found = replace(found, network=Network(node_ranks=ranks // 2, latency_s=_LATENCY_S, bytes_per_s=link_bytes_per_s))
+    return found
 
 
 def _per_rank(memory: float | Sequence[float], ranks: int) -> tuple[float, ...]:

@@ -167,7 +167,7 @@ class _Pipe:
     def _stages(self, length: int, chunks: int) -> dict[int, blocks.Stage]:
         """This rank's stages by number: every `length`-th from its place on."""
         workload = self.context.workload
-        ends = [0, *blocks.ends(workload, length * chunks)]
+        ends = [0, *blocks.ends(workload, [min(self.context.speeds[place::length]) for place in range(length)] * chunks)]
         cut = blocks.parts(workload.build(), workload)
         found = {
             number: blocks.Stage(cut, ends[number], ends[number + 1]) for number in range(length * chunks) if number % length == self.place

@@ -43,6 +43,12 @@ class Child:
         self._process.start()
         theirs.close()
 
+    @property
+    def pid(self) -> int:
+        """Of the process."""
+        assert self._process.pid is not None, "it was started"
+        return self._process.pid
+
     def send(self, message: object) -> None:
         """Send a message to the child's pipe."""
         try:

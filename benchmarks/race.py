@@ -9,11 +9,13 @@ from __future__ import annotations
 import random
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import psutil
 
+from benchmarks.processes import ChildFailed
 from benchmarks.quiet import others_share, read_cpu
 from benchmarks.ranks import RankStep, Team
 from benchmarks.verdict import Sample, check_losses, quiet_steps
@@ -21,28 +23,45 @@ from benchmarks.verdict import Sample, check_losses, quiet_steps
 
 @dataclass(kw_only=True)
 class Record:
-    """All that was measured of one contestant; bytes for each rank."""
+    """All that was measured of one contestant; bytes for each rank. failure: why it does not take part any more."""
 
     samples: list[Sample] = field(default_factory=list)
     peak_bytes: list[int] = field(default_factory=list)
     set_up_peak_bytes: list[int] = field(default_factory=list)
+    failure: str = ""
 
 
 def race(teams: dict[str, Team], records: dict[str, Record], *, steps: int, limit_s: float, report: Callable[[str], None]) -> None:
     """Step all `teams` in turn, adding to `records`, until each has `steps` that count or `limit_s` is over.
 
-    Raises `WrongNumbers` when losses differ, `ChildFailed` when a rank does not answer.
+    Raises `WrongNumbers` when losses differ, `ChildFailed` when a rank does not answer of a contestant that may not fail; one that may is
+    ended, and taken out of `teams`.
     """
     deadline = time.monotonic() + limit_s
     shuffle = random.Random(0)
     round_ = 0
-    while time.monotonic() < deadline and any(quiet_steps(record.samples) < steps for record in records.values()):
+    while time.monotonic() < deadline and any(quiet_steps(records[name].samples) < steps for name in teams):
         for name in shuffle.sample(list(teams), len(teams)):
-            _step(teams[name], records[name], round_)
-        latest = {name: record.samples[-1] for name, record in records.items()}
+            with spared(name, teams, records[name]):
+                _step(teams[name], records[name], round_)
+        if not teams:
+            return
+        latest = {name: records[name].samples[-1] for name in teams}
         report(_line(round_, latest))
         check_losses({name: sample.loss for name, sample in latest.items()}, round_)
         round_ += 1
+
+
+@contextmanager
+def spared(name: str, teams: dict[str, Team], record: Record) -> Iterator[None]:
+    """Meanwhile a contestant that may fail does so alone: it is ended, leaves `teams`, and its record says why."""
+    try:
+        yield
+    except ChildFailed as error:
+        if not teams[name].contestant.may_fail:
+            raise
+        record.failure = str(error).strip().splitlines()[-1]
+        teams.pop(name).end()
 
 
 def _step(team: Team, record: Record, round_: int) -> None:

@@ -11,6 +11,7 @@ import os
 import socket
 import time
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 
@@ -18,8 +19,10 @@ import torch
 import torch.distributed as dist
 
 from benchmarks.context import Contestant, RankContext, Recording, StepFunction
-from benchmarks.memory import PeakMeter, peak_meter, resident_bytes
+from benchmarks.hosts import enter
+from benchmarks.memory import PeakMeter, limit_data, peak_meter, resident_bytes
 from benchmarks.processes import Child, receive
+from benchmarks.throttle import Throttled
 from benchmarks.workloads import SMALL, Batch, optimizer
 
 SET_UP_TIMEOUT_S = 300.0
@@ -44,6 +47,7 @@ class Team:
         self.contestant = contestant
         port = _free_port()
         self._ranks = [Child(f"{contestant.name} rank {context.rank}", _serve, contestant, context, port) for context in contexts]
+        self._speeds = contexts[0].speeds
 
     def wait_ready(self) -> list[int]:
         """Wait until all ranks have built their model; return each rank's peak bytes meanwhile."""
@@ -51,9 +55,13 @@ class Team:
 
     def step(self, index: int) -> list[RankStep]:
         """Let all ranks take training step `index`."""
-        for rank in self._ranks:
-            rank.send(index)
-        return receive(self._ranks, STEP_TIMEOUT_S, f"step {index}")
+        with ExitStack() as stack:
+            for rank, speed in zip(self._ranks, self._speeds, strict=True):
+                if speed < 1:
+                    stack.enter_context(Throttled([rank.pid], speed))
+            for rank in self._ranks:
+                rank.send(index)
+            return receive(self._ranks, STEP_TIMEOUT_S, f"step {index}")
 
     def end(self) -> None:
         """End all processes."""
@@ -68,12 +76,16 @@ def _free_port() -> int:
 
 
 def _serve(pipe: Connection, contestant: Contestant, context: RankContext, port: int) -> None:
+    if context.host is not None:
+        enter(context.host.namespace)
     torch.set_num_threads(contestant.threads)
     builder = _resolve(contestant.builder)
     _join_group(context, port)
     _touch_libraries(context)
     before, meter = resident_bytes(), peak_meter()
     meter.reset()
+    if context.scenario.data_bytes is not None:
+        limit_data(context.scenario.data_bytes)
     step = builder(context)
     pipe.send(meter.peak_bytes() - before)
     _answer_steps(pipe, context, step, meter, before)
@@ -107,6 +119,8 @@ def _join_group(context: RankContext, port: int) -> None:
     place = {"RANK": context.rank, "LOCAL_RANK": context.rank, "WORLD_SIZE": context.world_size}
     place |= {"LOCAL_WORLD_SIZE": context.world_size, "MASTER_PORT": port}
     os.environ.update({name: str(value) for name, value in place.items()}, MASTER_ADDR="127.0.0.1")
+    if context.host is not None:
+        os.environ.update(MASTER_ADDR=context.host.first_address, GLOO_SOCKET_IFNAME=context.host.device)
     if context.world_size > 1:
         dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=STEP_TIMEOUT_S))
 

@@ -13,7 +13,7 @@ import transformers
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.context import OURS, Contestant
+from benchmarks.context import OURS, SINGLE, Contestant, missing_packages
 from benchmarks.ours import Prediction
 from benchmarks.race import Record
 from benchmarks.verdict import (
@@ -24,6 +24,7 @@ from benchmarks.verdict import (
     MIN_SPEED,
     MIN_SPEED_ALIKE,
     MIN_SPEED_IDEAL,
+    MIN_SPEED_SCENARIO,
     Finding,
     Outcome,
     Timing,
@@ -43,30 +44,32 @@ MIB = 2**20
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """Measurements of all contestants of one workload; `prediction` where ours took part; `layout` where it was pinned."""
+    """Measurements of all contestants of one workload; `prediction` where ours took part; `layout` where it was pinned; `scenario`: its
+    name."""
 
     workload: Workload
     contestants: dict[str, Contestant]
     records: dict[str, Record]
     prediction: Prediction | None
     layout: str | None = None
+    scenario: str | None = None
 
     @property
     def timings(self) -> dict[str, Timing | None]:
-        """The steps that count, by contestant."""
-        return {name: timing(record.samples) for name, record in self.records.items()}
+        """The steps that count, by contestant that ran to the end."""
+        return {name: timing(record.samples) for name, record in self.records.items() if not record.failure}
 
     @property
     def best_peer(self) -> str | None:
-        """The fastest of torch's own; where our layout is pinned, of those that divide the model alike."""
-        peers = [name for name, each in self.contestants.items() if each.is_peer and (self.layout is None or each.divides_as(self.layout))]
+        """The fastest of the peers, as it is or compiled; where our layout is pinned, of those that divide the model alike."""
+        ran = [self.contestants[name] for name in self.timings]
+        peers = [each.name for each in ran if each.is_peer and (self.layout is None or each.divides_as(self.layout))]
         return best_peer(self.timings, peers)
 
-    @property
-    def best_of_ours(self) -> str:
-        """Ours as it is, or compiled where that took part and is faster."""
-        found = {name: timing.median_s for name, timing in self.timings.items() if name.split("+")[0] == OURS and timing is not None}
-        return min(found, key=found.__getitem__, default=OURS)
+    def better_of(self, base: str) -> str | None:
+        """The contestant of that name as it is, or compiled where that took part and is faster; None where neither was timed."""
+        found = {name: timing.median_s for name, timing in self.timings.items() if timing and self.contestants[name].base == base}
+        return min(found, key=found.__getitem__, default=None)
 
     def findings(self) -> list[Finding]:
         """Judge ours; nothing to judge gives an empty list."""
@@ -79,18 +82,26 @@ class Result:
         return [*self._speed(), *_prediction(self.prediction, ours, self.records[OURS])]
 
     def _speed(self) -> list[Finding]:
-        ours, best, ideal = self.timings[self.best_of_ours], self.best_peer, self.timings.get("single")
-        assert ours is not None, "there are enough steps"
+        own, best, alone = self.better_of(OURS), self.best_peer, self.better_of(SINGLE)
+        ours = self.timings[own] if own else None
+        assert own is not None and ours is not None, "there are enough steps"
         found = []
         if best and (peer := self.timings[best]):
             title = self.contestants[best].title
-            found.append(speed_finding(ours, title, peer, MIN_SPEED_ALIKE if self.layout else MIN_SPEED))
+            found.append(speed_finding(ours, title, peer, self._bound()))
             if self.layout:
-                peaks = self.records[OURS].peak_bytes, self.records[best].peak_bytes
+                peaks = self.records[own].peak_bytes, self.records[best].peak_bytes
                 found.append(memory_finding(peaks[0], title, peaks[1], MAX_MEMORY_ALIKE))
-        if ideal is not None and not self.layout:
-            found.append(speed_finding(ours, self.contestants["single"].title, ideal, MIN_SPEED_IDEAL))
+        elif self.scenario:
+            found.append(Finding(text="none of the peers runs here", outcome=Outcome.INCONCLUSIVE))
+        if alone and (ideal := self.timings[alone]) and not self.layout and not self.scenario:
+            found.append(speed_finding(ours, self.contestants[alone].title, ideal, MIN_SPEED_IDEAL))
         return found
+
+    def _bound(self) -> float:
+        if self.layout:
+            return MIN_SPEED_ALIKE
+        return MIN_SPEED_SCENARIO if self.scenario else MIN_SPEED
 
     def outcome(self) -> Outcome:
         """The verdict over all findings."""
@@ -109,6 +120,11 @@ def _prediction(prediction: Prediction, ours: Timing, record: Record) -> list[Fi
 def show(result: Result, console: Console) -> None:
     """Print the table, the prediction beside the measurement, and the findings."""
     console.print(_table(result))
+    for name, record in result.records.items():
+        if record.failure:
+            console.print(f"{result.contestants[name].title} did not run: {record.failure}", markup=False, soft_wrap=True)
+    for package in missing_packages():
+        console.print(f"{package}: not installed")
     if result.prediction is not None:
         console.print(_prediction_table(result, result.prediction))
     for finding in result.findings():
@@ -119,8 +135,9 @@ def show(result: Result, console: Console) -> None:
 def _table(result: Result) -> Table:
     shape, ranks = result.workload, max(each.ranks for each in result.contestants.values())
     size = f"channels {list(shape.channels)}" if shape.channels else f"{shape.layers} layers, hidden {shape.hidden}"
-    table = Table(title=f"{shape.family}, {size}, batch {shape.batch_size}: one training step, {ranks} ranks")
-    columns = ("contestant", "median s", "min – max s", "speed × best torch", "quiet steps", "peak MiB a rank", "set-up MiB", "loss")
+    where = f" ({result.scenario})" if result.scenario else ""
+    table = Table(title=f"{shape.family}, {size}, batch {shape.batch_size}: one training step, {ranks} ranks{where}")
+    columns = ("contestant", "median s", "min – max s", "speed × best peer", "quiet steps", "peak MiB a rank", "set-up MiB", "loss")
     for column in columns:
         table.add_column(column, justify="left" if column == "contestant" else "right")
     peer = result.timings[result.best_peer] if result.best_peer else None
@@ -161,6 +178,7 @@ def as_json(result: Result) -> dict[str, Any]:
     """Return everything, every sample included, for a JSON file."""
     return {
         "workload": dataclasses.asdict(result.workload),
+        "scenario": result.scenario,
         "machine": {"cpus": os.cpu_count(), "platform": platform.platform(), "python": platform.python_version()},
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
         "contestants": {name: _record_json(record) for name, record in result.records.items()},
@@ -177,5 +195,6 @@ def _record_json(record: Record) -> dict[str, Any]:
         "timing": None if found is None else dataclasses.asdict(found),
         "peak_bytes": record.peak_bytes,
         "set_up_peak_bytes": record.set_up_peak_bytes,
+        "failure": record.failure or None,
         "samples": samples,
     }

@@ -2,11 +2,14 @@
 
     python benchmarks/step_time.py --workload gpt2 [--ranks 2] [--steps 8] [--json out.json] [--check]
     python benchmarks/step_time.py --workload gpt2 --layout tp=2 --check     our tp=2 against torch's tensor parallelism alone
-    python benchmarks/step_time.py --workload gpt2 --compiled ours,ddp       these two also with torch.compile
+    python benchmarks/step_time.py --workload gpt2 --compiled ours,ddp       these two also with torch.compile; `all`: everyone
+    python benchmarks/step_time.py --workload gpt2 --scenario slow-rank      where the layout matters (see scenarios.py)
 
 Runs our chosen layout, DDP, FSDP2, tensor parallelism, 1F1B and interleaved pipelining (with four ranks FSDP2 × tensor parallelism and
 DDP × 1F1B, too) and one process with a thread for each rank on the same model and batches, in turn (see race.py), and prints a table.
-Exit codes: 0 done; with --check also 1 a bound is broken and 75 inconclusive (too few quiet steps); 2 an error, wrong losses included.
+--check takes each as it is or compiled, whichever is faster of those that took part.
+Exit codes: 0 done; with --check also 1 a bound is broken and 75 inconclusive (too few quiet steps, no peer that runs); 75 where there can
+be no two hosts for --scenario shaped-link; 2 an error, wrong losses included.
 """
 
 from __future__ import annotations
@@ -27,18 +30,22 @@ from rich.console import Console
 from benchmarks import (
     ours,
     peers,  # noqa: F401  imported before the ranks fork, so that they need not
+    scenarios,
 )
 from benchmarks.context import CONTESTANTS, OURS, Contestant, RankContext, contestants
+from benchmarks.hosts import Hosts, why_not
 from benchmarks.processes import Child, ChildFailed, receive
-from benchmarks.race import Record, race
+from benchmarks.race import Record, race, spared
 from benchmarks.ranks import Team
 from benchmarks.result import Result, as_json, show
+from benchmarks.scenarios import PLAIN, Scenario, host_of
 from benchmarks.verdict import MIN_QUIET_STEPS, Outcome, WrongNumbers
 from benchmarks.workloads import FULL, SMALL, Workload
 
 PLAN_TIMEOUT_S = 300.0
 EXIT_CODES = {Outcome.PASS: 0, Outcome.FAIL: 1, Outcome.INCONCLUSIVE: 75}
 EXIT_ERROR = 2
+EXIT_NO_HOSTS = 75
 EXIT_INTERRUPTED = 130
 FILE_WIDTH = 140
 
@@ -47,6 +54,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the benchmark; return the exit code."""
     options = _parse(arguments)
     console = Console(width=None if sys.stdout.isatty() else FILE_WIDTH)
+    if options.scenario == "shaped-link" and (reason := why_not()):
+        console.print(f"inconclusive: {reason}", soft_wrap=True)
+        return EXIT_NO_HOSTS
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(EXIT_ERROR))
     try:
         result = run(options, console)
@@ -68,6 +78,9 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=8, help="quiet steps wanted of each contestant (default %(default)s)")
     parser.add_argument("--only", type=_names, default=list(CONTESTANTS), help=f"comma-separated, of {', '.join(CONTESTANTS)}")
     parser.add_argument("--compiled", type=_names, default=[], help="contestants that take part a second time, with torch.compile")
+    parser.add_argument(
+        "--scenario", choices=sorted(scenarios.FULL), help="a condition under which the layout matters; --check wants more then"
+    )
     parser.add_argument("--layout", help="pin the layout of ours, as in tp=2; --check then compares with torch's own way of the same")
     parser.add_argument("--time-limit", type=float, default=480.0, metavar="S", help="end the race after S seconds (default %(default)g)")
     parser.add_argument("--small", action="store_true", help="tiny models: tries the benchmark, measures nothing")
@@ -79,7 +92,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _names(text: str) -> list[str]:
-    wanted = text.split(",")
+    wanted = list(CONTESTANTS) if text == "all" else text.split(",")
     unknown = sorted(set(wanted) - set(CONTESTANTS))
     if unknown:
         raise argparse.ArgumentTypeError(f"no contestant {', '.join(unknown)}; there are {', '.join(CONTESTANTS)}")
@@ -93,50 +106,59 @@ def _refuse_useless(parser: argparse.ArgumentParser, options: argparse.Namespace
         parser.error("--check compares with all contestants: leave out --only")
     if options.check and options.steps < MIN_QUIET_STEPS:
         parser.error(f"--check needs at least {MIN_QUIET_STEPS} quiet steps: --steps {options.steps} cannot suffice")
+    if options.scenario and (families := _scenario(options).families) and options.workload not in families:
+        parser.error(f"--scenario {options.scenario} is for the workloads {', '.join(families)}, not for {options.workload}")
+    if options.scenario and options.layout and options.check:
+        parser.error("--check judges what is chosen in a scenario: leave out --layout")
     if options.layout and OURS not in options.only:
         parser.error("--layout pins the layout of ours, which --only leaves out")
-    if missing := sorted(set(options.compiled) - set(options.only)):
+    if options.compiled != list(CONTESTANTS) and (missing := sorted(set(options.compiled) - set(options.only))):
         parser.error(f"--compiled names {', '.join(missing)}, which --only leaves out")
+
+
+def _scenario(options: argparse.Namespace) -> Scenario:
+    return (scenarios.SMALL if options.small else scenarios.FULL)[options.scenario] if options.scenario else PLAIN
 
 
 def run(options: argparse.Namespace, console: Console) -> Result:
     """Plan, start all contestants, race them, end them."""
-    workload = (SMALL if options.small else FULL)[options.workload]
+    scenario = _scenario(options)
+    workload = scenario.of((SMALL if options.small else FULL)[options.workload])
     field = _field(workload, options)
     records = {name: Record() for name in field}
     teams: dict[str, Team] = {}
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, scenario.hosts() as hosts:
         plan_path = Path(folder) / "plan.json"
         try:
-            prediction = _plan(workload, options, plan_path, console) if OURS in field else None
+            prediction = _plan(workload, options, plan_path, hosts, console) if OURS in field else None
             for name, contestant in field.items():
-                teams[name] = Team(contestant, _contexts(contestant, workload, plan_path))
-                records[name].set_up_peak_bytes = teams[name].wait_ready()
+                teams[name] = Team(contestant, _contexts(contestant, workload, plan_path, scenario, hosts))
+                with spared(name, teams, records[name]):
+                    records[name].set_up_peak_bytes = teams[name].wait_ready()
             race(teams, records, steps=options.steps, limit_s=options.time_limit, report=console.print)
         finally:
             for team in teams.values():
                 team.end()
-    return Result(workload=workload, contestants=field, records=records, prediction=prediction, layout=options.layout)
+    return Result(
+        workload=workload, contestants=field, records=records, prediction=prediction, layout=options.layout, scenario=options.scenario
+    )
 
 
 def _field(workload: Workload, options: argparse.Namespace) -> dict[str, Contestant]:
     """Who takes part; where a layout is pinned to be judged, ours and who divides the model alike."""
-    found = contestants(workload, options.ranks, compiled=options.compiled)
+    found = contestants(workload, options.ranks, compiled=options.compiled, limited=_scenario(options).data_bytes is not None)
     alike = options.check and options.layout
     return {
         name: each
         for name, each in found.items()
-        if _base(name) in options.only and (not alike or _base(name) == OURS or each.divides_as(options.layout))
+        if each.base in options.only and (not alike or each.base == OURS or each.divides_as(options.layout))
     }
 
 
-def _base(name: str) -> str:
-    return name.removesuffix("+compile")
-
-
-def _plan(workload: Workload, options: argparse.Namespace, path: Path, console: Console) -> ours.Prediction:
+def _plan(workload: Workload, options: argparse.Namespace, path: Path, hosts: Hosts | None, console: Console) -> ours.Prediction:
     """Plan in a process of its own, which leaves no memory or threads behind in this one."""
-    planner = Child("the planner", _send_plan, workload, options.ranks, options.layout, path)
+    link_bytes_per_s = hosts.measured_bytes_per_s() if hosts else None
+    planner = Child("the planner", _send_plan, workload, options.ranks, options.layout, path, _scenario(options), link_bytes_per_s)
     try:
         prediction: ours.Prediction = receive([planner], PLAN_TIMEOUT_S, "the plan")[0]
     finally:
@@ -145,15 +167,24 @@ def _plan(workload: Workload, options: argparse.Namespace, path: Path, console: 
     return prediction
 
 
-def _send_plan(pipe: Connection, workload: Workload, ranks: int, layout: str | None, path: Path) -> None:
-    pipe.send(ours.make_plan(workload, ranks, layout, path))
+def _send_plan(pipe: Connection, *wanted: object) -> None:
+    pipe.send(ours.make_plan(*wanted))  # type: ignore[arg-type]
 
 
-def _contexts(contestant: Contestant, workload: Workload, plan_path: Path) -> list[RankContext]:
-    path = plan_path if _base(contestant.name) == OURS else None
+def _contexts(contestant: Contestant, workload: Workload, plan_path: Path, scenario: Scenario, hosts: Hosts | None) -> list[RankContext]:
+    path = plan_path if contestant.base == OURS else None
     ranks = contestant.ranks
     return [
-        RankContext(rank=rank, world_size=ranks, workload=workload, plan_path=path, compiled=contestant.compiled) for rank in range(ranks)
+        RankContext(
+            rank=rank,
+            world_size=ranks,
+            workload=workload,
+            plan_path=path,
+            compiled=contestant.compiled,
+            scenario=scenario,
+            host=host_of(rank, ranks, hosts),
+        )
+        for rank in range(ranks)
     ]
 
 

@@ -14,6 +14,8 @@ MIN_QUIET_STEPS = 5
 LOSS_TOLERANCE = 1e-4
 MIN_SPEED = 1.0
 """Of the chosen layout, times the fastest of torch's own."""
+MIN_SPEED_SCENARIO = 1.25
+"""Of the chosen layout, times the fastest peer that runs at all, where the layout matters."""
 MIN_SPEED_ALIKE = 0.97
 """Of a pinned layout, times torch's own way of the same."""
 MIN_SPEED_IDEAL = 0.95

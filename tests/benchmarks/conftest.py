@@ -17,6 +17,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 def made_up_machine(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Nothing is measured; torch has as many threads afterwards as before."""
     threads = torch.get_num_threads()
-    monkeypatch.setattr(Cluster, "parse", lambda text: made_up(int(text.removeprefix("local:"))))
+    monkeypatch.setattr(Cluster, "parse", lambda spec: spec if isinstance(spec, Cluster) else made_up(int(spec.removeprefix("local:"))))
     yield
     torch.set_num_threads(threads)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -45,6 +46,31 @@ def test_described_ring(tmp_path: Path) -> None:
     ring = next(rate for rate in rates.collectives if (rate.kind, rate.ranks) == ("all_reduce", 4))
     assert ring.seconds_for(4e9) == pytest.approx(6e-5 + 1.5 * 4e9 / 200e9)
     assert {rate.ranks for rate in rates.collectives} == {2, 4}
+
+
+def test_speeds_given_later_are_those_of_a_file(tmp_path: Path) -> None:
+    with_speeds = FILE.replace("[link]", "speeds = [1, 1, 2, 0.5]\n[link]")
+    told = Cluster.parse(_written(tmp_path, with_speeds))
+    assert Cluster.parse(_written(tmp_path, FILE)).with_speeds([1, 1, 2, 0.5]) == told
+
+
+@pytest.mark.parametrize(
+    ("speeds", "cores", "said"),
+    [
+        ([1, 0.5], None, r"cluster box: 4 ranks want as many positive speeds, not \[1, 0.5\]"),
+        ([1, 1, 1, 0], None, r"4 ranks want as many positive speeds, not \[1, 1, 1, 0\]"),
+        ([1, 1, 1, 0.5], 2, "cluster box: 4 ranks share 2 cores, so none has its own speed; take fewer"),
+    ],
+)
+def test_speeds_that_no_rank_can_have(tmp_path: Path, speeds: list[float], cores: int | None, said: str) -> None:
+    cluster = replace(Cluster.parse(_written(tmp_path, FILE)), cores=cores)
+    with pytest.raises(ClusterError, match=said):
+        cluster.with_speeds(speeds)
+
+
+def test_devices_of_the_catalog_have_their_speeds() -> None:
+    with pytest.raises(ClusterError, match="cluster h100:8: its devices are of the catalog; give others there"):
+        Cluster.parse("h100:8").with_speeds([1] * 8)
 
 
 @pytest.mark.parametrize(

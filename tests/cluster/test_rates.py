@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 from pydantic import ValidationError
+from tests.clusters import made_up
 
 from shardwise.cluster.rates import IMPLEMENTATIONS, CollectiveRate, Curve, MatmulRate
 from shardwise.runtime import collectives
@@ -56,6 +57,19 @@ def test_collective_is_read_between_and_beyond_its_sizes() -> None:
 def test_collective_refuses(changed: dict[str, object]) -> None:
     with pytest.raises(ValidationError):
         _collective(**changed)
+
+
+def test_a_faster_rank_is_faster_in_all_that_it_computes_and_its_links_stay() -> None:
+    rates = made_up(2).rates.model_copy(update={"element_s": {"float32": {"gelu": 1e-9}}, "cached_bytes_per_s": (4e10, 2e10)})
+    slow = rates.times_as_fast(0.5)
+    assert slow.kernel_s("gelu", "float32") == 2e-9
+    assert slow.cached_bytes_per_s == (2e10, 1e10)
+    assert slow.matmul_of("float32").flops_per_s(4096, 4096, 4096) == rates.matmul_of("float32").flops_per_s(4096, 4096, 4096) / 2
+    assert slow.optimizers["adamw"].element_s.at(4096) == 2 * rates.optimizers["adamw"].element_s.at(4096)
+    stay = {name for name in type(rates).model_fields if getattr(slow, name) == getattr(rates, name)}
+    ratios = {"attention_ragged", "product_ragged", "contention", "cast_bytes", "fresh_from_bytes"}
+    assert stay == ratios | {"overlaps_memory", "fuses", "copies_inner", "groups", "collectives"}
+    assert slow.times_as_fast(2) == rates
 
 
 def test_every_implementation_named_here_exists() -> None:

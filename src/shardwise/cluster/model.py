@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from pathlib import Path
@@ -81,6 +81,22 @@ class Cluster:
         """The cluster, had each rank so much."""
         unlike = tuple((count, replace(device, memory_bytes=memory_bytes)) for count, device in self.unlike)
         return replace(self, memory_bytes=memory_bytes, unlike=unlike)
+
+    def with_speeds(self, speeds: Sequence[float]) -> Cluster:
+        """The cluster, did its ranks compute so many times as fast, each in turn; links stay.
+
+        Raises ClusterError where there is not a positive speed for each rank, ranks share cores, or the devices are of the catalog, which
+        has their speeds.
+        """
+        if self.machines is not None:
+            raise ClusterError(f"cluster {self.name}: its devices are of the catalog; give others there (`shardwise cluster` lists them)")
+        if len(speeds) != self.ranks or min(speeds) <= 0:
+            raise ClusterError(f"cluster {self.name}: {self.ranks} ranks want as many positive speeds, not {list(speeds)}")
+        if self.cores is not None and self.cores < self.ranks:
+            raise ClusterError(f"cluster {self.name}: {self.ranks} ranks share {self.cores} cores, so none has its own speed; take fewer")
+        found = [replace(device, rates=device.rates.times_as_fast(speed)) for device, speed in zip(self.devices, speeds, strict=True)]
+        unlike = tuple((1, device) for device in found) if self.unlike or len(set(speeds)) > 1 else ()
+        return replace(self, cores=None, rates=slowest(device.rates for device in found), unlike=unlike)
 
     @classmethod
     def parse(cls, spec: Cluster | str | Path, *, refresh: bool = False) -> Cluster:

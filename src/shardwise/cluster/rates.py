@@ -88,6 +88,11 @@ class MatmulRate(_Figures):
         """Rate, flop/s, of an (m, k) by (k, n) product."""
         return self.cubes_flops.at(2.0 * m * n * k) * self.thinness.at(min(m, n, k))
 
+    def times_as_fast(self, speed: float) -> MatmulRate:
+        """That of a rank that computes so many times as fast."""
+        faster = {"cubes_flops": self.cubes_flops.times(speed), "batched_flops": self.batched_flops.times(speed)}
+        return self.model_copy(update=faster)
+
     def batched_flops_per_s(self, m: int, n: int, k: int) -> float:
         """Rate, flop/s, of a batch of (m, k) by (k, n) products."""
         return self.batched_flops.at(2.0 * m * n * k)
@@ -152,6 +157,10 @@ class OptimizerRate(_Figures):
     fixed_s: float
     element_s: Curve
 
+    def times_as_fast(self, speed: float) -> OptimizerRate:
+        """That of a rank that computes so many times as fast."""
+        return OptimizerRate(fixed_s=self.fixed_s / speed, element_s=self.element_s.times(1 / speed))
+
 
 class Rates(_Figures):
     """All figures of one rank. Keys of ``dtype`` are torch's names without the ``torch.``; float32 is always there.
@@ -206,6 +215,24 @@ class Rates(_Figures):
     def matmul_of(self, dtype: str) -> MatmulRate:
         """The rate of a dtype; float32's for one that was not measured."""
         return self.matmul.get(dtype) or self.matmul["float32"]
+
+    def times_as_fast(self, speed: float) -> Rates:
+        """Those of a rank that computes so many times as fast; links stay."""
+        cached = self.cached_bytes_per_s
+        faster = {
+            "matmul": {dtype: rate.times_as_fast(speed) for dtype, rate in self.matmul.items()},
+            "attention_flops": {name: curve.times(speed) for name, curve in self.attention_flops.items()},
+            "convolution_flops": {name: curve.times(speed) for name, curve in self.convolution_flops.items()},
+            "read_bytes_per_s": self.read_bytes_per_s.times(speed),
+            "write_bytes_per_s": self.write_bytes_per_s.times(speed),
+            "cached_bytes_per_s": None if cached is None else (cached[0] * speed, cached[1] * speed),
+            "fresh_bytes_per_s": self.fresh_bytes_per_s * speed,
+            "element_s": {dtype: {name: each / speed for name, each in found.items()} for dtype, found in self.element_s.items()},
+            "call_s": self.call_s / speed,
+            "view_s": self.view_s / speed,
+            "optimizers": {name: rate.times_as_fast(speed) for name, rate in self.optimizers.items()},
+        }
+        return self.model_copy(update=faster)
 
     def kernel_s(self, kernel: str, dtype: str) -> float:
         """Seconds per element of a kernel; float32's for a dtype that was not measured, 0 for a kernel that was not."""
