@@ -93,6 +93,7 @@ SINGLE = "single"
 _COMPILED = "+compile"
 _BLOCKS = ("gpt2", "llama", "vit", "bert", "moe")
 """Families that are a chain of blocks: torch's pipelines and plans for tensors need that."""
+_DEEPSPEED = "benchmarks.peers_deepspeed"
 CONTESTANTS = {
     contestant.name: contestant
     for contestant in (
@@ -126,6 +127,21 @@ CONTESTANTS = {
             layout="dp={h},pp=2",
             least=4,
             families=_BLOCKS,
+        ),
+        Contestant(
+            name="deepspeed-zero2", title="DeepSpeed ZeRO-2", builder=f"{_DEEPSPEED}:zero2", layout="dp={n},zero=2", package="deepspeed"
+        ),
+        Contestant(
+            name="deepspeed-zero3", title="DeepSpeed ZeRO-3", builder=f"{_DEEPSPEED}:zero3", layout="dp={n},zero=3", package="deepspeed"
+        ),
+        Contestant(
+            name="deepspeed-pp",
+            title="DeepSpeed pipeline",
+            builder=f"{_DEEPSPEED}:pipeline",
+            layout="pp={n}",
+            chunks=1,
+            families=("llama", "vit", "moe"),
+            package="deepspeed",
         ),
         Contestant(name=SINGLE, title="one process, all threads", builder="benchmarks.peers:single", ranks=1, threads=0, is_peer=False),
     )

@@ -6,7 +6,8 @@
     python benchmarks/step_time.py --workload gpt2 --scenario slow-rank      where the layout matters (see scenarios.py)
 
 Runs our chosen layout, DDP, FSDP2, tensor parallelism, 1F1B and interleaved pipelining (with four ranks FSDP2 × tensor parallelism and
-DDP × 1F1B, too) and one process with a thread for each rank on the same model and batches, in turn (see race.py), and prints a table.
+DDP × 1F1B, too), DeepSpeed's ZeRO-2, ZeRO-3 and pipeline where that package is installed (see peers_deepspeed.py), and one process with a
+thread for each rank on the same model and batches, in turn (see race.py), and prints a table.
 --check takes each as it is or compiled, whichever is faster of those that took part.
 Exit codes: 0 done; with --check also 1 a bound is broken and 75 inconclusive (too few quiet steps, no peer that runs); 75 where there can
 be no two hosts for --scenario shaped-link; 2 an error, wrong losses included.
@@ -32,7 +33,7 @@ from benchmarks import (
     peers,  # noqa: F401  imported before the ranks fork, so that they need not
     scenarios,
 )
-from benchmarks.context import CONTESTANTS, OURS, Contestant, RankContext, contestants
+from benchmarks.context import CONTESTANTS, OURS, Contestant, RankContext, contestants, missing_packages
 from benchmarks.hosts import Hosts, why_not
 from benchmarks.processes import Child, ChildFailed, receive
 from benchmarks.race import Record, race, spared
@@ -110,6 +111,8 @@ def _refuse_useless(parser: argparse.ArgumentParser, options: argparse.Namespace
         parser.error(f"--scenario {options.scenario} is for the workloads {', '.join(families)}, not for {options.workload}")
     if options.scenario and options.layout and options.check:
         parser.error("--check judges what is chosen in a scenario: leave out --layout")
+    if options.only != list(CONTESTANTS) and (lacking := {CONTESTANTS[name].package for name in options.only} & set(missing_packages())):
+        parser.error(f"--only names contestants that need {', '.join(lacking)}, which is not installed")
     if options.layout and OURS not in options.only:
         parser.error("--layout pins the layout of ours, which --only leaves out")
     if options.compiled != list(CONTESTANTS) and (missing := sorted(set(options.compiled) - set(options.only))):

@@ -5,6 +5,7 @@ import os
 import random
 import signal
 import time
+from io import StringIO
 from itertools import pairwise
 from types import SimpleNamespace
 
@@ -12,7 +13,7 @@ import psutil
 import pytest
 import torch
 from benchmarks.blocks import ends
-from benchmarks.context import CONTESTANTS, contestants
+from benchmarks.context import CONTESTANTS, contestants, missing_packages
 from benchmarks.hosts import why_not
 from benchmarks.ours import Prediction
 from benchmarks.processes import Child, ChildFailed
@@ -87,8 +88,9 @@ class TestWhereTheLayoutMatters:
     def test_peers_that_do_not_run_are_left_out_and_told(self):
         found = result(scenario="memory-limit", ours=record(1.0), ddp=record(0.1, failure="can't allocate memory"), tp=record(1.5))
         assert told(found) == ["pass: speed 1.500 x torch tensor-parallel (bound: at least 1.25)"]
-        console = Console(width=200, record=True, quiet=True)
+        console = Console(width=200, file=StringIO())
         show(found, console)
+        assert "torch DDP did not run: can't allocate memory" in console.file.getvalue()
         assert as_json(found)["contestants"]["ddp"]["failure"] == "can't allocate memory"
 
     def test_without_any_peer_nothing_is_proved(self):
@@ -195,6 +197,24 @@ def test_who_may_fail_does_so_alone():
         raise ChildFailed("no more")
 
 
+class TestPackages:
+    def test_who_lacks_a_package_is_left_out_and_told(self, monkeypatch, capsys):
+        monkeypatch.setattr("benchmarks.context.find_spec", lambda package: None if package == "deepspeed" else package)
+        assert not [name for name in contestants(FULL["llama"], 2) if "deepspeed" in name]
+        console = Console(width=200, file=StringIO())
+        show(result(ours=record(1.0), ddp=record(1.0)), console)
+        assert "deepspeed: not installed" in console.file.getvalue()
+        with pytest.raises(SystemExit):
+            main(["--workload", "llama", "--only", "ours,deepspeed-zero2"])
+        assert "--only names contestants that need deepspeed, which is not installed" in capsys.readouterr().err
+
+    def test_who_has_it_takes_part(self, monkeypatch):
+        monkeypatch.setattr("benchmarks.context.find_spec", lambda package: package)
+        assert {name for name in contestants(FULL["gpt2"], 2) if "deepspeed" in name} == {"deepspeed-zero2", "deepspeed-zero3"}
+        assert contestants(FULL["llama"], 2)["deepspeed-pp"].divides_as("pp=2")
+        assert contestants(FULL["llama"], 4)["deepspeed-zero3"].divides_as("zero=3,dp=4")
+
+
 def race(capsys, path, *arguments: str) -> dict:
     code = main([*arguments, "--ranks", "2", "--small", "--steps", "1", "--time-limit", "4", "--json", str(path)])
     assert code == 0, capsys.readouterr().out
@@ -215,6 +235,13 @@ class TestForReal:
     def test_half_the_speed(self, tmp_path, capsys):
         found = race(capsys, tmp_path / "slow.json", "--workload", "vit", "--scenario", "slow-rank", "--only", "ours,ddp,1f1b")
         assert all(each["samples"] and each["failure"] is None for each in found.values())
+
+    def test_deepspeed(self, tmp_path, capsys):
+        if missing_packages():
+            pytest.skip("DeepSpeed, an optional peer, is not installed")
+        names = "ddp,deepspeed-zero2,deepspeed-zero3,deepspeed-pp"
+        found = race(capsys, tmp_path / "deepspeed.json", "--workload", "llama", "--only", names)
+        assert set(found) == set(names.split(",")) and all(len(each["samples"]) > 2 for each in found.values())
 
     def test_a_link_between_hosts(self, tmp_path, capsys):
         if reason := why_not():
