@@ -215,20 +215,21 @@ class TestPackages:
         assert contestants(FULL["llama"], 4)["deepspeed-zero3"].divides_as("zero=3,dp=4")
 
 
-def race(capsys, path, *arguments: str) -> dict:
-    code = main([*arguments, "--ranks", "2", "--small", "--steps", "1", "--time-limit", "4", "--json", str(path)])
+def race(capsys, path, *arguments: str, limit_s: str = "4") -> dict:
+    code = main([*arguments, "--ranks", "2", "--small", "--steps", "1", "--time-limit", limit_s, "--json", str(path)])
     assert code == 0, capsys.readouterr().out
     return json.loads(path.read_text())["contestants"]
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(400)
 @pytest.mark.usefixtures("made_up_machine")
 class TestForReal:
     """Two ranks, small models; on a noisy machine steps do not count, but all are run and their losses compared."""
 
     def test_a_limit_ends_those_that_hold_the_whole_state(self, tmp_path, capsys):
-        found = race(capsys, tmp_path / "limit.json", "--workload", "gpt2", "--scenario", "memory-limit", "--only", "ours,ddp,1f1b,single")
-        assert "memory" in found["ddp"]["failure"] and "memory" in found["single"]["failure"]
+        found = race(capsys, tmp_path / "limit.json", "--workload", "gpt2", "--scenario", "memory-limit", "--only", "ours,ddp,1f1b")
+        assert "memory" in found["ddp"]["failure"]
         for name in ("ours", "1f1b"):
             assert found[name]["failure"] is None and found[name]["samples"]
 
@@ -240,7 +241,7 @@ class TestForReal:
         if missing_packages():
             pytest.skip("DeepSpeed, an optional peer, is not installed")
         names = "ddp,deepspeed-zero2,deepspeed-zero3,deepspeed-pp"
-        found = race(capsys, tmp_path / "deepspeed.json", "--workload", "llama", "--only", names)
+        found = race(capsys, tmp_path / "deepspeed.json", "--workload", "llama", "--only", names, limit_s="20")
         assert set(found) == set(names.split(",")) and all(len(each["samples"]) > 2 for each in found.values())
 
     def test_a_link_between_hosts(self, tmp_path, capsys):
