@@ -1,6 +1,6 @@
 """A shallow twin of a published model: the same blocks, two or three of each kind, on the meta device.
 
-    Model's numbers ──▶ Recipe (a class of transformers, its configuration, how often each block really stands) ──▶ Twin
+    Model's numbers ──▶ Recipe (a class of transformers, its configuration, how often each block really stands) ──▶ ShallowModel
 
 A decoder is a GPT-2 (learned positions, LayerNorm, biases, plain MLP), a Llama (rotary, RMSNorm, gated MLP; a Qwen3 where queries and keys
 are normed) or, rotary and RMSNorm with a plain MLP, an Arcee. With experts it is a Mixtral or Qwen3-MoE, with a shared expert a GLM-4-MoE,
@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from benchmarks.published_rows import Model
 
-__all__ = ["Twin", "TwinError", "parameters", "twin"]
+__all__ = ["ShallowModel", "TwinError", "parameters", "twin"]
 
 _BLOCKS = 3  # of a run that a twin has, so that one has equal neighbours on both sides
 _VOCABULARY = {"encoder": 30522, "encoder-decoder": 32128, "vit": 1000}  # BERT's, T5's, ImageNet's classes; GPT-2's for any other
@@ -60,7 +60,7 @@ class TwinError(ValueError):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Twin:
+class ShallowModel:
     """module: on the meta device, in training mode; its output has the loss. batch: keyword arguments of its forward.
 
     counts: how many blocks each run of equal blocks has in the whole model, in the order in which the runs stand.
@@ -73,8 +73,8 @@ class Twin:
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """architecture: a class of transformers; values: its configuration; counts: as in Twin. tied: whether the head is the embedding,
-    where the stated parameters do not tell."""
+    """architecture: a class of transformers; values: its configuration; counts: as in ShallowModel. tied: whether the head is the
+    embedding, where the stated parameters do not tell."""
 
     architecture: str
     values: Mapping[str, Any]
@@ -90,7 +90,7 @@ def twin(
     fused_attention: bool = True,
     dropout: float | None = None,
     local_experts: int | None = None,
-) -> Twin:
+) -> ShallowModel:
     """A shallow twin of a row's model, its parameters in `dtype`, with a batch of `micro_batch` samples of the row's length.
 
     dropout: of hidden states and, where attention is not fused, of its scores; None for what the family usually has. local_experts: of
@@ -107,7 +107,7 @@ def twin(
     recipe = make(_filled(model, _dropout(model) if dropout is None else dropout))
     local = model.experts if local_experts is None else local_experts
     try:
-        made = Twin(module=_built(recipe, fused_attention), batch=_batch(model, micro_batch, dtype), counts=recipe.counts)
+        made = ShallowModel(module=_built(recipe, fused_attention), batch=_batch(model, micro_batch, dtype), counts=recipe.counts)
         tied = _tied_fits(parameters(made), recipe, model) if model.params and model.family != "vit" else recipe.tied
         if tied != recipe.tied or local != model.experts:
             made = replace(made, module=_built(replace(recipe, tied=tied), fused_attention, local))
@@ -122,7 +122,7 @@ def _name(model: Model) -> str:
     return model.arch or "a model without a name"
 
 
-def parameters(made: Twin) -> int:
+def parameters(made: ShallowModel) -> int:
     """Of the whole model, tied ones once."""
     runs = list(_runs(made.module))
     assert len(runs) == len(made.counts), "a count for each run of equal blocks"

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from benchmarks.published_models import Twin, TwinError, parameters, twin
+from benchmarks.published_models import ShallowModel, TwinError, parameters, twin
 from benchmarks.published_rows import Model, read_directory
 from torch import nn
 
@@ -134,7 +134,7 @@ FAMILIES: dict[str, tuple[Model, str, list[tuple[int, int]]]] = {
 }
 
 
-def captured(made: Twin) -> Graph:
+def captured(made: ShallowModel) -> Graph:
     return capture(made.module, made.batch)
 
 
@@ -191,7 +191,7 @@ def test_t5_s_position_bias_keeps_its_attention_from_being_fused() -> None:
     assert (encoder[fused], decoder[fused]) == (0, 1)  # what the decoder sees of the encoder has no bias
 
 
-def dropped(made: Twin) -> Counter[str]:
+def dropped(made: ShallowModel) -> Counter[str]:
     return Counter(op.name for op in captured(made).blocks[0][1] if "dropout" in op.name)
 
 
@@ -214,7 +214,7 @@ def test_dropout_is_that_of_the_family(arch: str, fused: bool, dropout: float | 
 SMALL = {"layers": 2, "hidden": 64, "heads": 4, "kv_heads": None, "head_dim": 16, "ffn": 96, "vocab": 128, "seq_len": 16, "params": None}
 
 
-def on_cpu(model: Model, *, fused: bool) -> Twin:
+def on_cpu(model: Model, *, fused: bool) -> ShallowModel:
     """With random parameters and tokens, in float64."""
     made = twin(model, micro_batch=2, fused_attention=fused, dropout=0.0, dtype=torch.float64)
     module = made.module.to_empty(device="cpu").double()
@@ -222,10 +222,10 @@ def on_cpu(model: Model, *, fused: bool) -> Twin:
     for tensor in (*module.parameters(), *module.buffers()):
         tensor.data.normal_(0, 0.1)
     batch = {name: torch.randint(0, 128, each.shape) for name, each in made.batch.items()}
-    return Twin(module=module, batch=batch, counts=made.counts)
+    return ShallowModel(module=module, batch=batch, counts=made.counts)
 
 
-def loss(made: Twin) -> float:
+def loss(made: ShallowModel) -> float:
     return made.module(**made.batch).loss.item()
 
 
