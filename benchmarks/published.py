@@ -7,8 +7,9 @@ on the meta device, its operators are split as the row says, each piece is lower
 simulated. Nothing is measured, and no formula is peculiar to these tables.
 
 For each file: the median absolute percentage error of step time and of memory, how many rows could be expressed, how many of those that ran
-out of memory are said to fit, and, where rows differ in layout alone, rank correlation (Kendall's tau-b) and regret (how much slower the
-layout is that would have been chosen than the best).
+out of memory are said to fit, and, where rows differ in layout alone, rank correlation (Kendall's tau-b of all pairs, however near), how
+many of the pairs are ranked right whose measurements are more than 3 % apart, and regret (how much slower the layout is that would have
+been chosen than the best).
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ from benchmarks.published_machines import machines_of
 from benchmarks.published_models import TwinError, twin
 from benchmarks.published_rows import Row, Table, read_directory, schedule_of, sweeps
 from benchmarks.published_software import Software, software_of, unfitted
-from benchmarks.published_stats import kendall_tau, median_absolute_percentage_error, regret
+from benchmarks.published_stats import kendall_tau, median_absolute_percentage_error, ranked_pairs, regret
 from shardwise.capture.export import capture
 from shardwise.cluster.model import Cluster, cluster_of
 from shardwise.errors import ShardwiseError
@@ -59,6 +60,7 @@ _SEQUENCE_PARALLEL_SINCE = 2023  # and split the sequence beside tensors, where 
 _PRODUCTS = {"fp8": "fp8", "fp4": "fp8", "fp16": "float16", "tf32": "tf32", "fp32": "float32"}
 _BOUND, _FILE_BOUND, _EXPRESSED = 0.08, 0.15, 0.90
 _MEMORY_BOUND = 0.08
+_NOISE = 0.03  # of a step's time: versions of software alone move it by 0.3 to 10 %, and many sources print one step
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,7 +92,7 @@ class Prediction:
 
 
 class Predictor:
-    """Keeps what rows have in common: graphs by model, costs by split.
+    """Keeps what rows have in common: twins by model, costs by split.
 
     fitted: whether constants are used that were read off published steps, or those of data sheets and the literature alone. beside: another
     predictor, for which pieces are costed when they are lowered for this one.
@@ -98,7 +100,7 @@ class Predictor:
 
     def __init__(self, *, fitted: bool = True, beside: Predictor | None = None) -> None:
         self.fitted, self.beside = fitted, beside
-        self.twins: dict[Any, tuple[Any, Sequence[int]]] = beside.twins if beside else {}
+        self.twins: dict[Any, Twin] = beside.twins if beside else {}
         self.costs: dict[Any, tuple[Outline, tuple[PieceCost, ...]]] = beside.costs if beside else {}
         self.tracer = Tracer(device=torch.device("cpu"))
 
@@ -150,8 +152,7 @@ class Predictor:
         key = (model, _micro_batch(row), fused, local)
         if key not in self.twins:
             made = twin(model, micro_batch=_micro_batch(row), fused_attention=fused, local_experts=local)
-            self.twins[key] = (capture(made.module.train(), made.batch), made.counts)
-        graph, counts = self.twins[key]
+            self.twins[key] = Twin(graph=capture(made.module.train(), made.batch), counts=made.counts, tracer=self.tracer)
         sequence = layout.sequence_parallel if layout.sequence_parallel is not None else year >= _SEQUENCE_PARALLEL_SINCE
         split = TwinLayout(tp=layout.tp, cp=layout.cp, sequence_parallel=bool(sequence) or ranks > 1, whole_experts=ranks > 1)
         near = cluster.machines.span(1, layout.tp * layout.cp) if cluster.machines else None
@@ -160,7 +161,7 @@ class Predictor:
             clusters.append(_cluster(row, last_year, unfitted(software), self.beside.fitted))
         keys = [(key, split, near, each.rates.model_dump_json()) for each in clusters]
         if keys[0] not in self.costs:
-            shape, costs = Twin(graph=graph, counts=counts, tracer=self.tracer).split_on(split, clusters)
+            shape, costs = self.twins[key].split_on(split, clusters)
             self.costs |= {each: (shape, found) for each, found in zip(keys, costs, strict=True)}
         return self.costs[keys[0]]
 
@@ -238,8 +239,10 @@ def _scheme(row: Row, year: int, software: Software, recompute: str, own: Holdin
         overlap=software.overlap,
         hidden=software.hidden,
         gather_each=software.gather_each,
+        part_s=software.part_s,
         waits=software.waits,
         whole_messages=software.whole_messages,
+        peer_bytes_per_s=software.peer_bytes_per_s,
     )
 
 
@@ -280,7 +283,8 @@ def _with_products_in(cluster: Cluster, dtype: str) -> Cluster:
 class FileResult:
     """Of one file. error: median absolute percentage error of step time; memory: of memory; zero_shot: of step time with nothing fitted to
     published steps, where that was asked for; overfull: how many of the `out_of_memory` rows
-    that ran out of memory are said to fit; tau, regret: over its sweeps."""
+    that ran out of memory are said to fit; tau, regret: over its sweeps; right: so many of the `apart` pairs in them whose measurements
+    differ by more than noise are ranked right."""
 
     file: str
     rows: int
@@ -292,6 +296,8 @@ class FileResult:
     overfull: int
     out_of_memory: int
     tau: float | None
+    right: int
+    apart: int
     regret: float | None
     reasons: dict[str, int]
 
@@ -304,8 +310,9 @@ def summarise(file: str, predictions: Sequence[Prediction], unfitted_too: Sequen
     by_row = {each.row.id: each for each in timed}
     ranked = [[by_row[row.id] for row in sweep.rows if row.id in by_row] for sweep in sweeps([each.row for each in timed])]
     ranked = [sweep for sweep in ranked if len(sweep) > 1]
-    taus = [tau for sweep in ranked if (tau := kendall_tau([p.step_s or 0 for p in sweep], [p.row.step_s or 0 for p in sweep])) is not None]
-    regrets = [regret([p.step_s or 0 for p in sweep], [p.row.step_s or 0 for p in sweep]) for sweep in ranked]
+    steps = [([p.step_s or 0 for p in sweep], [p.row.step_s or 0 for p in sweep]) for sweep in ranked]
+    taus = [tau for sweep in steps if (tau := kendall_tau(*sweep)) is not None]
+    pairs, regrets = [ranked_pairs(*sweep, _NOISE) for sweep in steps], [regret(*sweep) for sweep in steps]
     errors = sorted(each.error for each in timed if each.error is not None)
     return FileResult(
         file=file,
@@ -318,6 +325,8 @@ def summarise(file: str, predictions: Sequence[Prediction], unfitted_too: Sequen
         overfull=sum(each.fits for each in burst),
         out_of_memory=len(burst),
         tau=sum(taus) / len(taus) if taus else None,
+        right=sum(right for right, _ in pairs),
+        apart=sum(apart for _, apart in pairs),
         regret=sum(regrets) / len(regrets) if regrets else None,
         reasons=dict(Counter(each.reason for each in predictions if each.reason)),
     )
@@ -347,13 +356,13 @@ def _tried(predictor: Predictor, row: Row, table: Table) -> Prediction:
 
 
 def _show(results: Sequence[FileResult]) -> None:
-    shown = Shown("file", *(("rows", "expressed", "step time", "bias", "zero-shot", "memory", "overfull", "tau", "regret")))
+    shown = Shown("file", *(("rows", "expressed", "step time", "bias", "zero-shot", "memory", "overfull", "tau", "pairs", "regret")))
     for each in results:
         figures = (each.error, each.bias, each.zero_shot, each.memory)
         overfull = f"{each.overfull} of {each.out_of_memory}" if each.out_of_memory else ""
-        counts = str(each.rows), str(each.expressed)
-        shown.add_row(each.file, *counts, *map(_percent, figures), overfull, _number(each.tau), _percent(each.regret))
-    Console(width=120).print(shown)
+        counts, pairs = (str(each.rows), str(each.expressed)), f"{each.right} of {each.apart}" if each.apart else ""
+        shown.add_row(each.file, *counts, *map(_percent, figures), overfull, _number(each.tau), pairs, _percent(each.regret))
+    Console(width=140).print(shown)
     for each in results:
         for reason, count in each.reasons.items():
             print(f"  {each.file}: {count} not expressed: {reason}")

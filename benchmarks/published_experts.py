@@ -22,6 +22,9 @@ _LAUNCH_S = 3e-3  # of a layer with experts: where H100s or B200s would be done 
 _DROPS = r"token.?drop|capacity"  # experts of a fixed number of rows: the host need not know how many there are
 _NOT_COUNTED = 0.5  # of launching: B200s took 4.7 ms a layer instead of 8.8 where tokens were dropped
 _FREE_OF_COUNTS_SINCE = 2026.4  # 8-bit products of all experts in one kernel and whole steps as CUDA graphs, on Blackwell: NVIDIA's 26.06
+# Where rows are sent straight to experts, the host splits what it gets by sender and expert and puts it together by expert, there and back
+# (Megatron-LM, core/transformer/moe/moe_utils.py, sort_chunks_by_idxs): a view and a place in a concatenation for each.
+_CHUNK_S = 4e-6
 _COMPILED = ("maxtext", "t5x", "pax")
 # Of a number that goes into products with experts in 8 bits, until one kernel did all: read in 16 bits, written along rows and columns
 # (4 bytes); rows padded to tiles before the first product and after the last, in both passes (4 · 4 · hidden ÷ (2 · hidden + 3 · ffn)).
@@ -54,22 +57,25 @@ def routing_of(row: Row, year: int) -> Routing | None:
     groups, limit = next((each for pattern, each in _GROUPS if re.search(pattern, model.arch.lower())), (1, 1))
     named = next((kind for pattern, kind in _DISPATCHES if re.search(pattern, words)), None)
     once = year >= _TOKENS_ONCE_SINCE and not (row.machine.device or "").startswith("tpu")
+    dispatch: Dispatch = named or ("tokens" if once else "rows")
     return Routing(
         experts=model.experts,
         chosen=model.topk,
         groups=groups,
         limit=limit,
-        dispatch=named or ("tokens" if once else "rows"),
+        dispatch=dispatch,
         there_bits=8 if re.search(_IN_8_BITS, words) else None,
         overlapped=bool(re.search(_OVERLAPPED, words)),
-        launch_s=_launch_s(row, year),
+        launch_s=_launch_s(row, year, dispatch),
     )
 
 
-def _launch_s(row: Row, year: int) -> float:
+def _launch_s(row: Row, year: int, dispatch: Dispatch) -> float:
     if _is_free_of_counts(row, year):
         return 0.0
-    return _LAUNCH_S * (_NOT_COUNTED if re.search(_DROPS, row.model.arch.lower()) else 1.0)
+    sorts = dispatch == "rows" and expert_ranks(row) > 1 and (local_experts(row) or 1) > 1
+    launch_s = _LAUNCH_S + (2 * row.model.experts * _CHUNK_S if sorts else 0.0)
+    return launch_s * (_NOT_COUNTED if re.search(_DROPS, row.model.arch.lower()) else 1.0)
 
 
 def _is_free_of_counts(row: Row, year: int) -> bool:

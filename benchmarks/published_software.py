@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, replace
+from math import inf
 
 from benchmarks.published_rows import Row
 
@@ -30,6 +31,12 @@ _EAGER_UNTIL = 2019  # then Megatron-LM fused softmax, biases and dropout
 _BLOCKING_S = 50e-6  # between two kernels where the host waits for the first before it launches the second
 _POINTWISE = r"^(?!.*(core|attn|attention)).*\b(norm|layernorm|act|moe_act|mla_up_proj|swiglu)\b"
 _HIDDEN = 0.5  # of what tensor ranks send, by Transformer Engine's user buffers
+_PARTS_UNTIL = 2021  # then DeepSpeed's ZeRO-3 came to gather into one tensor (its 0.6, zero/partition_parameters.py)
+# Until then it, and torch below it, named and copied each rank's part of a matrix by itself, the device waiting (_allgather_param there;
+# torch's ProcessGroupNCCL.cpp, allgather of a list): fitted to Narayanan et al. 2021, table 2.
+_PART_S = 30e-6
+_ONE_CHANNEL_UNTIL = 2021  # between two nodes' ranks, in NCCL before 2.12 (src/graph/paths.cc, ncclTopoGetNchannels) ...
+_CHANNEL_BYTES_PER_S = 14e9  # ... and what one carries, as NCCL reckons (there: NCCL_P2P_PER_CHANNEL_NET_BW)
 _WAITS_UNTIL = 2022  # then Megatron-LM's interleaved schedule came to compute while it sends (its --no-overlap-p2p-communication)
 
 
@@ -38,10 +45,10 @@ class Software:
     """fused_attention, attention: whether it is one kernel, and of which generation (`shardwise.cluster.roofline`; "" for the newest).
 
     eager: every elementwise operator is a kernel. copies_inner: as in `shardwise.cluster.rates.Rates`. products: share of the usual rate of
-    products. overlap, hidden, gather_each: as in `shardwise.planner.compose.Scheme`. selective: what "selective" recomputation is there;
-    recompute: what there is where nothing is said. call_s: a kernel's fixed time, None for the usual. zero: the stage where a row says
-    nothing of it. waits, whole_messages: as in `shardwise.planner.compose.Scheme`. validates_later: whether schedules that split the
-    backward pass do without a synchronisation between steps, as their authors' do (Qi et al. 2023, section 4).
+    products. overlap, hidden, gather_each, part_s, waits, whole_messages, peer_bytes_per_s: as in `shardwise.planner.compose.Scheme`.
+    selective: what "selective" recomputation is there; recompute: what there is where nothing is said. call_s: a kernel's fixed time, None
+    for the usual. zero: the stage where a row says nothing of it. validates_later: whether schedules that split the backward pass do
+    without a synchronisation between steps, as their authors' do (Qi et al. 2023, section 4).
     """
 
     fused_attention: bool
@@ -52,12 +59,14 @@ class Software:
     overlap: float
     hidden: float
     gather_each: bool
+    part_s: float
     selective: str
     recompute: str
     call_s: float | None
     zero: int
     waits: bool
     whole_messages: bool
+    peer_bytes_per_s: float
     validates_later: bool
 
 
@@ -66,7 +75,7 @@ def software_of(row: Row, year: int, words: str = "") -> Software:
     framework, options = row.framework or "", dict(row.layout.options)
     year -= bool(re.search(r"\(SC\d\d\)", words))  # a conference's papers were measured in the year before
     said = " ".join((row.layout.precision_text, row.layout.recompute_text, *options.values())).lower()
-    torch = framework in TORCH
+    torch, deepspeed = framework in TORCH, "deepspeed" in framework or "deepspeed" in said
     young = torch and year - launched(row) <= 1
     overlap = _OVERLAP_NOW if "mlperf" in words.lower() else next((share for last, share in _OVERLAP.items() if year <= last), _OVERLAP_NOW)
     return Software(
@@ -77,13 +86,15 @@ def software_of(row: Row, year: int, words: str = "") -> Software:
         products=_YOUNG if young else 1.0,
         overlap=_OVERLAP_NOW if torch or framework in _ALWAYS_OVERLAPS else overlap,
         hidden=_HIDDEN if _overlaps_tensors(framework, year, options, words) else 0.0,
-        gather_each="deepspeed" in framework or "deepspeed" in said,
+        gather_each=deepspeed,
+        part_s=_PART_S if deepspeed and year <= _PARTS_UNTIL else 0.0,
         selective=_selective(row, framework, torch),
         recompute="alternate" if framework == "torchtitan" else "selective" if row.layout.recompute_text else "none",
         zero=1 if framework == "megatron" and year >= _DISTRIBUTED_SINCE else 0,
         call_s=_BLOCKING_S if "CUDA_LAUNCH_BLOCKING" in words else None,
         waits=not torch and framework not in JAX and year <= _WAITS_UNTIL,
         whole_messages=options.get("scatter/gather", "").lower() == "off",
+        peer_bytes_per_s=_CHANNEL_BYTES_PER_S if year <= _ONE_CHANNEL_UNTIL and not (row.machine.device or "").startswith("tpu") else inf,
         validates_later=not torch,
     )
 
@@ -127,4 +138,4 @@ def _overlaps_tensors(framework: str, year: int, options: dict[str, str], words:
 def unfitted(software: Software) -> Software:
     """With nothing that was read off measured steps: products at their usual rate, gradients beside the backward pass, no other overlap."""
     kernel = "flash2" if software.attention == "flash1" else software.attention
-    return replace(software, attention=kernel, products=1.0, overlap=_OVERLAP_NOW, hidden=0.0, call_s=None)
+    return replace(software, attention=kernel, products=1.0, overlap=_OVERLAP_NOW, hidden=0.0, call_s=None, part_s=0.0)

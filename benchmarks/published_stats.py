@@ -30,6 +30,13 @@ def kendall_tau(predicted: Sequence[float], measured: Sequence[float]) -> float 
     return sum(one * other for one, other in signs) / math.sqrt(untied[0] * untied[1])
 
 
+def ranked_pairs(predicted: Sequence[float], measured: Sequence[float], margin: float) -> tuple[int, int]:
+    """(ranked right, all) of the pairs whose measurements are more than `margin` (0.03 is 3 %) apart: those that noise does not decide."""
+    pairs = combinations(_pairs(predicted, measured), 2)
+    apart = [(one, other) for one, other in pairs if max(one[1], other[1]) / min(one[1], other[1]) > 1 + margin]
+    return sum((one[0] - other[0]) * (one[1] - other[1]) > 0 for one, other in apart), len(apart)
+
+
 def regret(predicted: Sequence[float], measured: Sequence[float]) -> float:
     """What it costs to trust the prediction: measured time of the one predicted fastest ÷ fastest measured − 1; 0 is the right choice.
 

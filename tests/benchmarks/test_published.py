@@ -15,6 +15,8 @@ from benchmarks.published_rows import Row, read_table, schedule_of
 
 from benchmarks import published, published_experts
 from shardwise.cost.routing import Routing
+from shardwise.planner import twins
+from shardwise.planner.apply import analyse
 
 MODEL = {"layers": 8, "hidden": 1024, "heads": 16, "kv_heads": 16, "ffn": 4096, "vocab": 51200, "seq_len": 1024, "arch": "gpt"}
 LAYOUT = {"n_gpus": 8, "tp": 2, "pp": 2, "dp": 2, "cp": 1, "ep": 1, "virtual_stages": 1, "micro_batch": 2, "global_batch": 32}
@@ -180,6 +182,18 @@ def test_a_host_that_counts_rows_bounds_small_layers_alone(tmp_path: Path, predi
     assert least < seconds(predictor, tiny) < 1.2 * least < seconds(predictor, large)
 
 
+def test_the_host_sorts_what_several_experts_of_a_rank_are_sent(tmp_path: Path) -> None:
+    """There and back, once for each sender and expert; with one expert a rank, or tokens sent once, there is nothing to sort."""
+    several, one, once = rows(
+        tmp_path,
+        DIVIDED | {"ep": 8, "dispatcher": "A2A"},
+        DIVIDED | {"ep": 16, "dispatcher": "A2A"},
+        DIVIDED | {"ep": 8, "dispatcher": "DeepEP"},
+    )
+    assert routing(one, 2025).launch_s == routing(once, 2025).launch_s == published_experts._LAUNCH_S
+    assert routing(several, 2025).launch_s == pytest.approx(published_experts._LAUNCH_S + 2 * 16 * published_experts._CHUNK_S)
+
+
 def test_recomputation_that_is_not_said_is_what_memory_wants(tmp_path: Path) -> None:
     (row,) = rows(tmp_path, {"recompute": None})
     less, more = (Prediction(row=row, step_s=t, memory_bytes=m, least_bytes=m, room_bytes=80.0) for t, m in ((3.0, 100.0), (4.0, 50.0)))
@@ -259,3 +273,12 @@ def test_a_device_without_bfloat16_computes_in_float16_where_a_row_says_nothing(
     volta = {"gpu": "NVIDIA V100-SXM2-32GB"}
     silent, said = rows(tmp_path, volta | {"precision": None}, volta | {"precision": "fp16"})
     assert seconds(predictor, silent) == pytest.approx(seconds(predictor, said), rel=0.05)
+
+
+def test_splits_of_one_model_share_its_analysis(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    analysed = []
+    monkeypatch.setattr(twins, "analyse", lambda graph, mode: analysed.append(graph) or analyse(graph, mode))
+    predictor = Predictor()
+    times = [seconds(predictor, row) for row in rows(tmp_path, {"tp": 1, "dp": 4}, {"tp": 2}, {"tp": 4, "dp": 1})]
+    assert len(set(times)) == 3 and len(predictor.costs) == 3
+    assert len(analysed) == len(predictor.twins) == 1

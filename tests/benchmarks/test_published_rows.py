@@ -36,7 +36,7 @@ from benchmarks.published_rows import (
     summary,
     sweeps,
 )
-from benchmarks.published_stats import kendall_tau, mean, median_absolute_percentage_error, regret
+from benchmarks.published_stats import kendall_tau, mean, median_absolute_percentage_error, ranked_pairs, regret
 
 ROOT = Path(__file__).resolve().parents[2]
 TABLES = os.environ.get("SHARDWISE_PUBLISHED")  # a folder of files of this form; unset: hand-made rows alone are read
@@ -717,6 +717,15 @@ def test_tau_b_counts_ties() -> None:
 def test_the_median_error() -> None:
     assert median_absolute_percentage_error([1.1, 2.0, 6.0], [1.0, 4.0, 4.0]) == pytest.approx(0.5)
     assert math.isnan(median_absolute_percentage_error([], []))
+
+
+def test_pairs_that_noise_decides_are_not_ranked() -> None:
+    measured = [1.0, 1.02, 1.5, 2.0]
+    assert ranked_pairs([1.0, 0.9, 1.5, 2.0], measured, 0.03) == (5, 5)
+    assert ranked_pairs([1.0, 0.9, 1.5, 2.0], measured, 0.0) == (5, 6)
+    assert ranked_pairs([1.0, 1.0, 2.0, 1.5], measured, 0.03) == (4, 5)
+    assert ranked_pairs([1.0, 1.0], [1.0, 2.0], 0.03) == (0, 1), "a tie is no ranking"
+    assert ranked_pairs([1.0], [1.0], 0.03) == (0, 0)
 
 
 def test_regret() -> None:

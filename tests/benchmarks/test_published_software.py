@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from math import inf
 from pathlib import Path
 from typing import Any
 
 import pytest
 from benchmarks.published_rows import Row, read_table
-from benchmarks.published_software import Software, software_of
+from benchmarks.published_software import Software, software_of, unfitted
 
 MODEL = {"layers": 8, "hidden": 1024, "heads": 16, "kv_heads": 16, "ffn": 4096, "vocab": 51200, "seq_len": 1024, "arch": "gpt"}
 REST = {"zero_fsdp": "none", "recompute": "none", "precision": "bf16", "measured": {"iter_time_s": 0.1}}
@@ -69,5 +70,15 @@ def test_what_words_say_of_kernels_and_gathers(tmp_path: Path) -> None:
     assert found(tmp_path, "a chronicle", A100, 2022, words="CUDA_LAUNCH_BLOCKING varies").call_s
     assert found(tmp_path, "a chronicle", A100, 2022).call_s is None
     assert found(tmp_path, "a paper", A100, 2021, zero_fsdp="ZeRO-3 (DeepSpeed)").gather_each
+    old, new, other = (
+        found(tmp_path, "a paper", A100, year, zero_fsdp=zero)
+        for year, zero in ((2021, "ZeRO-3 (DeepSpeed)"), (2022, "ZeRO-3 (DeepSpeed)"), (2021, "FSDP"))
+    )
+    assert old.part_s > unfitted(old).part_s == new.part_s == other.part_s == 0
     assert found(tmp_path, "a paper", A100, 2020, words="a paper (SC20)").eager, "measured in the year before"
     assert not found(tmp_path, "a manual", A100, 2020).eager
+
+
+def test_one_channel_joined_two_nodes_ranks_in_nccl_s_first_years(tmp_path: Path) -> None:
+    rates = [found(tmp_path, "Megatron-LM", gpu, year).peer_bytes_per_s for gpu, year in ((A100, 2021), (A100, 2022), ("TPU v4", 2021))]
+    assert rates == [14e9, inf, inf]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import combinations
-from math import prod
+from math import inf, prod
 
 import pytest
 import torch
@@ -14,6 +14,8 @@ from tests.models import Example, gpt2, llama
 import shardwise as sw
 from shardwise.capture.export import capture
 from shardwise.capture.graph import Graph
+from shardwise.cluster.model import Cluster
+from shardwise.cost.collectives import collective_cost
 from shardwise.planner.apply import Analysis, analyse, assign
 from shardwise.planner.compose import Scheme, compose, divide
 from shardwise.planner.intra import Costs, split_tensors
@@ -137,3 +139,40 @@ def test_more_counts_than_runs_are_refused() -> None:
     graph, analysis, _ = assigned(gpt2(layers=2), 1)
     with pytest.raises(sw.PlanError, match="2 numbers of blocks are given, but the model has 1 runs"):
         outline(graph, analysis.prelude, (3, 4))
+
+
+def test_a_slow_library_bounds_messages_between_nodes_alone() -> None:
+    shape, costs = pieces("llama", 1)
+    nodes = Cluster.parse("a100-80g:2x8")
+    rate = 1e6
+
+    def seconds(dp: int, peer_bytes_per_s: float) -> float:
+        """Stages `dp` ranks apart."""
+        return compose(shape, costs, Scheme(dp=dp, pp=2, peer_bytes_per_s=peer_bytes_per_s), nodes).edges[0].transfer_s
+
+    assert seconds(8, rate) == pytest.approx(costs[1].sent / rate) and seconds(8, rate) > seconds(8, inf) > 0
+    assert seconds(4, rate) == seconds(4, inf), "inside a node"
+
+
+def test_gathering_matrix_by_matrix_waits_for_the_host_to_place_each_rank_s_part() -> None:
+    shape, costs = pieces("llama", 1)
+    assert costs[1].matrices == 7, "queries, keys, values, output; gate, up, down"
+    together, each, placed = (
+        compose(shape, costs, Scheme(dp=8, zero=3, overlap=0.0, **how), CLUSTER).stages[0].seconds
+        for how in ({}, {"gather_each": True}, {"gather_each": True, "part_s": 1e-3})
+    )
+    matrices = sum(max(1, cost.matrices) * piece.count for piece, cost in zip(shape.pieces, costs, strict=True))
+    for kind, collectives in (("forward", 1), ("backward", 2)):
+        assert together[kind][1] < each[kind][1]
+        assert placed[kind][1] - each[kind][1] == pytest.approx(collectives * matrices * 8 * 1e-3)
+
+
+def test_a_rank_that_waits_for_what_it_sends_starts_again_from_rest() -> None:
+    shape, costs = pieces("llama", 1)
+    nodes = Cluster.parse("a100-80g:2x8")
+    free, waiting = (compose(shape, costs, Scheme(dp=8, pp=2, waits=waits), nodes) for waits in (False, True))
+    send = collective_cost("send_recv", costs[1].sent, 2, nodes, 8).seconds
+    assert free.edges[0].transfer_s == pytest.approx(send) and waiting.edges[0].transfer_s == 0
+    for stage, kind in ((0, "forward"), (1, "backward")):
+        longer = waiting.stages[stage].seconds[kind][1] - free.stages[stage].seconds[kind][1]
+        assert longer == pytest.approx(send + 100e-6)

@@ -15,9 +15,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from math import inf
 
 from shardwise.cluster.model import Cluster
-from shardwise.cost.collectives import collective_cost
+from shardwise.cost.collectives import collective_cost, crossing_of
 from shardwise.cost.routing import Routing, routing_seconds
 from shardwise.errors import LayoutError
 from shardwise.planner.pieces import Outline, PieceCost, Work
@@ -30,6 +31,7 @@ __all__ = ["CONTEXT_BYTES", "Scheme", "compose", "divide", "hop_seconds", "recom
 _COPYING = 0.15  # of a device computes nothing while rows are copied: DeepEP's 20 of 132 multiprocessors of an H100
 _UPDATE_BYTES = 30  # read and written by the update of one number: gradient 4, states 24, new 16-bit parameter 2
 CONTEXT_BYTES = 1.65e9  # CUDA context and kernels: 1,573 MiB on an A100 (BigScience, tr11-176B-ml/chronicles-prequel.md, 2022)
+_RESTART_S = 100e-6  # from a device's rest to its first kernels: the host returns, launches a message and then the next pass
 _COMMUNICATOR_BYTES = 0.2e9  # NCCL: 4 MiB buffers (NCCL_BUFFSIZE) × 16 channels × ring, tree up and tree down
 
 
@@ -51,9 +53,11 @@ class Scheme:
     so all stages have as many; else stages of equal time.
     overlap: of the last microbatch's backward pass, beside which gradients are reduced; of the first's forward pass, beside which
     updated parameters are gathered; of a piece, beside which ZeRO-3 gathers the next. hidden: of what the ranks of the tensor axis send
-    each other, that products hide. gather_each: whether ZeRO-3 gathers each parameter by itself, not a block's together.
+    each other, that products hide. gather_each: whether ZeRO-3 gathers each matrix by itself, not a block's parameters together; part_s:
+    that the host takes meanwhile for each rank's part of it.
     waits: whether a rank computes nothing until what it sends to the next stage is there. whole_messages: whether every tensor rank sends
-    all of a message that all of them have.
+    all of a message that all of them have. peer_bytes_per_s: that the library which sends takes at most from
+    a rank to one in another node.
     """
 
     dp: int = 1
@@ -79,8 +83,10 @@ class Scheme:
     overlap: float = 0.85
     hidden: float = 0.0
     gather_each: bool = False
+    part_s: float = 0.0
     waits: bool = False
     whole_messages: bool = False
+    peer_bytes_per_s: float = inf
 
     def __post_init__(self) -> None:
         if self.ep > 1 and (self.routing is None or self.tp * self.replicas % self.ep):
@@ -203,9 +209,9 @@ def compose(shape: Outline, costs: Sequence[PieceCost], scheme: Scheme, cluster:
 
 
 def _waiting(profile: Profile, scheme: Scheme) -> Profile:
-    """Sending as part of the pass that made the message; between stages of one rank nothing is sent."""
+    """Sending as part of the pass that made the message, after which the device rests; between stages of one rank nothing is sent."""
     home = placement(scheme.schedule, scheme.pp, scheme.chunks)
-    sent = [edge.transfer_s if home[edge.source] != home[edge.target] else 0.0 for edge in profile.edges]
+    sent = [edge.transfer_s + _RESTART_S if home[edge.source] != home[edge.target] else 0.0 for edge in profile.edges]
     stages = [
         stage.model_copy(
             update={"seconds": stage.seconds | {"forward": _longer(stage, "forward", on), "backward": _longer(stage, "backward", back)}}
@@ -257,8 +263,11 @@ def _edges(made: Sequence[_Stage], scheme: Scheme, cluster: Cluster) -> Iterator
     stride = scheme.dp * scheme.cp * scheme.tp
     sent: dict[float, float] = {}
 
+    apart = scheme.pp > 1 and cluster.machines is not None and crossing_of(cluster.machines, 2, stride).nodes > 1
+
     def send(nbytes: float) -> float:
-        return collective_cost("send_recv", nbytes, 2, cluster, stride).seconds
+        seconds = collective_cost("send_recv", nbytes, 2, cluster, stride).seconds
+        return max(seconds, nbytes / scheme.peer_bytes_per_s) if apart else seconds
 
     for number, stage in enumerate(made[:-1]):
         nbytes = stage.costs[stage.parts[-1][0]].sent
@@ -390,8 +399,9 @@ class _Stage:
 
     def _by_piece(self, kind: str, cost: PieceCost, numbers: int, item: int) -> float:
         """What ZeRO sends for each piece in each pass."""
-        messages = max(1, cost.tensors) if self.scheme.gather_each else 1
-        return messages * self._over_data(kind, numbers / messages, cost.experts / messages, item)
+        messages = max(1, cost.matrices) if self.scheme.gather_each else 1
+        parts_s = self.scheme.part_s * self.scheme.sharded
+        return messages * (self._over_data(kind, numbers / messages, cost.experts / messages, item) + parts_s)
 
     @property
     def _keeps_parts(self) -> bool:

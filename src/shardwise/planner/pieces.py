@@ -123,7 +123,7 @@ class PieceCost:
     backward pass; sent: bytes that go on to the next piece; flops: of products and attention, both passes.
     light: of the forward pass what is no product with weights; pointwise: of that what is neither attention nor communication.
     routed, row: rows that go to experts and come back from them, and numbers of one; experts: numbers of their weights.
-    parameters: numbers that the rank holds, in so many tensors; frozen: of them, without gradient; item: bytes of one.
+    parameters: numbers that the rank holds, nearly all in so many matrices; frozen: of them, without gradient; item: bytes of one.
     pending: numbers whose gradients are summed over the tensor axis once a step; pending_experts: of them, those of experts.
     tied: earlier piece → how many of the numbers it has, too.
     """
@@ -141,7 +141,7 @@ class PieceCost:
     sent: int
     flops: float
     parameters: int
-    tensors: int
+    matrices: int
     frozen: int
     item: int
     pending: int
@@ -198,7 +198,7 @@ def _cost(program: Program, tied: Mapping[int, int], cluster: Cluster) -> PieceC
         sent=sum(edge.nbytes for edge in program.edges if edge.source == stage.stage and edge.target == stage.stage + 1),
         flops=sum(_flops(node) for node in (*forward, *backward)),
         parameters=sum(sizes),
-        tensors=len(sizes),
+        matrices=sum(len(part.local) > 1 for part in stage.parameters),
         frozen=sum(sizes) - sum(prod(part.local) for part in trained),
         item=max((part.dtype.itemsize for part in stage.parameters), default=0),
         pending=sum(prod(part.local) for part in trained if part.reduce),
