@@ -29,12 +29,15 @@ __all__ = [
     "cumulative_products",
     "custom_function",
     "custom_operator",
+    "data_attribute",
     "detached",
     "double_precision",
     "ema_codebook",
     "embedding_bag",
+    "ensemble",
     "expert_loop",
     "folded",
+    "forces",
     "frozen",
     "gated_experts",
     "gru_cells",
@@ -875,6 +878,69 @@ def no_grad_in_place() -> Example:
     """A no_grad region beside operators that change values in place; parameters used in and outside it."""
     torch.manual_seed(0)
     return Teacher().train(), _batch(outputs=(FEATURES,))
+
+
+class BehindAutograd(nn.Module):
+    """`.data`: a running mean updated through it, and scores masked through it, as code written for older versions of torch does."""
+
+    mean: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scores = nn.Linear(FEATURES, FEATURES)
+        self.register_buffer("mean", torch.zeros(FEATURES))
+
+    def forward(self, x: Tensor) -> Tensor:
+        scores = self.scores(x)
+        self.mean.data.mul_(0.9).add_(x.detach().mean(0), alpha=0.1)
+        scores.data.masked_fill_(x.data < 0, -10.0)
+        return scores.softmax(-1) * (x - self.mean)
+
+
+def data_attribute() -> Example:
+    """Tensors read and changed through `.data`."""
+    torch.manual_seed(0)
+    return _regression(nn.Linear(FEATURES, FEATURES), BehindAutograd(), nn.Linear(FEATURES, 8))
+
+
+class Slope(nn.Module):
+    """The gradient of a network's sum to its input, which is differentiated again in training: forces of an energy."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(FEATURES, HIDDEN), nn.Tanh(), nn.Linear(HIDDEN, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.detach().requires_grad_(True)
+        (slope,) = torch.autograd.grad(self.net(x).sum(), x, create_graph=True)
+        return slope
+
+
+def forces() -> Example:
+    """torch.autograd.grad in the forward pass (forces, gradient penalties, differential equations): that submodule is one operator."""
+    torch.manual_seed(0)
+    return _regression(Slope(), nn.Linear(FEATURES, 8))
+
+
+class Ensemble(nn.Module):
+    """Four small networks at once by torch.vmap over their stacked parameters, each seeing its own choice of the features."""
+
+    def __init__(self, members: int = 4) -> None:
+        super().__init__()
+        self.first, self.bias = nn.Parameter(torch.randn(members, HIDDEN, FEATURES) * 0.2), nn.Parameter(torch.zeros(members, HIDDEN))
+        self.second = nn.Parameter(torch.randn(members, 8, HIDDEN) * 0.2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        def member(first: Tensor, bias: Tensor, second: Tensor) -> Tensor:
+            return F.linear(F.silu(F.linear(x, first, bias)), second)
+
+        return torch.vmap(member)(self.first, self.bias, self.second).mean(0)
+
+
+def ensemble() -> Example:
+    """torch.vmap over stacked parameters."""
+    torch.manual_seed(0)
+    return _regression(nn.Linear(FEATURES, FEATURES), Ensemble())
 
 
 class InPlace(nn.Module):

@@ -42,6 +42,7 @@ __all__ = [
     "nll",
     "pairwise_distance",
     "poisson_nll",
+    "policy_gradient",
     "sample_weights",
     "smooth_l1",
     "soft_labels",
@@ -451,6 +452,32 @@ def byol() -> Example:
     """A moving average of parameters, kept in buffers and changed in the forward pass."""
     torch.manual_seed(0)
     return Byol().train(), {"x": _floats(FEATURES), "y": _floats(FEATURES) + 0.1}
+
+
+# Reinforcement learning.
+
+
+class ActorCritic(nn.Module):
+    """A policy and a value, trained by the clipped objective; advantages are normalised over the batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.actor = nn.Sequential(nn.Linear(FEATURES, 32), nn.Tanh(), nn.Linear(32, CLASSES))
+        self.critic = nn.Sequential(nn.Linear(FEATURES, 32), nn.Tanh(), nn.Linear(32, 1))
+
+    def forward(self, x: Tensor, action: Tensor, before: Tensor, advantage: Tensor) -> Tensor:
+        policy, value = torch.distributions.Categorical(logits=self.actor(x)), self.critic(x).squeeze(-1)
+        ratio = (policy.log_prob(action) - before).exp()
+        normal = (advantage - advantage.mean()) / (advantage.std() + 1e-8)
+        gain = torch.min(ratio * normal, ratio.clamp(0.8, 1.2) * normal).mean()
+        return F.mse_loss(value, advantage) - gain - 0.01 * policy.entropy().mean()
+
+
+def policy_gradient() -> Example:
+    """torch.distributions, whose own checks of values are left out; ratios clipped on both sides."""
+    torch.manual_seed(0)
+    before = -2.5 + 0.1 * torch.randn(SAMPLES, generator=torch.Generator().manual_seed(3))
+    return ActorCritic().train(), {"x": _floats(FEATURES), "action": _classes(), "before": before, "advantage": _floats()}
 
 
 # Sequences without alignment.

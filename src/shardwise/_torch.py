@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -31,6 +31,7 @@ __all__ = [
     "missing_compiler",
     "register_group",
     "traced_names",
+    "with_autograd",
     "without_gradient",
     "without_modes",
 ]
@@ -55,6 +56,16 @@ class FaithfulFakeMode(FakeTensorMode):
         if tensor.is_contiguous():
             return tensor
         return FakeTensor(self, torch.empty(tensor.shape, dtype=tensor.dtype, device="meta"), tensor.fake_device)
+
+
+@contextmanager
+def with_autograd() -> Iterator[None]:
+    """Autograd is on, also inside an operator's implementation, below which torch switches it off."""
+    included, excluded = torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set()
+    for key in (torch._C.DispatchKey.AutogradFunctionality, torch._C.DispatchKey.AutogradOther, torch._C.DispatchKey.ADInplaceOrView):
+        excluded = excluded.remove(key)  # not all above the implementation: autocast is there, too
+    with torch._C._ForceDispatchKeyGuard(included, excluded), torch.enable_grad():
+        yield
 
 
 def forget_conversions(mode: FakeTensorMode) -> None:

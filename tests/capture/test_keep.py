@@ -36,7 +36,7 @@ def check(model: nn.Module, batch: Batch, *, kept: set[str], opaque: int) -> Gra
     found = torch.autograd.grad(results[graph.loss], [state[name] for name in names], allow_unused=True)
     loss = model(**batch)
     wanted = torch.autograd.grad(loss, [dict(model.named_parameters())[name] for name in names], allow_unused=True)
-    assert torch.equal(results[graph.loss], loss)
+    torch.testing.assert_close(results[graph.loss], loss, rtol=1e-6, atol=0.0)
     for name, mine, own in zip(names, found, wanted, strict=True):
         own = torch.zeros_like(state[name]) if own is None else own
         torch.testing.assert_close(torch.zeros_like(own) if mine is None else mine, own, msg=f"gradient of {name}")
@@ -379,6 +379,49 @@ class Forces(nn.Module):
         return slope.square().mean()
 
 
-def test_gradients_within_the_forward_pass_are_refused() -> None:
-    with pytest.raises(CaptureError, match=r"Forces cannot be captured.*takes gradients in its forward pass"):
+def test_gradients_within_the_outermost_forward_pass_are_refused() -> None:
+    with pytest.raises(
+        CaptureError, match=r"Forces cannot be captured in Forces \(.*py:\d+\): it takes gradients in its forward pass.*submodule"
+    ):
         capture(Forces(), {"x": inputs(5, 3)})
+
+
+class ForcesAndMore(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.lift, self.forces = nn.Linear(3, 3), Forces()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.forces(self.lift(x)) + self.lift(x).square().sum()
+
+
+def test_a_submodule_that_takes_gradients_is_kept() -> None:
+    graph = check(ForcesAndMore(), {"x": inputs(5, 3)}, kept={"forces"}, opaque=1)
+    assert graph.kept["forces"].startswith("it takes gradients in its forward pass")
+
+
+class Queue(nn.Module):
+    """The end begins in a region without gradient, and asks for the value of a buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.query, self.key = nn.Linear(4, 4), nn.Tanh()
+        self.register_buffer("queue", torch.randn(6, 4, generator=torch.Generator().manual_seed(3)))
+        self.register_buffer("place", torch.zeros(1, dtype=torch.long))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q = self.query(x)
+        with torch.no_grad():
+            k = self.key(x) * 2
+        logits = torch.cat([(q * k).sum(1, keepdim=True), q @ self.queue.clone().t()], 1)
+        with torch.no_grad():
+            at = int(self.place)
+            self.queue[at : at + 2] = k[:2]
+            self.place[0] = (at + 2) % 6
+        return F.cross_entropy(logits, torch.zeros(len(x), dtype=torch.long))
+
+
+def test_an_end_that_begins_without_gradient_has_gradients() -> None:
+    graph = check(Queue(), {"x": inputs(5, 4)}, kept={"Queue (its end)"}, opaque=1)
+    assert graph.parameters["query.weight"].requires_grad
+    assert torch.is_grad_enabled()

@@ -23,6 +23,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from shardwise.capture.blocks import find_blocks
+from shardwise.capture.calls import TakesGradients, followable
 from shardwise.capture.functional import functional
 from shardwise.capture.graph import Check, Graph, Op, Slot, Value, fill, operator_name
 from shardwise.capture.keep import Treatment, keeping
@@ -125,6 +126,7 @@ def _captured(
     fill: Callable[[], None] | None = None,
 ) -> Graph:
     """The graph of `wrapped`, which returns what is wanted of the model's output."""
+    _refuse_nested(batch)
     tensors = {name: value for name, value in batch.items() if isinstance(value, torch.Tensor)}
     dims = _batch_dims(tensors, batch_dims or {})
     names = {module: name or type(model).__name__ for name, module in reversed(list(model.named_modules()))}
@@ -137,7 +139,7 @@ def _captured(
         try:
             with keeping(treatment, recording, names) as held:
                 exported = _functional(_export(model, batch, wrapped), model)
-                graph = _Converter(exported, model, dims, changing).graph(trains=trains)
+                graph = _Converter(exported, model, batch, dims, changing).graph(trains=trains)
         except _NotFollowed as error:
             _treat_more(treatment, recording, error, model, names)
             continue
@@ -155,9 +157,11 @@ def _treat_more(treatment: Treatment, recording: Recording, error: _NotFollowed,
     if error.is_question and not treatment.answering:
         treatment.answering = True
         return
+    treatment.gradients = treatment.gradients or error.takes_gradients
     for stuck in error.inside:
         alike = [module for module in names if type(module) is type(stuck) and (module is stuck or module is not model)]
-        if stuck not in treatment.tails and stuck not in treatment.whole and next(stuck.children(), None) is not None:
+        untried = stuck not in treatment.tails and stuck not in treatment.whole
+        if untried and not error.takes_gradients and next(stuck.children(), None) is not None:
             treatment.tails |= dict.fromkeys(alike, str(error))
             return
         if stuck not in treatment.whole and stuck is not model:
@@ -177,7 +181,18 @@ def _record(model: nn.Module, batch: Mapping[str, Any], wrapped: nn.Module, trea
             f"{type(model).__name__} cannot be captured from shapes alone: {why}. Build the model and the batch on cpu instead of meta: "
             "a run on real tensors tells what is missing"
         )
-    return record(model, lambda: wrapped(**batch), list(treatment.whole), list(treatment.tails))
+    own = {name: value.clone() if isinstance(value, torch.Tensor) else value for name, value in batch.items()}  # it may change them
+    return record(model, lambda: wrapped(**own), list(treatment.whole), list(treatment.tails), gradients=treatment.gradients)
+
+
+def _refuse_nested(batch: Mapping[str, Any]) -> None:
+    for name, value in batch.items():
+        if not isinstance(value, torch.Tensor) and any(isinstance(leaf, torch.Tensor) for leaf in pytree.tree_leaves(value)):
+            kind = type(value).__name__
+            raise BatchError(
+                f"batch[{name!r}] is a {kind} that holds tensors, and every tensor of a batch needs a name of its own; wrap the model in "
+                f"one whose forward takes them by name and makes that {kind} of them"
+            )
 
 
 def _batch_dims(tensors: Mapping[str, torch.Tensor], given: Mapping[str, int | None]) -> dict[str, int]:
@@ -203,7 +218,8 @@ class _LossOnly(nn.Module):
         self.loss, self.precision = loss, precision
 
     def forward(self, **batch: Any) -> torch.Tensor:
-        return compute_loss(self.model, batch, self.loss, self.precision)
+        with followable():
+            return compute_loss(self.model, batch, self.loss, self.precision)
 
 
 def compute_loss(model: nn.Module, batch: Mapping[str, Any], loss: Loss | None, precision: Precision = "float32") -> torch.Tensor:
@@ -296,15 +312,25 @@ def _described(tensor: torch.Tensor, device: torch.device | None) -> torch.Tenso
     return torch.empty_like(tensor, device=device)
 
 
+_MOVE = (
+    "Move that code into a submodule, which is then kept whole as one operator, or write control flow that depends on values with tensor "
+    "operators (torch.where, masks)"
+)
+_WRAP = "Move that code, with the layers that it differentiates, into a submodule, which is then kept whole as one operator"
+
+
 class _NotFollowed(Exception):
     """Exporting could not follow the code.
 
-    inside: the submodules whose code that was, innermost first; place: file and line; is_question: the code asked for a tensor's value.
+    inside: the submodules whose code that was, innermost first; place: file and line; is_question: the code asked for a tensor's value;
+    takes_gradients: the code takes gradients, through all that its submodules do.
     """
 
-    def __init__(self, reason: str, inside: list[nn.Module], place: str = "", *, is_question: bool = False) -> None:
+    def __init__(
+        self, reason: str, inside: list[nn.Module], place: str = "", *, is_question: bool = False, takes_gradients: bool = False
+    ) -> None:
         super().__init__(reason)
-        self.inside, self.place, self.is_question = inside, place, is_question
+        self.inside, self.place, self.is_question, self.takes_gradients = inside, place, is_question, takes_gradients
 
     @staticmethod
     def from_traceback(model: nn.Module, error: Exception) -> _NotFollowed:
@@ -320,17 +346,22 @@ class _NotFollowed(Exception):
                     place = f"{frame.f_code.co_filename}:{line}"
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         if "fake tensor in the exported program constant" in reason:
-            reason = "it takes gradients in its forward pass (torch.autograd.grad), or reads .data or a tensor kept from an earlier line"
+            reason = "it reads a tensor that an earlier line kept in an attribute, or sets .data"
         kind = type(error).__name__
-        return _NotFollowed(f"{kind}: {reason}", list(dict.fromkeys(inside[::-1])), place, is_question="DataDependent" in kind)
+        return _NotFollowed(
+            reason if isinstance(error, TakesGradients) else f"{kind}: {reason}",
+            list(dict.fromkeys(inside[::-1])),
+            place,
+            is_question="DataDependent" in kind,
+            takes_gradients=isinstance(error, TakesGradients),
+        )
 
     def explain(self, model: nn.Module, names: Mapping[nn.Module, str]) -> str:
         """Which module and line stopped the capture, and what to change."""
         where = f" in {names[self.inside[0]]}" if self.inside else ""
         return (
             f"{type(model).__name__} cannot be captured{where}{f' ({self.place})' if self.place else ''}: {self}. "
-            "Move that code into a submodule, which is then kept whole as one operator, or write control flow that depends on values with "
-            "tensor operators (torch.where, masks)"
+            f"{_WRAP if self.takes_gradients else _MOVE}"
         )
 
 
@@ -429,10 +460,16 @@ class _Converter:
     """Walks an exported program and builds the Graph."""
 
     def __init__(
-        self, exported: torch.export.ExportedProgram, model: nn.Module, batch_dims: dict[str, int], changing: Collection[str]
+        self,
+        exported: torch.export.ExportedProgram,
+        model: nn.Module,
+        batch: Mapping[str, Any],
+        batch_dims: dict[str, int],
+        changing: Collection[str],
     ) -> None:
         self.exported = exported
         self.model = model
+        self.batch = [name for name, value in batch.items() for _ in pytree.tree_leaves(value)]
         self.batch_dims = batch_dims
         self.changing = frozenset(changing)
         self.ops: list[Op] = []
@@ -447,8 +484,10 @@ class _Converter:
     def graph(self, *, trains: bool) -> Graph:
         env: dict[torch.fx.Node, Any] = {}
         placeholders = [node for node in self.exported.graph.nodes if node.op == "placeholder"]
-        for node, spec in zip(placeholders, self.exported.graph_signature.input_specs, strict=True):
-            env[node] = self._source(node, spec)
+        specs = self.exported.graph_signature.input_specs
+        given = iter(self.batch)  # names in an exported program are in lower case
+        for node, spec in zip(placeholders, specs, strict=True):
+            env[node] = self._source(node, spec, next(given) if spec.kind.name == "USER_INPUT" else "")
         results = self._walk(self.exported.graph_module, env, grad=True)
         outputs, updates = self._outputs(results)
         updates = {**self.changed, **updates} if trains else {}
@@ -477,12 +516,12 @@ class _Converter:
         graph.blocks = find_blocks(graph.ops)
         return graph
 
-    def _source(self, node: torch.fx.Node, spec: Any) -> Any:
+    def _source(self, node: torch.fx.Node, spec: Any, given: str) -> Any:
         kind = spec.kind.name
         if not isinstance(node.meta["val"], torch.Tensor):
             return spec.arg.value if hasattr(spec.arg, "value") else None
         if kind == "USER_INPUT":
-            return self.inputs.setdefault(node.name, _value(node.name, node.meta["val"], "input"))
+            return self.inputs.setdefault(given, _value(given, node.meta["val"], "input"))
         if kind in ("PARAMETER", "BUFFER"):
             name = spec.target.removeprefix("model.")
             name = self.first_names.get(name, name)
@@ -614,8 +653,10 @@ class _Converter:
                 updates[self.first_names.get(name, name)] = value
             elif spec.kind.name == "USER_OUTPUT":
                 outputs.append(value)
-            else:
-                raise CaptureError(f"the forward pass changes {spec.target} ({spec.kind.name}); only buffers may change")
+            elif spec.kind.name != "USER_INPUT_MUTATION":  # a batch is used once
+                raise CaptureError(
+                    f"the forward pass changes {spec.target} ({spec.kind.name}); only buffers may change, a parameter in a copy of it"
+                )
         assert outputs
         return outputs, updates
 

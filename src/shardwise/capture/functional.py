@@ -6,6 +6,8 @@ their surroundings with their meaning written out:
     result of an operator             detached
     view that is read outside         detached there: inside it must stay a view
     in-place operator on x            x.copy_(x with the new value and the old one's gradient), as autograd sees it
+
+So is an in-place operator on `x.detach()`, or a view of it, which changes x behind autograd's back.
 """
 
 from __future__ import annotations
@@ -22,10 +24,11 @@ aten = torch.ops.aten
 
 
 def functional(exported: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
-    """The same program without in-place operators: changed buffers become results. High-level operators are kept."""
-    if not any(_mutates(node) for node in _nodes(exported.graph_module)):
+    """The same program without in-place operators and vmap: changed buffers become results. High-level operators are kept."""
+    if not any(_mutates(node) or _is_vmap(node) for node in _nodes(exported.graph_module)):
         return exported
     _open_regions(exported.graph_module)
+    _write_through_detached(exported.graph_module.graph)
     return exported.run_decompositions({})
 
 
@@ -40,6 +43,11 @@ def _mutates(node: fx.Node) -> bool:
     if node.op != "call_function" or not isinstance(target, torch._ops.OpOverload):
         return False
     return bool(target._schema.is_mutable) or target is aten.batch_norm.default
+
+
+def _is_vmap(node: fx.Node) -> bool:
+    """Part of a `torch.vmap`, which exporting leaves in the program."""
+    return node.op == "call_function" and getattr(node.target, "__module__", "") == "torch._functorch.predispatch"
 
 
 def _region(node: fx.Node) -> tuple[str, fx.GraphModule, list[Any], bool] | None:
@@ -67,7 +75,7 @@ def _open_regions(module: fx.GraphModule) -> None:
         inside = _inline(module, node, attribute, body, arguments)
         if not enabled:
             _write_out(module.graph, inside)
-    module.graph.eliminate_dead_code()
+    module.graph.eliminate_dead_code(lambda node: node.is_impure() or _is_vmap(node))
     module.recompile()
 
 
@@ -115,14 +123,36 @@ def _detach(graph: fx.Graph, node: fx.Node, users: set[fx.Node]) -> None:
         user.replace_input_with(node, detached)
 
 
-def _write_out_in_place(graph: fx.Graph, node: fx.Node, region: set[fx.Node]) -> None:
+def _write_through_detached(graph: fx.Graph) -> None:
+    """x.detach().op_(…) as x.op_(…) in a region without gradient."""
+    for node in list(graph.nodes):
+        if not _mutates(node) or not node.args or not isinstance(node.args[0], fx.Node):
+            continue
+        views, source = [], node.args[0]
+        while _is_view(source) and isinstance(source.args[0], fx.Node):
+            views.append(source)
+            source = source.args[0]
+        if all(view.target is not aten.detach.default for view in views):
+            continue
+        with graph.inserting_before(node):
+            for view in reversed(views):
+                if view.target is not aten.detach.default and not _mutates(view):
+                    copy = graph.node_copy(view)
+                    copy.args = (source, *view.args[1:])
+                    source = copy
+        node.replace_input_with(node.args[0], source)
+        if (changed := _write_out_in_place(graph, node, set())) is not None:
+            _detach(graph, changed, set(changed.users))
+
+
+def _write_out_in_place(graph: fx.Graph, node: fx.Node, region: set[fx.Node]) -> fx.Node | None:
     """x.op_(…): x keeps its gradient's way and gets the new value. Operators that write into arguments of other kinds are left."""
     old = node.args[0]
     plain = _out_of_place(node)
     if plain is None or not isinstance(old, fx.Node) or not isinstance(old.meta.get("val"), torch.Tensor):
-        return
+        return None
     if not old.meta["val"].is_floating_point():
-        return
+        return None
 
     def call(target: Any, *args: Any, **kwargs: Any) -> fx.Node:
         made = graph.call_function(target, args, kwargs)
@@ -140,6 +170,7 @@ def _write_out_in_place(graph: fx.Graph, node: fx.Node, region: set[fx.Node]) ->
         copied = call(aten.copy_.default, old, new)
     node.replace_all_uses_with(copied)
     graph.erase_node(node)
+    return copied
 
 
 def _frozen(node: fx.Node, call: Any) -> fx.Node:

@@ -1,12 +1,11 @@
 """What stands in for code that exporting cannot follow, or would change, while a model is exported.
 
     torch.autograd.Function    the user's own: always kept as one operator; exporting would go through it and lose its backward
-    F.ctc_loss                 always an operator of ours (`ctc`): torch's makes a table whose shape depends on the data
     a question about values    (`if mask.any()`) is answered as on the example batch, and becomes a check of the graph
     the end of a submodule     from the end of its last child on, kept as one operator: where exporting failed in the submodule's own code
     a whole submodule          kept as one operator: where it has no child, or keeping its end did not help
 
-The first two are found here. A `Treatment` names the others; their answers, and the shapes of their results, are those of a run on the
+The first is found here. A `Treatment` names the others; their answers, and the shapes of their results, are those of a run on the
 example batch (`record`).
 """
 
@@ -27,7 +26,6 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from shardwise._torch import FakeTensorMode, without_modes
-from shardwise.capture.ctc import ctc_losses
 from shardwise.capture.opaque import Opaque, Result
 from shardwise.capture.record import QUESTIONS, TENSOR, Answer, Call, Recording
 from shardwise.errors import CaptureError
@@ -37,11 +35,15 @@ __all__ = ["Treatment", "keeping"]
 
 @dataclass(kw_only=True)
 class Treatment:
-    """What is kept, and why: submodules whole, or their ends (tails). answering: questions about values are answered."""
+    """What is kept, and why: submodules whole, or their ends (tails). answering: questions about values are answered.
+
+    gradients: some that are kept whole take gradients in their forward pass.
+    """
 
     whole: dict[nn.Module, str] = field(default_factory=dict)
     tails: dict[nn.Module, str] = field(default_factory=dict)
     answering: bool = False
+    gradients: bool = False
 
     @property
     def needs_recording(self) -> bool:
@@ -60,7 +62,6 @@ def keeping(treatment: Treatment, recording: Recording, names: Mapping[nn.Module
             stack.enter_context(_replaced(module, _whole_forward(module, names[module], recording.calls[module], kept)))
         for module in treatment.tails:
             stack.enter_context(_replaced(module, _tail_forward(module, names[module], recording.calls[module], kept)))
-        stack.enter_context(_CapturableLosses())
         if treatment.answering:
             stack.enter_context(_Answering(recording.answers))
         yield kept
@@ -94,7 +95,9 @@ class _Answering(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func not in QUESTIONS:
             return func(*args, **(kwargs or {}))
-        answer = next(self.answers)
+        answer = next(self.answers, None)
+        if answer is None:
+            raise RuntimeError("it asks for values that it did not ask for on the example batch")
         torch.ops.shardwise.expect(args[0], float(answer))
         return answer
 
@@ -130,33 +133,6 @@ def _handing_over(__class__: type) -> FunctionType:
         return _keep(cls, *args, **kwargs)
 
     return apply  # type: ignore[return-value]
-
-
-class _CapturableLosses(TorchFunctionMode):
-    """Losses of which export knows no fixed shape, in operators of ours."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func not in (torch.nn.functional.ctc_loss, torch.ctc_loss):
-            return func(*args, **(kwargs or {}))
-        call = inspect.signature(torch.nn.functional.ctc_loss).bind(*args, **(kwargs or {}))
-        call.apply_defaults()
-        return _ctc_loss(**call.arguments)
-
-
-def _ctc_loss(
-    log_probs: Tensor, targets: Tensor, input_lengths: Any, target_lengths: Any, blank: int, reduction: str | int, zero_infinity: bool
-) -> Tensor:
-    """As torch's: `mean` divides each sample's loss by its number of labels."""
-    single = log_probs.dim() == 2
-    if single:
-        log_probs, targets = log_probs[:, None], targets[None] if targets.dim() else targets
-    lengths = [torch.as_tensor(each, device=targets.device, dtype=torch.int64).reshape(-1) for each in (input_lengths, target_lengths)]
-    losses = ctc_losses(log_probs, targets, *lengths, blank, zero_infinity)
-    if reduction in ("none", 0):  # torch.ctc_loss counts them
-        return losses[0] if single else losses
-    if reduction in ("sum", 2):
-        return losses.sum()
-    return (losses / lengths[1].clamp_min(1).to(losses.dtype)).mean()
 
 
 def _kept_call(function: Callable[..., Any], args: Any, kwargs: Any, name: str, version: str, kept: list[Opaque]) -> Any:
@@ -285,6 +261,9 @@ def _tail_forward(module: nn.Module, name: str, calls: Sequence[Call], kept: lis
     return forward
 
 
+_MODES = (torch._C._set_grad_enabled, torch.amp.autocast_mode._enter_autocast, torch.amp.autocast_mode._exit_autocast)
+
+
 class _Children(TorchFunctionMode):
     """Collects what the submodules that a module's own code calls return; after `count` of them, stops that code at its next operator."""
 
@@ -295,7 +274,7 @@ class _Children(TorchFunctionMode):
         self.outputs: list[Any] = []
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if self.depth == 0 and len(self.outputs) == self.count:
+        if self.depth == 0 and len(self.outputs) == self.count and func not in _MODES:  # the end of a `with torch.no_grad()`
             raise _Enough
         return func(*args, **(kwargs or {}))
 
@@ -327,7 +306,7 @@ def _opaque_call(
     """One call (or the end of one, given its children's outputs) as an opaque operator; what it changes in place is copied there."""
     code = _module_code(module, tuple(held), call, bool(outputs))
     inner = _Whole.of(code, (list(held.values()), outputs, args, kwargs), {})
-    made = list(inner.kept(name, _version(type(module)), call.results, kept, random=call.random))
+    made = list(inner.kept(name, _version(type(module)), call.results, kept, random=call.random, gradients=call.gradients))
     changed = dict(module.named_buffers())
     for buffer in reversed(call.buffers):
         changed[buffer].copy_(made.pop())

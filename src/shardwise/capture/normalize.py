@@ -105,6 +105,16 @@ def _copy(call: Request) -> Value:
     return _expanded(call, source, meta)
 
 
+def _promoted(call: Request) -> tuple[Value, ...] | None:
+    """Whole numbers that it makes real are cast first: `aten.to.dtype`, in whatever precision the graph is to be."""
+    given = [each for each in call.args if isinstance(each, Value)]
+    if not call.meta.is_floating_point() or any(each.dtype.is_floating_point or each.dtype.is_complex for each in given):
+        return None
+    real = call.meta.dtype
+    args = tuple(call.add(aten.to.dtype, x, real, meta=call.meta.new_empty(x.shape)) if isinstance(x, Value) else x for x in call.args)
+    return call.builder.add(call.target, args, call.kwargs, call.metas)
+
+
 def _cross_entropy(call: Request) -> Value:
     """`shardwise.cross_entropy_sum` or `shardwise.cross_entropy_each`.
 
@@ -285,4 +295,10 @@ _REWRITES: dict[Any, Callable[[Request], _Rewritten]] = {
     aten._native_batch_norm_legit.no_stats: _own_statistics,
     aten.instance_norm.default: _instance_norm,
     aten.slice_scatter.default: _slice_scatter,
+    **dict.fromkeys(
+        (aten.div.Tensor, aten.div.Scalar, aten.mul.Tensor, aten.mul.Scalar, aten.pow.Scalar, aten.pow.Tensor_Scalar), _promoted
+    ),
+    **dict.fromkeys((aten.add.Tensor, aten.add.Scalar, aten.sub.Tensor, aten.sub.Scalar, aten.rsub.Scalar), _promoted),
+    **dict.fromkeys((aten.sqrt.default, aten.rsqrt.default, aten.reciprocal.default, aten.exp.default, aten.log.default), _promoted),
+    **dict.fromkeys((aten.sin.default, aten.cos.default, aten.tanh.default, aten.sigmoid.default), _promoted),
 }

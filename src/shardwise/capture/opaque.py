@@ -21,8 +21,9 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from shardwise._torch import with_autograd
 from shardwise.capture import rerun
-from shardwise.errors import BatchError
+from shardwise.errors import BatchError, CaptureError, ShardwiseError
 
 __all__ = ["EXPECT", "OPERATOR", "InFloat64", "Opaque", "Result", "opaque_of"]
 
@@ -63,6 +64,7 @@ class Opaque:
     random: it draws random numbers; then the last of its inputs is the graph's random state, from which it is seeded, and `number` tells it
     from the graph's other random operators. pure: it treats all numbers alike, so that running it on parts tells how it may be split; code
     whose control flow depends on values may go another way next time.
+    gradients: it takes gradients itself, so that it runs with autograd on.
     """
 
     name: str
@@ -74,6 +76,7 @@ class Opaque:
     random: bool = False
     number: int = 0
     pure: bool = False
+    gradients: bool = False
     float64: bool = False
 
     def __post_init__(self) -> None:
@@ -104,8 +107,22 @@ class Opaque:
         state, tensors = (inputs[-1], inputs[:-1]) if self.random else (None, inputs)
         seeded = nullcontext() if state is None else _seeded(state, self.number, {each.device for each in tensors if each.is_cuda})
         with _alone, seeded, InFloat64() if self.float64 else nullcontext():
-            made = self.code(tensors)
+            made = self._made(tensors)
         return [each.to(result.dtype) for each, result in zip(made, self.results, strict=True)]
+
+    def _made(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+        try:
+            return self.code(tensors)
+        except (ShardwiseError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:
+            if self.pure:  # tried on parts
+                raise
+            reason = (str(error).strip() or "no message").splitlines()[0]
+            raise CaptureError(
+                f"{self.name} is kept as one operator, and its code raised {type(error).__name__}: {reason}. If the model itself does not, "
+                "code before it behaves otherwise while it is captured: give it what it makes of values (masks, lengths) as an input"
+            ) from error
 
 
 @contextmanager
@@ -141,8 +158,10 @@ def _shapes(sizes: Sequence[int], dims: Sequence[int]) -> list[tuple[int, ...]]:
 @torch.library.impl(_LIBRARY, "opaque", "CompositeExplicitAutograd")
 def _opaque(inputs: Sequence[Tensor], key: str, sizes: Sequence[int], dims: Sequence[int]) -> list[Tensor]:
     kept = _known[key]
-    with torch.no_grad():
-        made = [each.clone(memory_format=torch.contiguous_format) for each in kept.run(inputs)]
+    if kept.gradients:
+        inputs = [each.detach().requires_grad_(each.is_floating_point()) for each in inputs]
+    with with_autograd() if kept.gradients else torch.no_grad():
+        made = [each.detach().clone(memory_format=torch.contiguous_format) for each in kept.run(inputs)]
     for number, (each, shape) in enumerate(zip(made, _shapes(sizes, dims), strict=True)):
         if tuple(each.shape) != shape:
             raise BatchError(

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
+from shardwise.capture.calls import GRADIENTS
 from shardwise.capture.opaque import Result
 from shardwise.errors import CaptureError
 
@@ -37,7 +38,7 @@ class Call:
 
     structure, leaves: of what it returned, TENSOR for each tensor. results: those tensors, then arguments and buffers that it changed.
     arguments: which tensors among its arguments it changed in place; buffers: which of its buffers (of a tail: in its own code). random: it
-    drew random numbers.
+    drew random numbers; gradients: it took gradients.
     children: the submodules that its own code called, in their order; own: names of the parameters and buffers that this code read itself.
     """
 
@@ -47,6 +48,7 @@ class Call:
     arguments: tuple[int, ...]
     buffers: tuple[str, ...]
     random: bool
+    gradients: bool
     children: tuple[nn.Module, ...]
     own: tuple[str, ...]
 
@@ -72,6 +74,7 @@ class _Frame:
     buffers: dict[str, Tensor]
     generator: Tensor
     answers: int
+    gradients: bool = False
     children: list[nn.Module] = field(default_factory=list)
     own: dict[str, None] = field(default_factory=dict)
     own_buffers: dict[str, None] = field(default_factory=dict)
@@ -97,6 +100,9 @@ class _Watch(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
+        if func in GRADIENTS:
+            for frame in self.stack:
+                frame.gradients = True
         if func in QUESTIONS and not any(frame.module in self.whole for frame in self.stack):
             self.recording.answers.append(QUESTIONS[func](result))
         if self.stack and self.stack[-1].module in self.tails:
@@ -153,13 +159,16 @@ def _finished(frame: _Frame, output: Any) -> Call:
         arguments=tuple(changed),
         buffers=tuple(buffers),
         random=not torch.equal(frame.generator, torch.get_rng_state()),
+        gradients=frame.gradients,
         children=tuple(frame.children),
         own=tuple(frame.own),
     )
 
 
-def record(model: nn.Module, run: Callable[[], Any], whole: Sequence[nn.Module], tails: Sequence[nn.Module]) -> Recording:
-    """Runs the model on real tensors. Buffers and generators are left as they were."""
+def record(
+    model: nn.Module, run: Callable[[], Any], whole: Sequence[nn.Module], tails: Sequence[nn.Module], *, gradients: bool = False
+) -> Recording:
+    """Runs the model on real tensors, with autograd on if it takes gradients. Buffers and generators are left as they were."""
     watch = _Watch(model, whole, tails)
     kept = {name: buffer.clone() for name, buffer in model.named_buffers()}
     hooks = [
@@ -172,7 +181,7 @@ def record(model: nn.Module, run: Callable[[], Any], whole: Sequence[nn.Module],
     ]
     try:
         with torch.random.fork_rng(), torch.no_grad():
-            with watch:
+            with torch.set_grad_enabled(gradients), watch:
                 run()
             for name, buffer in model.named_buffers():
                 buffer.copy_(kept[name])

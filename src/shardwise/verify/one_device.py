@@ -11,13 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from shardwise.capture.calls import plain_checkpoints
 from shardwise.capture.export import capture, compute_loss
 from shardwise.capture.graph import Graph
 from shardwise.capture.normalize import RANDOM_STATE
 from shardwise.capture.opaque import InFloat64
 from shardwise.capture.precision import LOW, Precision, dtype_of, in_precision
 from shardwise.capture.state import state_of
-from shardwise.errors import VerifyError
+from shardwise.errors import CaptureError, VerifyError
 from shardwise.runtime.job import step_key
 from shardwise.verify.cast import cast_graph, cast_tensor
 from shardwise.verify.compare import (
@@ -131,7 +132,7 @@ def _exact(graph: Graph, state: Mapping[str, Tensor], batch: Mapping[str, Tensor
 
     try:
         return step(torch.float64)
-    except (RuntimeError, NotImplementedError) as error:
+    except (RuntimeError, NotImplementedError, CaptureError) as error:
         if "Double" not in str(error) and "float64" not in str(error).lower():
             raise
         return step(torch.float32)
@@ -187,7 +188,8 @@ def _eager(model: nn.Module, batch: Mapping[str, Any], loss: Loss | None, seed: 
     """The model's own step. Its buffers and torch's generators are left as they were."""
     kept = {name: tensor.clone() for name, tensor in model.named_buffers()}
     parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    with torch.random.fork_rng(), torch.enable_grad():
+    batch = {name: each.detach().clone() if isinstance(each, Tensor) else each for name, each in batch.items()}  # it may change them
+    with torch.random.fork_rng(), torch.enable_grad(), plain_checkpoints():
         torch.manual_seed(seed)
         value = compute_loss(model, batch, loss, precision)
         gradients = (
