@@ -260,12 +260,13 @@ def _several(classes: int, rows: int) -> Tensor:
 def recurrent() -> Iterator[Sample]:
     two, one = [x(4, 4, 6), x(4, 4, 6)], x(1, 4, 6)
     whole = torch.ops.shardwise.recurrent.default
-    yield sample(whole, x(7, 4, 5), [x(1, 4, 6), x(1, 4, 6)], _weights(4, 5, 6, 1), "lstm", False, 1, False, False)
+    yield sample(whole, x(7, 4, 5), [x(1, 4, 6), x(1, 4, 6)], _weights(4, 5, 6, 1), None, "lstm", False, 1, False, False)
     deep = _weights(4, 5, 6, 2, both_ways=True, biases=True)
-    yield sample(whole, x(4, 7, 5), two, deep, "lstm", True, 2, True, True, frozen=range(3, 19))
-    yield sample(whole, x(7, 4, 5), [one], _weights(3, 5, 6, 1, biases=True), "gru", True, 1, False, False, frozen=(4, 5))
+    yield sample(whole, x(4, 7, 5), two, deep, None, "lstm", True, 2, True, True, frozen=range(3, 19))
+    yield sample(whole, x(4, 7, 5), two, deep, torch.tensor([3, 7, 1, 6]), "lstm", True, 2, True, True, frozen=range(3, 19))
+    yield sample(whole, x(7, 4, 5), [one], _weights(3, 5, 6, 1, biases=True), None, "gru", True, 1, False, False, frozen=(4, 5))
     for name in ("rnn_tanh", "rnn_relu"):
-        yield sample(whole, x(4, 7, 5), [one], _weights(1, 5, 6, 1), name, False, 1, False, True)
+        yield sample(whole, x(4, 7, 5), [one], _weights(1, 5, 6, 1), None, name, False, 1, False, True)
         yield sample(
             getattr(aten, name).data, x(7, 5), torch.tensor([3, 3, 1]), x(1, 3, 6), _weights(1, 5, 6, 1), False, 1, 0.0, True, False
         )

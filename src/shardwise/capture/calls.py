@@ -13,7 +13,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import CheckpointFunction
 
 from shardwise.capture.ctc import ctc_losses
+from shardwise.capture.packed import Packed
 
 __all__ = ["GRADIENTS", "TakesGradients", "followable", "plain_checkpoints"]
 
@@ -43,7 +44,8 @@ def followable() -> Iterator[None]:
     checks = distribution._validate_args
     distribution.set_default_validate_args(False)
     try:
-        with plain_checkpoints(), _Followable():
+        packed = Packed()
+        with plain_checkpoints(), packed.packing() if torch.compiler.is_exporting() else nullcontext(), _Followable(packed):
             yield
     finally:
         distribution.set_default_validate_args(checks)
@@ -61,6 +63,10 @@ def plain_checkpoints() -> Iterator[None]:
 
 
 class _Followable(TorchFunctionMode):
+    def __init__(self, packed: Packed) -> None:
+        super().__init__()
+        self.packed = packed
+
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func in GRADIENTS and torch.compiler.is_exporting():
@@ -69,6 +75,8 @@ class _Followable(TorchFunctionMode):
             return args[0].detach()
         if func == _SET_DATA and args[1].untyped_storage()._cdata == args[0].untyped_storage()._cdata:
             return None  # what `x.data *= y` does at its end
+        if (made := self.packed.call(func, args, kwargs)) is not NotImplemented:
+            return made
         instead = _INSTEAD.get(func)
         return func(*args, **kwargs) if instead is None else instead(*args, **kwargs)
 

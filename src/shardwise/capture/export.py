@@ -140,6 +140,7 @@ def _captured(
             with keeping(treatment, recording, names) as held:
                 exported = _functional(_export(model, batch, wrapped), model)
                 graph = _Converter(exported, model, batch, dims, changing).graph(trains=trains)
+            _refuse_wrong_checks(graph, model, tensors)
         except _NotFollowed as error:
             _treat_more(treatment, recording, error, model, names)
             continue
@@ -147,6 +148,20 @@ def _captured(
         graph.kept = {names[module]: why for module, why in treatment.whole.items()}
         graph.kept |= {f"{names[module]} (its end)": why for module, why in treatment.tails.items()}
         return graph
+
+
+def _refuse_wrong_checks(graph: Graph, model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
+    """The example batch must be one that the graph is right for."""
+    state = {**dict(model.named_buffers()), **graph.constants}
+    if any(tensor.is_meta for tensor in (*state.values(), *tensors.values())):
+        return
+    for check, found in graph.wrong_checks(state, tensors):
+        where = check.module or "the model"
+        raise _NotFollowed(
+            f"{where}: pad_packed_sequence makes as many steps as the longest sample has, {found:g} of {check.expected:g} on this batch; "
+            "pass total_length to it, or cut the padding that no sample needs",
+            _around(model, check.module),
+        )
 
 
 def _treat_more(treatment: Treatment, recording: Recording, error: _NotFollowed, model: nn.Module, names: Mapping[nn.Module, str]) -> None:

@@ -184,7 +184,7 @@ def _recurrent(call: Request) -> tuple[Value, ...]:
 
     def run(x: Value, states: list[Value], weights: Sequence[Value], layers: int, metas: list[torch.Tensor]) -> tuple[Value, ...]:
         constants = (KINDS[call.target], biases, layers, both_ways, batch_first)
-        return call.builder.add(recurrent, (x, states, list(weights), *constants), {}, metas)
+        return call.builder.add(recurrent, (x, states, list(weights), None, *constants), {}, metas)
 
     if not probability or not training or layers == 1:
         return run(x, given, weights, layers, call.metas)

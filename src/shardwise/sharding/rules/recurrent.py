@@ -18,9 +18,9 @@ _DEPENDS = "each step reads all of the one before it"
 
 @rule(recurrent)
 def layers(op: Op) -> Signature:
-    """t n i (or n t i), states l n h, weights -> t n o, states l n h"""
+    """t n i (or n t i), states l n h, weights, lengths n -> t n o, states l n h"""
     place = 0 if given(op, "batch_first") else 1
-    return _samples(op, {"x": place, "states": 1}, [place, *(1 for _ in op.outputs[1:])])
+    return _samples(op, {"x": place, "states": 1, "lengths": 0}, [place, *(1 for _ in op.outputs[1:])])
 
 
 @rule(aten.lstm_cell.default, aten.gru_cell.default, aten.rnn_tanh_cell.default, aten.rnn_relu_cell.default)
