@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.parametrizations import weight_norm
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 __all__ = [
     "audio_spectrogram_transformer",
@@ -22,6 +23,7 @@ __all__ = [
     "lstm_tagger",
     "mel_classifier",
     "moonshine",
+    "packed_tagger",
     "parakeet",
     "sew",
     "speech_to_text",
@@ -356,6 +358,36 @@ def lstm_tagger() -> Example:
     tags = torch.randint(0, 8, (SAMPLES, 24), generator=_generator())
     tags[1, 16:] = tags[2, 5:] = -1
     return LstmTagger().train(), {"features": _spectrogram(24, 16), "tags": tags}
+
+
+class PackedTagger(nn.Module):
+    """A tag for each frame, from packed sequences of unlike lengths; the last states of both directions say who speaks."""
+
+    def __init__(self, features: int = 16, hidden: int = 16, tags: int = 8, speakers: int = 5) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(features)
+        self.recurrent = nn.LSTM(features, hidden, num_layers=2, batch_first=True, bidirectional=True)
+        self.head, self.speaker = nn.Linear(2 * hidden, tags), nn.Linear(2 * hidden, speakers)
+
+    def forward(self, features: Tensor, lengths: Tensor, tags: Tensor, speakers: Tensor) -> Tensor:
+        packed = pack_padded_sequence(self.norm(features), lengths.cpu(), batch_first=True, enforce_sorted=False)
+        states, (last, _) = self.recurrent(packed)
+        padded, _ = pad_packed_sequence(states, batch_first=True, total_length=features.shape[1])
+        loss = F.cross_entropy(self.head(padded).flatten(0, 1), tags.flatten(), ignore_index=-1)
+        return loss + F.cross_entropy(self.speaker(torch.cat([last[-2], last[-1]], 1)), speakers)
+
+
+def packed_tagger() -> Example:
+    """Packed sequences through a bidirectional LSTM; lengths are an input."""
+    torch.manual_seed(0)
+    lengths = torch.tensor([20, 13, 24, 7])
+    tags = torch.randint(0, 8, (SAMPLES, 24), generator=_generator()).masked_fill(torch.arange(24) >= lengths[:, None], -1)
+    return PackedTagger().train(), {
+        "features": _spectrogram(24, 16),
+        "lengths": lengths,
+        "tags": tags,
+        "speakers": torch.tensor([0, 3, 1, 4]),
+    }
 
 
 class MelClassifier(nn.Module):

@@ -145,3 +145,18 @@ def test_code_that_fails_when_it_runs_is_named() -> None:
     (kept,) = (op.target for op in graph.ops if isinstance(op.target, Opaque))
     with pytest.raises(CaptureError, match=r"1 is kept as one operator, and its code raised ValueError: no gradient here\. If the model"):
         kept.run([torch.randn(5, 4, requires_grad=True)])
+
+
+def test_averages_over_all_batches() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4, momentum=None), nn.Flatten(), nn.Linear(64, 1)).double()
+    model(torch.randn(5, 2, 6, 6, dtype=torch.float64))  # one batch is seen already
+    batch = {"input": torch.randn(5, 2, 6, 6, dtype=torch.float64)}
+    graph = capture(model, batch, loss=torch.mean)
+    assert not graph.kept and not graph.checks
+    state = {name: each.detach().clone() for name, each in (*model.named_parameters(), *model.named_buffers())} | graph.constants
+    results = graph.run(state, batch)
+    torch.testing.assert_close(results[graph.loss], model(**batch).mean())
+    assert {name.split(".")[1] for name in graph.updates} == {"running_mean", "running_var", "num_batches_tracked"}
+    for name, value in graph.updates.items():
+        torch.testing.assert_close(results[value], dict(model.named_buffers())[name], rtol=1e-14, atol=1e-14)

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import CheckpointFunction
 
@@ -45,7 +46,12 @@ def followable() -> Iterator[None]:
     distribution.set_default_validate_args(False)
     try:
         packed = Packed()
-        with plain_checkpoints(), packed.packing() if torch.compiler.is_exporting() else nullcontext(), _Followable(packed):
+        with (
+            plain_checkpoints(),
+            _cumulative_averages(),
+            packed.packing() if torch.compiler.is_exporting() else nullcontext(),
+            _Followable(packed),
+        ):
             yield
     finally:
         distribution.set_default_validate_args(checks)
@@ -60,6 +66,30 @@ def plain_checkpoints() -> Iterator[None]:
         yield
     finally:
         del kind.apply
+
+
+@contextmanager
+def _cumulative_averages() -> Iterator[None]:
+    """Inside, BatchNorm with momentum=None divides by a tensor, the number of batches."""
+    original = _BatchNorm.forward
+
+    def forward(self: Any, input: Tensor) -> Tensor:  # noqa: A002 (torch's name)
+        if self.momentum is not None or not self.training or not self.track_running_stats:
+            return original(self, input)
+        self._check_input_dim(input)
+        mean, var = torch.zeros_like(self.running_mean), torch.zeros_like(self.running_var)
+        out = F.batch_norm(input, mean, var, self.weight, self.bias, True, 1.0, self.eps)
+        with torch.no_grad():
+            self.num_batches_tracked.add_(1)
+            for running, new in ((self.running_mean, mean), (self.running_var, var)):
+                running.add_((new - running) / self.num_batches_tracked)
+        return out
+
+    _BatchNorm.forward = forward  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        _BatchNorm.forward = original  # type: ignore[method-assign]
 
 
 class _Followable(TorchFunctionMode):
