@@ -13,7 +13,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from types import FunctionType
 from typing import Any
 
 import torch
@@ -25,8 +24,8 @@ from shardwise.capture.recurrent import recurrent
 
 __all__ = ["Packed"]
 
-_KINDS = {torch._VF.lstm: "lstm", torch._VF.gru: "gru", torch._VF.rnn_tanh: "rnn_tanh", torch._VF.rnn_relu: "rnn_relu"}  # type: ignore[attr-defined]
-_PAD = torch._VF._pad_packed_sequence  # type: ignore[attr-defined]
+_KINDS = {torch._VF.lstm: "lstm", torch._VF.gru: "gru", torch._VF.rnn_tanh: "rnn_tanh", torch._VF.rnn_relu: "rnn_relu"}
+_PAD = torch._VF._pad_packed_sequence
 _DESCRIBES = frozenset({"dim", "size", "__get__"})
 
 
@@ -49,7 +48,7 @@ class Packed:
     @contextmanager
     def packing(self) -> Iterator[None]:
         """Inside, `pack_padded_sequence` makes such rows, under whatever name it was imported."""
-        shared: FunctionType = rnn.pack_padded_sequence
+        shared: Any = rnn.pack_padded_sequence
         code, defaults = shared.__code__, shared.__kwdefaults__
         shared.__code__, shared.__kwdefaults__ = _handing_over.__code__, {"_pack": self._pack}
         try:
