@@ -6,7 +6,7 @@ import operator
 import sys
 from collections import Counter
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from math import prod
 from typing import Any, ClassVar
 
@@ -16,6 +16,7 @@ import torch._inductor.config
 from tests.clusters import made_up
 from tests.models import Example, gpt2, llama, unet, vit
 from tests.program.support import build
+from tests.verify.test_experts_over_data import example as experts
 from torch import Tensor, fx
 from torch._inductor import cpp_builder
 
@@ -47,6 +48,10 @@ CASES: dict[str, tuple[Callable[[], Example], str]] = {
     "vit, pp": (lambda: vit(layers=2), "pp=2,microbatches=2"),
     "gpt2, tied stages, zero-bubble": (lambda: gpt2(layers=2), "pp=2,microbatches=2,schedule=zb-h1"),
     "batch norm and convolutions, dp": (unet, "dp=2"),
+    "experts, some without a row": (
+        partial(experts, gated=True, biased=True, favoured=(0.0, 1.0, -9.0, -9.0)),
+        "dp=2,ep=2,recompute=full",
+    ),
 }
 
 
@@ -62,6 +67,7 @@ def test_the_same_numbers_as_one_device(case: str, monkeypatch: pytest.MonkeyPat
     assert report.ok, f"{report.first_difference}\n{report}"
     found = compiler().regions[before:]
     assert sum(not region.kept for region in found) >= 4 and not any(region.failure for region in found), compiler()
+    assert any("rows at their experts" in region.kept for region in found) == ("ep=" in layout)
 
 
 @pytest.mark.slow

@@ -19,6 +19,7 @@ from shardwise.program.recompute import choose_saved
 from shardwise.program.reuse import reuse_memory
 from shardwise.program.trace import Function, Tracer, differentiable
 from shardwise.program.weights import split_backward
+from shardwise.sharding.collectives import COLLECTIVES
 
 __all__ = ["Halves", "JointGraph"]
 
@@ -194,6 +195,7 @@ class JointGraph:
         for_parameters: which of the gradients may come later, if the backward graph is wanted in two parts.
         """
         renamed = self._merge_equal()
+        _mark_uncounted(self.graph)
         outputs = [renamed.get(node, node) for node in outputs]
         gradients = [None if node is None else renamed.get(node, node) for node in gradients]
         backward_nodes = _ancestors([node for node in gradients if node is not None], self.forward_nodes)
@@ -237,6 +239,14 @@ class JointGraph:
                 self.graph.erase_node(node)
                 self.forward_nodes.discard(node)
         return renamed
+
+
+def _mark_uncounted(graph: fx.Graph) -> None:
+    """Marks as "uncounted" what holds rows at their experts, of which there are as many as the router decides."""
+    for node in graph.nodes:
+        away = any(parent.meta.get("uncounted") for parent in node.all_input_nodes)
+        if away != (COLLECTIVES.get(node.target) == "exchange_rows"):  # an exchange of rows takes them there, or those that are there back
+            node.meta["uncounted"] = True
 
 
 def _bind(graph: fx.Graph, values: Sequence[fx.Node]) -> dict[str, fx.Node]:

@@ -4,9 +4,10 @@ A region is a run of calls of one block of the model between calls that stay as 
 
     forward   [norm, product, …] all_gather [product, gelu, …] all_reduce [add]        […] compiled, equal ones once
 
-Messages, random numbers and the model's own code are operators of ours that no compiler looks into; gradients are written straight into
-their buffers by torch's products; sums whose order would depend on threads stay torch's, so that results are equal bit by bit from run to
-run. What the compiler fails on runs as it is, and is said.
+Messages, random numbers and the model's own code are operators of ours that no compiler looks into; rows at their experts, of which there
+are as many as the router decides, have no one shape to compile for; gradients are written straight into their buffers by torch's products;
+sums whose order would depend on threads stay torch's, so that results are equal bit by bit from run to run. What the compiler fails on runs
+as it is, and is said.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ import threading
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,12 +30,14 @@ from shardwise.cost.operators import MATMULS, is_view, name_of
 from shardwise.errors import ClusterError, ShardwiseWarning
 from shardwise.program.trace import describe
 from shardwise.runtime.graphs import Function, callable_of
+from shardwise.runtime.progress import CompilingDisplay
 
 __all__ = ["Compiler", "Region"]
 
 _OURS = "operators of shardwise's (messages, random numbers, code kept whole)"
 _BUFFER = "gradients written into their buffers"
 _ORDER = "sums whose order depends on threads"
+_ROWS = "rows at their experts, whose number changes"
 _FEW = "nothing to fuse"
 
 _SUMS = frozenset({"embedding_dense_backward", "index_put", "_unsafe_index_put", "index_add", "scatter_add", "scatter_reduce", "histc"})
@@ -74,6 +78,14 @@ class Compiler:
             raise ClusterError(
                 f"compile=True cannot be done here: {lacking}; or leave compile out: the numbers are the same, at torch's speed"
             )
+
+    @contextmanager
+    def watched(self, *, shown: bool) -> Iterator[None]:
+        """Inside, what is being compiled is `shown`, and at the end how much was."""
+        with CompilingDisplay(shown=shown) as display:
+            self.progress = display.update
+            yield
+            display.done(str(self))
 
     def function(self, graph: fx.Graph, where: str) -> Function:
         """As `callable_of`. where: which graph this is, for people. The graph must not write over its own values
@@ -198,6 +210,8 @@ def _kept(node: fx.Node, buffers: set[fx.Node]) -> str:
         return "" if _is_item(node) else _OURS
     if node.target.namespace == "shardwise":
         return _OURS
+    if node.meta.get("uncounted"):
+        return _ROWS
     return _ORDER if name_of(node.target) in _SUMS | _SUMS_TOO else ""
 
 
