@@ -57,6 +57,9 @@ def answered(example: Example, layout: str, inputs: dict[str, Any], wanted: Call
     state = state_of(model, inferring)
     model.train()
     found = apply_to_inference(plan, inferring, trained)
+    for name, value in inferring.parameters.items():
+        held, kept = (each.produced(of) for each, of in ((found.applied.assignment, value), (trained.assignment, graph.parameters[name])))
+        assert held == kept, f"{name} is not where training keeps it"
     programs = build_programs(found.applied.assignment, found.applied.cut, found.tables, plan.chooser(), device=CPU)
     assert len(programs) == plan.ranks
 

@@ -12,7 +12,7 @@ import torch
 from tests.clusters import made_up
 from tests.examples.test_models import FILES, load
 from tests.models import Example, gpt2
-from tests.runtime.test_inference import answered
+from tests.runtime.test_inference import answered, check
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -168,6 +168,29 @@ def test_evaluation() -> None:
         answered((model, given), "dp=2,ep=2", {name: tensor[:5].contiguous() for name, tensor in given.items()})
 
 
+class Dense(Experts):
+    """In eval mode one expert after the other computes all tokens."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        if self.training:
+            return super().forward(x)
+        tokens = x.flatten(0, 1)
+        best, index = self.gate(tokens).softmax(-1).topk(2)
+        weights = tokens.new_zeros(len(tokens), EXPERTS).scatter(1, index, best)
+        made = sum(
+            (tokens @ up.T).relu() @ down.T * weights[:, number, None]
+            for number, (up, down) in enumerate(zip(self.up, self.down, strict=True))
+        )
+        return x + made.view_as(x), x.new_zeros(())
+
+
+@pytest.mark.parametrize("layout", ["dp=2,ep=2", "dp=4,ep=2,zero=3"])
+def test_evaluation_that_does_not_divide_the_experts(layout: str) -> None:
+    """Their matrices stay where training keeps them, and are gathered."""
+    torch.manual_seed(0)
+    check((Model([Dense((0.0, 0.2, 0.4, -0.3))]), batch()), layout, batch(), bound=1e-5)
+
+
 # -- the models of the matrix ------------------------------------------------------------------------------------------------------------
 
 LIBRARY = ["mixtral", "mixtral_batched", "gpt_oss", "deepseek_v3", "capacity_experts", "bmm_experts", "dense_experts"]
@@ -179,6 +202,50 @@ def test_models_of_the_matrix(name: str, layout: str) -> None:
     report = verified((model, given), layout)
     parts = [value for value, text in of_ep(report, model, given).items() if isinstance(text, Shard)]
     assert parts, f"no parameter of {name} is divided over ep"
+
+
+def one_sided(name: str) -> Example:
+    """The model with all tokens at its first experts, in all layers: the hidden states' first dim is large, and the routers look at that
+    alone. So of ranks that divide the experts the last one has no rows."""
+    model, given = getattr(load(EXPERT_MODELS), name)()
+    table = model.get_input_embeddings().weight
+    routers = [each for path, each in model.named_parameters() if path.endswith(("gate.weight", "router.weight")) and len(each) > 1]
+    with torch.no_grad():
+        table[:, 0] = 4.0
+        for router in routers:
+            assert router.shape[1] == table.shape[1]
+            router.zero_()
+            router[:, 0] = torch.linspace(0.3, -0.3, len(router))
+    assert routers
+    return model, given
+
+
+@pytest.mark.parametrize(
+    ("name", "layout"),
+    [*((name, "dp=2,ep=2") for name in ("mixtral", "qwen3_next", "deepseek_v2")), ("qwen2_moe", "dp=4,ep=4,microbatches=1")],
+)
+def test_all_tokens_at_the_first_experts(name: str, layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every rank joins in every exchange, also those to which no row goes in any layer, forward and backward."""
+    rows: dict[int, list[int]] = {}  # at their experts, of each exchange
+    exchange_rows = InProcess.exchange_rows
+
+    def counted(self: InProcess, x: Tensor, group: str, send: Sequence[int], receive: Sequence[int], impl: str) -> Tensor:
+        rows.setdefault(self.rank, []).append(min(sum(send), sum(receive)))
+        return exchange_rows(self, x, group, send, receive, impl)
+
+    monkeypatch.setattr(InProcess, "exchange_rows", counted)
+    verified(one_sided(name), layout)
+    last = Layout.parse(layout).ranks - 1
+    assert sorted(rows) == [*range(last + 1)] and len({len(each) for each in rows.values()}) == 1
+    assert min(rows[0]) > 0 and max(rows[last]) == 0
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_next", "deepseek_v2", "qwen2_moe"])
+def test_all_tokens_at_the_first_experts_in_eval_mode(name: str) -> None:
+    """All that they return; of half as many samples, too."""
+    model, given = one_sided(name)
+    for inputs in (given, {"input_ids": given["input_ids"][:2]}):
+        check((model, given), "dp=2,ep=2,microbatches=1", inputs, bound=1e-4)
 
 
 def of_ep(report: Report, model: nn.Module, given: Mapping[str, Any]) -> dict[str, Any]:

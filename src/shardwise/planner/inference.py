@@ -62,7 +62,7 @@ def apply_to_inference(plan: Plan, graph: Graph, trained: Applied) -> Answering:
         found = _assign(plan, alone, 1, ())
         for name in graph.batch_dims:
             found.sources[graph.inputs[name]] = {"dp": R}
-    _choose(plan, found, analysis)
+    _choose(plan, found, analysis, trained.assignment)
     cut = Cut(stage_of=_stages(graph, analysis.prelude, trained), prelude=frozenset(analysis.prelude))
     count = found.mesh["mb"]
     tables = [[slot for slot in row if slot.kind is Kind.FORWARD and slot.microbatch < count] for row in plan.tables]
@@ -95,13 +95,16 @@ def _assign(plan: Plan, analysis: Analysis, microbatches: int, shares: tuple[int
     return assign(analysis, plan.dp, microbatches, plan.tp, plan.cp, shares, ep=plan.ep, zero=divided, shard=shard)
 
 
-def _choose(plan: Plan, assignment: Assignment, analysis: Analysis) -> None:
-    """On the tensor axis."""
+def _choose(plan: Plan, assignment: Assignment, analysis: Analysis, trained: Assignment) -> None:
+    """On the tensor axis; and ranks keep what they keep in training."""
     for op in analysis.graph.ops:
         set_choice(assignment, op, "tp", _choice(plan, assignment, analysis, op))
     for name, value in analysis.graph.parameters.items():
         given = looked_up(plan.parameters, name)
-        assignment.sources.setdefault(value, {})["tp"] = I if given is None else read_placement(given, name)
+        kept = assignment.sources.setdefault(value, {})
+        kept["tp"] = I if given is None else read_placement(given, name)
+        if plan.ep > 1 and name in trained.graph.parameters:  # which eval mode may not take for experts
+            kept["ep"] = trained.produced(trained.graph.parameters[name])["ep"]
 
 
 def _choice(plan: Plan, assignment: Assignment, analysis: Analysis, op: Op) -> Choice:

@@ -271,7 +271,8 @@ class _Columns(torch.autograd.Function):
 def split_experts(assignment: Assignment, experts: Experts, batch: Mapping[Op, Choice], prelude: set[Op]) -> None:
     """Chooses for every operator on the axis `ep`, when `dp` and `mb` are decided. batch: the factors that hold it."""
     graph, ranks = assignment.graph, assignment.mesh["ep"]
-    refuse_experts(graph, experts, ranks)
+    if experts.counts or not graph.outputs:  # eval mode may do without
+        refuse_experts(graph, experts, ranks)
     for value, dim in experts.parameters.items():
         if value.shape[dim] % ranks == 0:
             assignment.sources.setdefault(value, {})["ep"] = Shard(dim)
