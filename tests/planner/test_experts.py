@@ -71,7 +71,7 @@ def test_a_rank_with_a_share_of_the_experts_costs_what_a_model_with_so_many_does
     router = HIDDEN * (experts - experts // ep)
     block, other = found[1], exact[1]
     assert block.flops - other.flops == 3 * 2 * SAMPLES * SEQUENCE // tp * router
-    assert (block.experts, block.routed, block.row, block.tensors) == (other.experts, other.routed, other.row, other.tensors)
+    assert (block.experts, block.routed, block.row, block.matrices) == (other.experts, other.routed, other.row, other.matrices)
     assert router // tp <= block.parameters - other.parameters <= router, "divided over tensor ranks or not"
     for kind in ("forward", "backward_input", "backward_weight"):
         seconds, wanted = (sum((getattr(each, kind).compute_s, getattr(each, kind).communicate_s)) for each in (block, other))
