@@ -41,6 +41,16 @@ def tuples():
 def nothing():
     return []
 
+class Stream:
+    def __iter__(self):
+        return iter(one())
+
+def stream():
+    return Stream(), one()[:2]
+
+def held_out_stream():
+    return one(), Stream()
+
 def generator():
     return (sample for sample in one())
 """
@@ -85,12 +95,14 @@ def test_a_function_of_ones_own(tmp_path: Path) -> None:
     one, two = (read_corpus(f"{path}:{name}", OWN) for name in ("one", "two"))
     assert numbers(one.training, "x") == [0, 1, 2, 3, 4] and one.held_out is None
     assert numbers(two.held_out, "x") == [0, 1]
+    assert [sample["x"][0].item() for sample in read_corpus(f"{path}:stream", OWN).training] == [0, 1, 2, 3, 4]
     for name, message in {
+        "held_out_stream": r"the second is no stream\); it returned list and Stream",
         "wrong_shape": r"x in a sample of .*:wrong_shape is torch\.float32 \[4\]; the model's example batch has torch\.float32 \[3\]",
         "wrong_name": "x in a sample of .* is missing",
         "tuples": "a sample of .* is a tuple; it must be a dict",
         "nothing": "without samples",
-        "generator": "must return a dataset with __len__ and __getitem__.* it returned a generator",
+        "generator": "must return a dataset with __len__ and __getitem__ or a stream.* it returned generator",
     }.items():
         with pytest.raises(DataError, match=message):
             read_corpus(f"{path}:{name}", OWN)

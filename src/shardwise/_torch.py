@@ -16,6 +16,7 @@ from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx
 from torch.fx.graph import CodeGen
 from torch.utils._python_dispatch import _disable_current_modes as without_modes
 from torch.utils._python_dispatch import autograd_would_have_decomposed
+from torch.utils.data._utils import worker as data_worker
 
 __all__ = [
     "BoxedCodeGen",
@@ -34,6 +35,7 @@ __all__ = [
     "with_autograd",
     "without_gradient",
     "without_modes",
+    "worker_of_stream",
 ]
 
 
@@ -167,3 +169,19 @@ def compiled_by_inductor(
 
 
 Function = Callable[[Sequence[Any]], Any]
+
+
+def worker_of_stream() -> tuple[int, Callable[[], bool]]:
+    """(number of this data worker, whether what it reads is a part: it is the only one, or has been asked since which one it is)."""
+    info = data_worker.get_worker_info()
+    if info is None or info.num_workers == 1:
+        return (info.id if info else 0), lambda: True
+    asked: set[str] = set()
+
+    class Asked:
+        def __getattr__(self, name: str) -> Any:
+            asked.add(name)
+            return getattr(info, name)
+
+    data_worker._worker_info = Asked()  # type: ignore[assignment]
+    return info.id, lambda: "id" in asked

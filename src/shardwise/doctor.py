@@ -20,7 +20,7 @@ from shardwise.errors import ShardwiseError
 __all__ = ["Finding", "examine", "table"]
 
 _OLDEST_TORCH = (2, 13)
-_REQUIRED = ("torch", "highspy", "numpy", "plotly", "psutil", "pydantic", "rich", "typer")
+_REQUIRED = ("torch", "highspy", "numpy", "plotly", "psutil", "pydantic", "rich", "torchdata", "typer")
 _OPTIONAL = ("transformers", "safetensors")
 _LEAST_MEMORY_BYTES = 2 * 10**9
 _MEASURED = "local:2"

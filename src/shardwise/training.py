@@ -16,10 +16,11 @@ from torch import nn
 from shardwise.asked import Asked
 from shardwise.capture.export import capture
 from shardwise.capture.precision import Precision
+from shardwise.checkpoint.folder import read_record
 from shardwise.cluster.machine import available_memory_bytes
 from shardwise.data.text import VOCABULARY
 from shardwise.environment import rank_environment
-from shardwise.errors import ModelError
+from shardwise.errors import ModelError, ShardwiseError
 from shardwise.models import Batch, load_model
 from shardwise.planner.plan import Random, simulate
 from shardwise.planner.preflight import preflight
@@ -60,12 +61,16 @@ class TrainRequest:
     tensorboard: bool = False
     shown: bool = True
     compile: bool = False
+    save: Path | None = None
+    save_every: int = 0
+    resume: Path | None = None
 
 
 def run_training(request: TrainRequest) -> dict[str, Any] | Infeasible | None:
     """Train; the summary to print, None on all ranks but the first when torchrun started this process."""
     if request.tensorboard:
         require_tensorboard()
+    _check_checkpoint(request)
     return _as_parent(request) if rank_environment() is None else _as_rank(request)
 
 
@@ -168,7 +173,32 @@ def _settings(request: TrainRequest, batch: Batch) -> Settings:
         out=request.out,
         tensorboard=request.tensorboard,
         compile=request.compile,
+        save=request.save,
+        save_every=request.save_every,
+        resume=request.resume,
     )
+
+
+def _check_checkpoint(request: TrainRequest) -> None:
+    """What contradicts itself is said before ranks start."""
+    if request.save_every and request.save is None:
+        raise ShardwiseError(f"--save-every {request.save_every} has no effect without --save FOLDER")
+    if request.resume is None:
+        return
+    if request.weights is not None:
+        raise ShardwiseError("--resume goes on with the checkpoint's own parameters: leave out --weights, or --resume to begin with others")
+    record = read_record(request.resume)
+    if record.steps >= request.steps:
+        raise ShardwiseError(
+            f"{request.resume} is the state after {record.steps} steps and --steps {request.steps} is how many there shall be in all: "
+            "nothing is left to do; give more"
+        )
+    rates = {group["lr"] for group in record.groups}
+    if rates != {request.learning_rate}:
+        raise ShardwiseError(
+            f"{request.resume} was trained with --lr {', '.join(map(str, rates))}, now --lr is {request.learning_rate}; give the same, or "
+            "begin from its parameters alone with --weights"
+        )
 
 
 def _builder(request: TrainRequest) -> functools.partial[nn.Module]:
@@ -197,10 +227,16 @@ def _written(request: TrainRequest, plan: Plan, run: TrainingRun) -> dict[str, A
     simulation, measured = simulate(plan), Measured.of(run, plan)
     write_report(report_path, plan, simulation, measured)
     save_traces(trace_path, simulation, measured)
-    found = {"losses": run.losses, "step_times_s": run.step_times_s, "memory_bytes": run.memory_bytes, "held_out": run.held_out}
+    found = {
+        "first_step": run.first_step,
+        "losses": run.losses,
+        "step_times_s": run.step_times_s,
+        "memory_bytes": run.memory_bytes,
+        "held_out": run.held_out,
+    }
     run_path.write_text(json.dumps(found, indent=1))
     return {
-        "steps": len(run.losses),
+        "steps": run.first_step - 1 + len(run.losses),
         "loss_first": run.losses[0],
         "loss_last": run.losses[-1],
         "held_out_loss_before": run.held_out_before,
@@ -212,4 +248,5 @@ def _written(request: TrainRequest, plan: Plan, run: TrainingRun) -> dict[str, A
         "metrics": str(request.out / "metrics.jsonl"),
         "report": str(report_path),
         "trace": str(trace_path),
+        **({} if request.save is None else {"checkpoint": str(request.save)}),
     }

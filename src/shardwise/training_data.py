@@ -4,19 +4,20 @@
 book.txt, books/    text, as bytes: for models of input_ids and labels
 images/             a subfolder a class: for models of pixel_values and labels
 recordings/         a subfolder a class: for models of input_values and labels
-file.py:function    a function of the user's own that returns a dataset, or one to train on and one to evaluate on
+file.py:function    a function of the user's own that returns a dataset or a stream, or one to train on and a dataset to evaluate on
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch.utils.data import Dataset, Subset
 
-from shardwise.data.corpus import Corpus
+from shardwise.data.corpus import Corpus, first_samples
 from shardwise.data.files import AudioFolder, ImageFolder
+from shardwise.data.loader import has_numbers
 from shardwise.data.text import ByteText
 from shardwise.errors import DataError
 from shardwise.models import call_function
@@ -68,20 +69,22 @@ def _divided(data: Dataset[Any], name: str) -> Corpus:
 def _own(spec: str) -> Corpus:
     found = call_function(spec)
     training, held_out = found if isinstance(found, tuple) and len(found) == 2 else (found, None)
-    for data in (training, held_out):
-        if data is not None and not (hasattr(data, "__len__") and hasattr(data, "__getitem__")):
-            raise DataError(
-                f"{spec} must return a dataset with __len__ and __getitem__, or two, to train and to evaluate on; it returned a "
-                f"{type(data).__name__}"
-            )
+    stream = hasattr(training, "__iter__") and not isinstance(training, Iterator)  # an iterator is at its end after one epoch
+    if not (has_numbers(training) or stream) or not (held_out is None or has_numbers(held_out)):
+        kinds = " and ".join(type(data).__name__ for data in (training, held_out) if data is not None)
+        raise DataError(
+            f"{spec} must return a dataset with __len__ and __getitem__ or a stream with __iter__, or two, to train and to evaluate on "
+            f"(of which the second is no stream); it returned {kinds}"
+        )
     return Corpus(name=spec, training=training, held_out=held_out)
 
 
 def _checked(corpus: Corpus, inputs: Inputs) -> Corpus:
     """That a sample is what the model takes."""
-    if not len(corpus.training):  # type: ignore[arg-type]
+    found_samples = first_samples(corpus.training, 1)
+    if not found_samples:
         raise DataError(f"{corpus.name} returned a dataset without samples")
-    sample = corpus.training[0]
+    (sample,) = found_samples
     if not isinstance(sample, Mapping):
         raise DataError(f"a sample of {corpus.name} is a {type(sample).__name__}; it must be a dict of the model's inputs {sorted(inputs)}")
     for name, (dtype, shape) in inputs.items():

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import os
 import random
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from shardwise.checkpoint import safetensors as reading
-from shardwise.checkpoint.safetensors import Checkpoint
+from shardwise.checkpoint.safetensors import Checkpoint, make_files
 from shardwise.errors import WeightsError
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int64, torch.uint8, torch.bool, torch.float8_e4m3fn]
@@ -133,3 +135,34 @@ def test_a_file_that_shrinks_meanwhile_is_named(tmp_path: Path) -> None:
         file.truncate(200)
     with pytest.raises(WeightsError, match=r"ends at byte \d+, inside w, .* changed while it was read"):
         entry.read([torch.arange(100)])
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_parts_that_many_write_are_the_whole(seed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each dim's indices are dealt out to up to three writers; the format's own reader then reads all of it."""
+    monkeypatch.setattr(reading, "_MOST_FILE_BYTES", 200)
+    choose, generator = random.Random(seed), torch.Generator().manual_seed(seed)
+    shapes = [(), (7,), (5, 6), (3, 4, 5), (2, 3, 1, 4), (0, 3)]
+    tensors = {f"{shape}": torch.randint(0, 2, shape, generator=generator).to(choose.choice(DTYPES)) for shape in shapes}
+    make_files(tmp_path, "model", {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()})
+    entries = Checkpoint(tmp_path).entries
+    for name, tensor in tensors.items():
+        dealt = [[choose.randrange(3) for _ in range(size)] for size in tensor.shape]
+        for writers in itertools.product(*(range(3) for _ in tensor.shape)):
+            pairs = zip(dealt, writers, strict=True)
+            own = [torch.tensor([at for at, who in enumerate(every) if who == own], dtype=torch.int64) for every, own in pairs]
+            part = tensor.view(torch.uint8) if tensor.dtype == torch.float8_e4m3fn else tensor
+            for dim, index in enumerate(own):
+                part = part.index_select(dim, index)
+            file = os.open(entries[name].path, os.O_WRONLY)
+            entries[name].write(part.view(tensor.dtype), own, file)
+            os.close(file)
+    files = sorted({entry.path for entry in entries.values()})
+    assert len(files) > 1 and files[0].name == f"model-00001-of-{len(files):05}.safetensors"
+    found = {name: tensor for file in files for name, tensor in load_file(file).items()}
+    assert found.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert found[name].dtype == tensor.dtype and torch.equal(
+            found[name].view(-1).view(torch.uint8), tensor.reshape(-1).view(torch.uint8)
+        )
+    assert json.loads((tmp_path / "model.safetensors.index.json").read_text())["weight_map"] == {n: e.path.name for n, e in entries.items()}

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-import threading
+import json
+import random
 import time
+from collections.abc import Iterator
 from itertools import chain
+from multiprocessing import Value
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from torch.utils.data import IterableDataset
+from torch.utils.data import IterableDataset, get_worker_info
 
 from shardwise.data import Loader
 from shardwise.errors import DataError
@@ -86,17 +90,29 @@ def test_leaving_an_epoch_early_and_coming_back() -> None:
     assert loader.epoch == 1
 
 
-def test_batches_are_read_ahead_in_the_background() -> None:
-    data = Numbers(40)
-    batches = iter(Loader(data, 4, ahead=3))
+class Counted(Numbers):
+    """Counts what other processes read, too."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__(count)
+        self.all = Value("i", 0)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        with self.all.get_lock():
+            self.all.value += 1
+        return super().__getitem__(index)
+
+
+def test_workers_read_ahead() -> None:
+    data = Counted(40)
+    batches = iter(Loader(data, 4, workers=1, ahead=3))
     next(batches)
-    deadline = time.monotonic() + 10
-    while len(data.read) < 5 * 4 and time.monotonic() < deadline:  # the one that was taken, 3 that wait, 1 in hand
+    deadline = time.monotonic() + 20
+    while data.all.value < 4 * 4 and time.monotonic() < deadline:  # the one that was taken, and 3 that wait
         time.sleep(0.005)
-    time.sleep(0.05)
-    assert len(data.read) == 5 * 4
+    time.sleep(0.1)
+    assert data.all.value == 4 * 4 and not data.read
     batches.close()
-    assert not any(thread.name == "reads samples" for thread in threading.enumerate())
 
 
 def test_incomplete_batches_are_shared_too() -> None:
@@ -114,9 +130,143 @@ def test_a_broken_samples_error_is_the_loops(workers: int) -> None:
         list(Loader(Numbers(99), 9, workers=workers))
 
 
-class Stream(IterableDataset[Any]):
-    def __iter__(self) -> Any:
-        return iter([])
+class Drawing(Numbers):
+    """What is drawn for a sample, as augmentations draw it."""
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return {"x": torch.stack([torch.rand(()), torch.tensor(np.random.rand()), torch.tensor(random.random())]).double()}
+
+
+def test_what_samples_draw_follows_from_seed_epoch_and_number() -> None:
+    """Whatever ranks and workers there are and wherever the run begins; and the model's own draws stay as they are."""
+    torch.manual_seed(4)
+    alone = [batch["x"] for _, batch in zip(range(7), Loader(Drawing(12), 4, seed=3).forever(), strict=False)]  # 3 batches an epoch
+    after = torch.rand(5)
+    torch.manual_seed(4)
+    assert torch.equal(torch.rand(5), after)
+    assert len({tuple(row.tolist()) for batch in alone for row in batch}) == 7 * 4, "another epoch, other draws"
+    for workers in (0, 2):
+        for part in (slice(0, 3), slice(3, 4)):
+            loader = Loader(Drawing(12), 4, seed=3, part=part, workers=workers)
+            loader.load_state_dict(Loader(Drawing(12), 4, seed=3).state_dict() | {"epoch": 1, "batch": 2})
+            found = [batch["x"] for _, batch in zip(range(2), loader.forever(), strict=False)]
+            assert all(torch.equal(one, other[part]) for one, other in zip(found, alone[5:], strict=True))
+
+
+class Plain(IterableDataset[Any]):
+    """From each epoch's number on, shuffled by what it draws from torch; it can only be read from the start."""
+
+    def __init__(self, count: int = 53) -> None:
+        self.count, self.epoch = count, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def own(self) -> list[int]:
+        info = get_worker_info()
+        own = torch.arange(self.epoch * 100, self.epoch * 100 + self.count)[info.id if info else 0 :: info.num_workers if info else 1]
+        return own.tolist()
+
+    def __iter__(self) -> Iterator[Any]:
+        own = self.own()
+        while own:
+            yield {"x": torch.tensor(own.pop(int(torch.randint(min(5, len(own)), ()))))}
+
+
+class Known(Plain):
+    """The dataset knows its place."""
+
+    def __init__(self, count: int = 53) -> None:
+        super().__init__(count)
+        self.place = {"read": 0}
+
+    def __iter__(self) -> Iterator[Any]:
+        for number in self.own()[self.place["read"] :]:
+            self.place["read"] += 1
+            yield {"x": torch.tensor(number)}
+        self.place["read"] = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.place
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.place = dict(state)
+
+
+class Walk:
+    def __init__(self, numbers: list[int]) -> None:
+        self.numbers, self.at = numbers, {"place": 0}
+
+    def __iter__(self) -> Walk:
+        return self
+
+    def __next__(self) -> Any:
+        if self.at["place"] == len(self.numbers):
+            raise StopIteration
+        self.at["place"] += 1
+        return {"x": torch.tensor(self.numbers[self.at["place"] - 1])}
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.at
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.at = dict(state)
+
+
+class Walked(Plain):
+    """Its iterator knows the place."""
+
+    def __iter__(self) -> Walk:
+        return Walk(self.own())
+
+
+STREAMS = [Plain, Known, Walked]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("stream", STREAMS)
+def test_a_stream_goes_on_where_it_was(stream: Any, workers: int) -> None:
+    """53 numbers by 6 are 8 batches; of two workers 27 and 26 numbers, 4 batches each."""
+    whole = [numbers(batch) for _, batch in zip(range(11), Loader(stream(), 6, workers=workers).forever(), strict=False)]
+    assert len(set(chain(*whole[:8]))) == 48 and max(chain(*whole[:8])) < 53 <= 100 <= min(chain(*whole[8:]))
+    for taken in (0, 1, 3, 8, 9):
+        stopped = Loader(stream(), 6, workers=workers)
+        batches = stopped.forever()
+        before = [numbers(next(batches)) for _ in range(taken)]
+        state = json.loads(json.dumps(stopped.state_dict()))
+        batches.close()
+        assert json.loads(json.dumps(stopped.state_dict())) == state, "closing changes nothing"
+        resumed = Loader(stream(), 6, workers=workers)
+        resumed.load_state_dict(state)
+        after = [numbers(batch) for _, batch in zip(range(11 - taken), resumed.forever(), strict=False)]
+        assert before + after == whole, taken
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("drop_last", [True, False])
+def test_ranks_read_their_parts_of_a_streams_batches(workers: int, drop_last: bool) -> None:
+    alone = epochs(Loader(Plain(), 6, workers=workers, drop_last=drop_last), 2)
+    for parts in PARTS.values():
+        ranks = [epochs(Loader(Plain(), 6, part=part, workers=workers, drop_last=drop_last), 2) for part in parts]
+        for epoch in range(2):
+            assert [list(chain(*each)) for each in zip(*(rank[epoch] for rank in ranks), strict=True)] == alone[epoch]
+    assert sum(len(batch) for batch in alone[0]) == (48 if drop_last else 53)
+
+
+def test_a_streams_place_is_of_so_many_workers() -> None:
+    with pytest.raises(DataError, match="workers=0, here workers=1"):
+        Loader(Plain(), 6, workers=1).load_state_dict(Loader(Plain(), 6).state_dict())
+
+
+class Same(Plain):
+    def own(self) -> list[int]:
+        return list(range(self.count))
+
+
+def test_a_stream_that_each_worker_would_repeat_is_refused() -> None:
+    assert sum(len(batch) for batch in epochs(Loader(Same(), 6, workers=1), 1)[0]) == 48
+    with pytest.raises(DataError, match=r"several workers would read all of Same.*get_worker_info\(\), or take workers=1"):
+        next(iter(Loader(Same(), 6, workers=2)))
 
 
 @pytest.mark.parametrize(
@@ -124,7 +274,9 @@ class Stream(IterableDataset[Any]):
     [
         (lambda: Loader(Numbers(5), 6), "has 5 samples, fewer than a batch of 6"),
         (lambda: Loader(Numbers(0), 1, drop_last=False), "has 0 samples"),
-        (lambda: Loader(Stream(), 2), "Stream has no numbered samples"),
+        (lambda: list(Loader(Plain(5), 6)), "Plain gave fewer samples in epoch 0 than a batch of 6"),
+        (lambda: Loader(Plain(), 6, shuffle=True), "Plain is a stream, whose order is its own"),
+        (lambda: Loader(7, 1), "int has no samples to read"),  # type: ignore[arg-type]
         (lambda: Loader(Numbers(5), 0), "batch_size=0"),
         (lambda: Loader(Numbers(9), 3).load_state_dict(Loader(Numbers(8), 3).state_dict()), "taken with samples=8, here samples=9"),
         (lambda: Loader(Numbers(9), 3, seed=1).load_state_dict(Loader(Numbers(9), 3).state_dict()), "seed=0, here seed=1"),

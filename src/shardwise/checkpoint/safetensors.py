@@ -1,4 +1,4 @@
-"""Reads parts of tensors from safetensors files, and no more of the file than a part is.
+"""Reads and writes parts of tensors in safetensors files, and no more of the file than a part is.
 
     8 bytes   n, little-endian
     n bytes   JSON: {"name": {"dtype": "F32", "shape": [2, 3], "data_offsets": [begin, end]}, …, "__metadata__": {…}}
@@ -6,6 +6,7 @@
 
 (https://huggingface.co/docs/safetensors). Weights of several files have an index, JSON with `weight_map`: name → file. What is read goes
 straight into the part's own memory: a mapped file would count as memory of the process, page for page, until the last of it is closed.
+What is written goes to its places in files that have their headers and lengths already (`make_files`), so that many may write one tensor.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
@@ -25,7 +26,7 @@ from torch import Tensor
 
 from shardwise.errors import WeightsError
 
-__all__ = ["Checkpoint", "Entry"]
+__all__ = ["Checkpoint", "Entry", "make_files"]
 
 _DTYPES = {
     "BOOL": torch.bool,
@@ -45,7 +46,9 @@ _DTYPES = {
     "F64": torch.float64,
     "C64": torch.complex64,
 }
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 _LENGTH_BYTES = 8
+_MOST_FILE_BYTES = 5_000_000_000  # of several tensors; as others cut their files
 _MOST_HEADER_BYTES = 100_000_000  # as the format's own reader allows
 _BUFFER_BYTES = 1 << 22
 _RUN_BYTES = 1 << 15  # shorter runs are read together with what lies between them
@@ -73,6 +76,16 @@ class Entry:
                 _Reader(self, file.fileno()).read(part, indices)
         return part
 
+    def write(self, part: Tensor, indices: Sequence[Tensor], file: int) -> None:
+        """Puts the part (of the tensor's dtype, on the CPU) there. file: descriptor of a file that is open for writing."""
+        if not part.numel():
+            return
+        view = part.contiguous().view(-1).view(torch.uint8).numpy().data
+        for at, offset, size in _stretches(self, indices):
+            done = 0
+            while done < size:
+                done += os.pwrite(file, view[at + done : at + size], offset + done)
+
 
 @dataclass(frozen=True)
 class _Reader:
@@ -81,27 +94,13 @@ class _Reader:
 
     def read(self, part: Tensor, indices: Sequence[Tensor]) -> None:
         """Row by row of the dims that are cut, in runs of what lies next to each other in the file."""
-        width, shape = self.entry.dtype.itemsize, self.entry.shape
-        whole = next((dim for dim in range(len(shape), 0, -1) if len(indices[dim - 1]) != shape[dim - 1]), 0)  # dims from here on are whole
-        row_bytes = prod(shape[whole:]) * width
         flat = part.view(-1).view(torch.uint8)
-        if whole == 0:
-            self._fill(flat, self.entry.offset)
+        cut = _Cut.of(self.entry, indices)
+        if cut is not None and cut.is_fine:
+            self._by_blocks(flat.view(len(cut.outer), -1), cut.outer, cut.inner, cut.step, cut.row_bytes)
             return
-        inner = _runs(indices[whole - 1])
-        step = shape[whole - 1] * row_bytes
-        outer = _positions(indices[: whole - 1], shape[: whole - 1])
-        length = len(indices[whole - 1]) * row_bytes
-        spread = (inner[-1][1] - inner[0][0]) * row_bytes
-        if min(stop - start for start, stop in inner) * row_bytes >= _RUN_BYTES or spread > _BUFFER_BYTES:
-            for number, position in enumerate(outer.tolist()):
-                at = number * length
-                for start, stop in inner:
-                    size = (stop - start) * row_bytes
-                    self._fill(flat[at : at + size], self.entry.offset + position * step + start * row_bytes)
-                    at += size
-            return
-        self._by_blocks(flat.view(len(outer), length), outer, inner, step, row_bytes)
+        for at, offset, size in _stretches(self.entry, indices):
+            self._fill(flat[at : at + size], offset)
 
     def _by_blocks(self, rows: Tensor, outer: Tensor, inner: list[tuple[int, int]], step: int, row_bytes: int) -> None:
         """Short runs: all from the first to the last of them, of as many neighbouring rows as a buffer holds."""
@@ -129,6 +128,51 @@ class _Reader:
                     "it was changed while it was read"
                 )
             done += count
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Cut:
+    """How a part lies in the file: of each of the rows `outer`, `step` bytes apart, the runs `inner`, in units of `row_bytes`."""
+
+    outer: Tensor
+    inner: list[tuple[int, int]]
+    step: int
+    row_bytes: int
+
+    @staticmethod
+    def of(entry: Entry, indices: Sequence[Tensor]) -> _Cut | None:
+        """None where it is the whole tensor."""
+        shape = entry.shape
+        whole = next((dim for dim in range(len(shape), 0, -1) if len(indices[dim - 1]) != shape[dim - 1]), 0)  # dims from here on are whole
+        if whole == 0:
+            return None
+        row_bytes = prod(shape[whole:]) * entry.dtype.itemsize
+        return _Cut(
+            outer=_positions(indices[: whole - 1], shape[: whole - 1]),
+            inner=_runs(indices[whole - 1]),
+            step=shape[whole - 1] * row_bytes,
+            row_bytes=row_bytes,
+        )
+
+    @property
+    def is_fine(self) -> bool:
+        """Whether its runs are so short, and so near each other, that what lies between them is better read with them."""
+        spread = (self.inner[-1][1] - self.inner[0][0]) * self.row_bytes
+        return min(stop - start for start, stop in self.inner) * self.row_bytes < _RUN_BYTES and spread <= _BUFFER_BYTES
+
+
+def _stretches(entry: Entry, indices: Sequence[Tensor]) -> Iterator[tuple[int, int, int]]:
+    """(first byte in the part, first byte in the file, how many) of each run."""
+    cut = _Cut.of(entry, indices)
+    if cut is None:
+        yield 0, entry.offset, prod(entry.shape) * entry.dtype.itemsize
+        return
+    at = 0
+    for position in cut.outer.tolist():
+        for start, stop in cut.inner:
+            size = (stop - start) * cut.row_bytes
+            yield at, entry.offset + position * cut.step + start * cut.row_bytes, size
+            at += size
 
 
 def _runs(indices: Tensor) -> list[tuple[int, int]]:
@@ -174,6 +218,43 @@ class Checkpoint:
             if name not in files[file]:
                 raise WeightsError(f"{found} says that {name} is in {file}, which holds {len(files[file])} other tensors")
         return {name: files[file][name] for name, file in where.items()}
+
+
+def make_files(folder: Path, stem: str, tensors: Mapping[str, tuple[torch.dtype, Sequence[int]]]) -> None:
+    """Files of these tensors (name → dtype, shape) with room for their values, and the index `{stem}.safetensors.index.json` of them.
+
+    Each file has 5 GB at most where it has several tensors, as other programs that write the format do it. Raises OSError.
+    """
+    groups: list[list[str]] = [[]]
+    sizes = {name: prod(shape) * dtype.itemsize for name, (dtype, shape) in tensors.items()}
+    held = 0
+    for name, size in sizes.items():
+        if groups[-1] and held + size > _MOST_FILE_BYTES:
+            groups.append([])
+            held = 0
+        groups[-1].append(name)
+        held += size
+    where: dict[str, str] = {}
+    for number, names in enumerate(groups, 1):
+        file = f"{stem}-{number:05}-of-{len(groups):05}.safetensors"
+        where |= dict.fromkeys(names, file)
+        _make_file(folder / file, {name: tensors[name] for name in names})
+    index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": where}
+    (folder / f"{stem}{_INDEX}").write_text(json.dumps(index, indent=2))
+
+
+def _make_file(path: Path, tensors: Mapping[str, tuple[torch.dtype, Sequence[int]]]) -> None:
+    """Wider dtypes first: so each tensor begins at a multiple of its width."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, (dtype, shape) in sorted(tensors.items(), key=lambda item: -item[1][0].itemsize):
+        begin, end = end, end + prod(shape) * dtype.itemsize
+        header[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % _LENGTH_BYTES)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(_LENGTH_BYTES, "little") + text)
+        file.truncate(_LENGTH_BYTES + len(text) + end)
 
 
 def _found(path: Path) -> Path:

@@ -53,8 +53,13 @@ def train(
     evaluate_every: Annotated[
         int, typer.Option("--eval-every", min=0, help="Steps between two evaluations on held-out data; 0: before and after.")
     ] = 0,
-    workers: Annotated[int, typer.Option("--workers", min=0, help="Processes of each rank that read data; 0: a thread.")] = 0,
+    workers: Annotated[int, typer.Option("--workers", min=0, help="Processes of each rank that read data ahead; 0: the rank reads.")] = 0,
     tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Also write TensorBoard's event files.")] = False,
+    save: Annotated[
+        Path | None, typer.Option("--save", help="A folder for a checkpoint, at the end and when interrupted (Ctrl-C, SIGTERM).")
+    ] = None,
+    save_every: Annotated[int, typer.Option("--save-every", min=0, help="Steps between two checkpoints; 0: none in between.")] = 0,
+    resume: Annotated[Path | None, typer.Option("--resume", help="A checkpoint to go on from, of any layout.")] = None,
     compile: CompileOption = False,
     port: Annotated[int, typer.Option("--port", min=0, max=65535, help="For the ranks to meet at; 0 takes a free one.")] = 0,
     out: Annotated[
@@ -73,6 +78,10 @@ def train(
     shardwise train --model hf:config.json --plan plan.json
 
     shardwise train --config run.toml --steps 50
+
+    shardwise train --config run.toml --save out/checkpoint --save-every 100
+
+    shardwise train --config run.toml --save out/checkpoint --resume out/checkpoint
 
     torchrun --nnodes 2 --nproc-per-node 4 ... -m shardwise train --model hf:config.json --plan plan.json
     """
@@ -99,6 +108,9 @@ def train(
         tensorboard=tensorboard,
         shown=not as_json,
         compile=compile,
+        save=save,
+        save_every=save_every,
+        resume=resume,
     )
     summary = feasible(run_training(request))
     if summary is not None:  # None on all ranks but the first

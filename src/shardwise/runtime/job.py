@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import prod
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -33,6 +34,7 @@ from shardwise.runtime.optimizer import OptimizerFactory, absent, make_on_parts,
 from shardwise.runtime.parameters import Parameters
 from shardwise.runtime.progress import CompilingDisplay
 from shardwise.runtime.regions import Compiler
+from shardwise.runtime.saving import Positioned, load_job, save_job
 from shardwise.runtime.scale import LossScale, Scaler
 from shardwise.runtime.source import Source
 from shardwise.runtime.state import load_state, state_of_job
@@ -276,6 +278,24 @@ class Job:
         Raises PlanError for the state of another model, optimizer or rank.
         """
         load_state(self, state)
+
+    def save(self, folder: str | Path, **others: Positioned) -> None:
+        """Writes the state into a checkpoint, a folder that any layout loads; call it on every rank. The one before goes when it is whole.
+
+        Parameters and buffers are whole tensors under their names in safetensors files (tied ones once), of which each rank writes what
+        it holds; the folder must be one that all hosts share. others: what has state_dict() and load_state_dict(), equal on all ranks, such
+        as loader=… and schedule=…; their states may be numbers, strings, lists and dicts.
+        Raises WeightsError, the same on all ranks, for what cannot be written: the last good checkpoint is as it was.
+        """
+        save_job(self, Path(folder), others)
+
+    def load(self, folder: str | Path, **others: Positioned) -> None:
+        """Goes on from a checkpoint, of any layout; each rank reads what it will hold. others: as they were given to `save`.
+
+        Raises WeightsError, the same on all ranks, where a tensor, shape or dtype is not that of the model, or the optimizer another,
+        before anything is changed.
+        """
+        load_job(self, Path(folder), others)
 
     def renew(self) -> None:
         """Computes again what was computed when the job was made: values that never change have been changed after all."""

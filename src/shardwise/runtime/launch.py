@@ -68,11 +68,13 @@ def launch(
     threads: int | None = None,
     port: int = 0,
     backend: str = "gloo",
+    end_s: int | None = None,
 ) -> list[Any]:
     """Run `function(*args)` on `ranks` new local processes that form one group; their results, by rank.
 
     timeout_s: how long any collective, send or receive may wait; threads: of each rank, None shares the cores equally;
-    port: of the rendezvous, 0 takes a free one.
+    port: of the rendezvous, 0 takes a free one. end_s: how long ranks may take to end after a signal or a failure, for functions that heed
+    signals; then they are killed.
     Raises RankFailed with the first failing rank's own error, ClusterError for a port in use or when called from within a rank.
     """
     _check(ranks, port)
@@ -87,7 +89,7 @@ def launch(
             parent=os.getpid(),
             reports=Path(directory),
         )
-        results = _run(_configuration(job, ranks=ranks, port=port), job, ranks)
+        results = _run(_configuration(job, ranks=ranks, port=port, end_s=end_s or _SHUTDOWN_S), job, ranks)
     return [pickle.loads(results[rank]) for rank in range(ranks)]  # bytes that our own child wrote, not a file
 
 
@@ -109,7 +111,7 @@ def _check_port(port: int) -> None:
             raise port_in_use(_HOST, port) from error
 
 
-def _configuration(job: _Job, *, ranks: int, port: int) -> LaunchConfig:
+def _configuration(job: _Job, *, ranks: int, port: int, end_s: int) -> LaunchConfig:
     return LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -124,7 +126,7 @@ def _configuration(job: _Job, *, ranks: int, port: int) -> LaunchConfig:
         monitor_interval=_LOOK_EVERY_S,
         start_method=_start_method(job),
         logs_specs=DefaultLogsSpecs(log_dir=str(job.reports / "agent")),
-        shutdown_timeout=_SHUTDOWN_S,
+        shutdown_timeout=end_s,
     )
 
 

@@ -63,6 +63,11 @@ class TrainingDisplay:
         """The loss on held-out data."""
         self._held_out = f"held out {loss:.3f}"
 
+    def say(self, text: str) -> None:
+        """A line of its own."""
+        if self._shown:
+            self._console.print(text, highlight=False, markup=False, soft_wrap=True)
+
     def update(self, step: int, loss: float, step_time_s: float) -> None:
         """After step number `step` (the first is 1)."""
         parts = [f"loss {loss:.3f}", self._held_out, self._pace(step_time_s), self._rate(step_time_s)]

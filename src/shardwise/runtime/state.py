@@ -11,7 +11,7 @@ tensor after the other, in CPU memory; any layout loads it, and so does one devi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -28,9 +28,20 @@ from shardwise.sharding.types import Shard, Type, join
 if TYPE_CHECKING:
     from shardwise.runtime.job import Job
 
-_SCALE = ("scale", "skipped", "good")
+SCALE = ("scale", "skipped", "good")
 
-__all__ = ["Gatherer", "every_whole", "load_state", "state_of_job", "updated_part"]
+__all__ = [
+    "SCALE",
+    "Gatherer",
+    "cut_key",
+    "every_whole",
+    "groups_of",
+    "kept_by_optimizers",
+    "load_state",
+    "put_state",
+    "state_of_job",
+    "updated_part",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +50,16 @@ class _Held:
 
     coordinates: Mapping[str, int]
     parts: Mapping[str, ParameterPart]
+
+
+def _split_over(part: ParameterPart) -> tuple[str, ...]:
+    return tuple(axis for axis, each in part.type.items() if isinstance(each, Shard) and axis != "mb")
+
+
+def cut_key(part: ParameterPart, coordinates: Mapping[str, int], shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Which part of the whole a rank with these coordinates has, of which it holds this shape; ranks that hold the same have one key."""
+    place = part.division.rank if part.division is not None and shape != part.local else 0
+    return (*(coordinates[axis] for axis in _split_over(part)), place)
 
 
 class Gatherer:
@@ -63,12 +84,10 @@ class Gatherer:
         for rank, held in enumerate(self.held):
             if (part := held.parts.get(name)) is None:
                 continue
-            split = tuple(axis for axis, each in part.type.items() if isinstance(each, Shard) and axis != "mb")
+            split = _split_over(part)
             shape = part.updated if updated else part.stored
-            place = part.division.rank if part.division is not None and shape != part.local else 0
-            at = tuple(held.coordinates[axis] for axis in split)
-            key = (*at, place)
-            dims[at] = part.division.dim if part.division is not None else 0
+            key = cut_key(part, held.coordinates, shape)
+            dims[key[:-1]] = part.division.dim if part.division is not None else 0
             if key not in pieces:
                 pieces[key] = self._fetched(rank, mine, shape, dtype or (part.wide if updated else part.stored_dtype))
         if self.rank != 0:
@@ -134,11 +153,11 @@ def state_of_job(job: Job, *, sharded: bool) -> dict[str, Any]:
     """As of `Job.state_dict`."""
     common: dict[str, Any] = {"steps": job.steps, "seed": job.seed}
     if job.scaler is not None:
-        common["loss_scale"] = {name: getattr(job.scaler, name) for name in _SCALE}
+        common["loss_scale"] = {name: getattr(job.scaler, name) for name in SCALE}
     if sharded:
         place = {"rank": job.program.rank, "ranks": job.plan.ranks, "layout": job.plan.layout, "fingerprint": job.plan.fingerprint}
         model = job.state | {part.name: job.parameters.of[part.name].detach() for part in job.program.parameters if part.has_copy}
-        return {"model": model, "optimizer": {"state": _kept(job), "groups": _groups(job)}, **common, **place}
+        return {"model": model, "optimizer": {"state": kept_by_optimizers(job), "groups": groups_of(job)}, **common, **place}
     gatherer = Gatherer(job.program, job.device)
     model = _whole_model(job, gatherer)
     optimizer = _whole_optimizer(job, gatherer)
@@ -158,13 +177,13 @@ def _whole_model(job: Job, gatherer: Gatherer) -> dict[str, Tensor]:
     return {name: tensor for name, first in names.items() if (tensor := found.get(first, unread.get(first))) is not None}
 
 
-def _kept(job: Job) -> dict[str, dict[str, Any]]:
+def kept_by_optimizers(job: Job) -> dict[str, dict[str, Any]]:
     """Parameter → what this rank's optimizers keep of it."""
     names: dict[Tensor, str] = {parameter: name for name, parameter in job.named.items()}
     return {names[each]: dict(kept) for optimizer in job.optimizers for each, kept in optimizer.state.items() if kept}
 
 
-def _groups(job: Job) -> list[dict[str, Any]]:
+def groups_of(job: Job) -> list[dict[str, Any]]:
     """Of all optimizers; the same on every rank."""
     names = {parameter: name for name, parameter in job.named.items()}
     return [
@@ -185,7 +204,7 @@ def _plain(value: Any) -> Any:
 
 
 def _whole_optimizer(job: Job, gatherer: Gatherer) -> dict[str, Any]:
-    kept = _kept(job)
+    kept = kept_by_optimizers(job)
     described = {name: {key: _described(value) for key, value in found.items()} for name, found in kept.items()}
     every: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(every, (described, set(job.whole.of)))
@@ -206,7 +225,7 @@ def _whole_optimizer(job: Job, gatherer: Gatherer) -> dict[str, Any]:
                 state.setdefault(name, {})[key] = gatherer.alone(holders[0], mine, shape, dtype)
             else:
                 state.setdefault(name, {})[key] = gatherer.whole(name, mine, updated=True, dtype=dtype)
-    return {"state": state, "groups": _groups(job)}
+    return {"state": state, "groups": groups_of(job)}
 
 
 def _described(value: Any) -> tuple[tuple[int, ...] | None, torch.dtype | None, Any]:
@@ -226,12 +245,20 @@ def load_state(job: Job, state: Mapping[str, Any]) -> None:
         raise PlanError(f"the state lacks {lacking[0]!r}; give what job.state_dict() returned, on every rank the same whole one")
     if "layout" in state:
         _check_same_place(job, state)
+    put_state(job, state, own="layout" in state)
+    if "layout" not in state:
+        job.source.load_unread(job.graph, state["model"])
+
+
+def put_state(job: Job, state: Mapping[str, Any], *, own: bool) -> None:
+    """A state's values into the job; own: of this rank's parts alone. Every rank does it at the same time."""
+    _check_groups(job, state["optimizer"]["groups"])
+    if own:
         _load_model(job, state["model"], lambda tensor, part: _of_shape(tensor, part.updated if part.has_copy else part.stored, part.name))
         _load_optimizer(job, state["optimizer"], lambda tensor, part: tensor)
     else:
         _load_model(job, state["model"], lambda tensor, part: _own(job, _of_shape(tensor, part.shape, part.name), part))
         _load_optimizer(job, state["optimizer"], lambda tensor, part: updated_part(tensor, part, job.program))
-        job.source.load_unread(job.graph, state["model"])
     job.steps, job.seed = int(state["steps"]), int(state["seed"])
     if job.scaler is not None:
         for name, value in state.get("loss_scale", {}).items():
@@ -277,16 +304,20 @@ def _of_shape(tensor: Tensor, shape: tuple[int, ...], name: str) -> Tensor:
     return tensor
 
 
-@torch.no_grad()
-def _load_optimizer(job: Job, given: Mapping[str, Any], own: Take) -> None:
-    groups, own_groups = given["groups"], [group for optimizer in job.optimizers for group in optimizer.param_groups]
-    if [group["parameters"] for group in groups] != [group["parameters"] for group in _groups(job)]:
+def _check_groups(job: Job, groups: Sequence[Mapping[str, Any]]) -> None:
+    own = groups_of(job)
+    if [group["parameters"] for group in groups] != [group["parameters"] for group in own]:
         raise PlanError(
-            f"the state is of an optimizer with {len(groups)} groups of parameters, this one has {len(own_groups)}, or of other "
+            f"the state is of an optimizer with {len(groups)} groups of parameters, this one has {len(own)}, or of other "
             "parameters; make it alike"
         )
-    for group, saved in zip(own_groups, groups, strict=True):
-        group.update(_options(saved))
+
+
+@torch.no_grad()
+def _load_optimizer(job: Job, given: Mapping[str, Any], own: Take) -> None:
+    own_groups = [group for optimizer in job.optimizers for group in optimizer.param_groups]
+    for group, saved in zip(own_groups, given["groups"], strict=True):
+        group.update({key: tuple(value) if isinstance(group.get(key), tuple) else value for key, value in _options(saved)})
     parts = {part.name: part for part in job.program.parameters}
     for optimizer in job.optimizers:
         fused = {each for group in optimizer.param_groups if group.get("fused") or group.get("capturable") for each in group["params"]}

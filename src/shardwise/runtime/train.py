@@ -14,10 +14,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.data import Subset, default_collate
 
-from shardwise.data.corpus import Corpus
+from shardwise.data.corpus import Corpus, first_samples
 from shardwise.data.loader import Loader
 from shardwise.environment import rank_environment
 from shardwise.runtime.executor import Event
+from shardwise.runtime.interrupts import Interrupts
 from shardwise.runtime.launch import launch
 from shardwise.runtime.memory import PeakMemory
 from shardwise.runtime.metrics import Metrics
@@ -33,6 +34,7 @@ _TRIAL_STEPS = 6  # after these it is known how many more can be afforded
 _WARM_UP_STEPS = 2  # their times are not typical: memory is taken and connections are made
 WAIT_S = 300.0  # a collective, send or receive may take so long
 
+_SAVE_S = 120  # an interrupted run may take so long to end its step and to save
 _LOOK_EVERY = 10  # steps between two looks at all ranks' memory
 
 Build = Callable[[], nn.Module]
@@ -45,6 +47,7 @@ RecordedAction = tuple[
 class Job(Protocol):
     """What the loop needs of `parallelize`'s result. batch_slice: this rank's samples; grad_norm: of the last step, nan if not known."""
 
+    steps: int
     grad_norm: float
 
     @property
@@ -57,13 +60,18 @@ class Job(Protocol):
 
     def eval(self, batch: Any, *, local: bool = False) -> float: ...
 
+    def save(self, folder: Path, **others: Any) -> None: ...
+
+    def load(self, folder: Path, **others: Any) -> None: ...
+
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
     """steps: optimizer steps, fewer where they would take more than most_s seconds; batch_size: samples in the global batch;
     shown: whether rank 0 displays progress. evaluate_every: steps between two evaluations on held-out data, 0: only before and after;
     evaluated: batches of it. workers: of each rank, to read data. out: where rank 0 writes metrics, also for TensorBoard if asked for.
-    weights: files to begin from, compile: as of `parallelize`.
+    weights: files to begin from, compile: as of `parallelize`. resume: a checkpoint to go on from, to `steps` in all; save: where one is
+    written every save_every steps, at the end, and when the run is interrupted.
     """
 
     steps: int
@@ -79,13 +87,16 @@ class Settings:
     tensorboard: bool = False
     weights: Path | None = None
     compile: bool = False
+    save: Path | None = None
+    save_every: int = 0
+    resume: Path | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class RankResult:
     """What one rank saw. Losses are equal on all ranks; the held-out ones, by the number of steps before them, are means over batches.
 
-    actions: of the last step, plain so that they travel between processes.
+    first_step: its number, 1 but where the run goes on from a checkpoint. actions: of the last step, plain so that they travel.
     """
 
     rank: int
@@ -93,6 +104,7 @@ class RankResult:
     step_times_s: list[float]
     peak_memory_bytes: int
     held_out: dict[int, float]
+    first_step: int = 1
     actions: list[RecordedAction] = field(default_factory=list)
 
 
@@ -109,6 +121,7 @@ class TrainingRun:
     step_times_s: list[float]
     memory_bytes: list[int]
     actions: list[list[RecordedAction]] = field(default_factory=list)
+    first_step: int = 1
     step_time_s: float = field(init=False)
 
     def __post_init__(self) -> None:
@@ -118,7 +131,7 @@ class TrainingRun:
     @property
     def held_out_before(self) -> float | None:
         """The mean loss on held-out data before the first step."""
-        return self.held_out.get(0)
+        return self.held_out.get(self.first_step - 1)
 
     @property
     def held_out_after(self) -> float | None:
@@ -135,6 +148,7 @@ class TrainingRun:
             step_times_s=[max(times) for times in zip(*(result.step_times_s for result in results), strict=True)],
             memory_bytes=[result.peak_memory_bytes for result in results],
             actions=[result.actions for result in results],
+            first_step=first.first_step,
         )
 
 
@@ -143,12 +157,14 @@ def train(build: Build, *, plan: Plan, ranks: int, read: Read, settings: Setting
 
     Raises RankFailed with the first failing rank's error.
     """
-    results = launch(train_rank, (build, plan, read, settings), ranks=ranks, timeout_s=WAIT_S, port=port)
+    results = launch(
+        train_rank, (build, plan, read, settings), ranks=ranks, timeout_s=WAIT_S, port=port, end_s=_SAVE_S if settings.save else None
+    )
     return TrainingRun.of(results)
 
 
 def train_rank(build: Build, plan: Plan, read: Read, settings: Settings) -> RankResult:
-    """One rank's part, inside a process group."""
+    """One rank's part, inside a process group. Raises SystemExit where a signal ended it after it had saved."""
     import shardwise as sw
 
     place = rank_environment()
@@ -169,6 +185,8 @@ def train_rank(build: Build, plan: Plan, read: Read, settings: Settings) -> Rank
         Metrics(settings.out if first else None, tensorboard=settings.tensorboard) as metrics,
     ):
         loop.run(display, metrics, kind)
+    if loop.stopped_by:
+        raise SystemExit(128 + loop.stopped_by)
     return RankResult(
         rank=place.rank,
         losses=loop.losses,
@@ -176,14 +194,14 @@ def train_rank(build: Build, plan: Plan, read: Read, settings: Settings) -> Rank
         peak_memory_bytes=memory.peak_bytes(),
         held_out=loop.held_out,
         actions=loop.actions,
+        first_step=loop.first_step,
     )
 
 
 def example_of(corpus: Corpus, samples: int) -> dict[str, Tensor]:
     """A batch of the first samples, again and again where there are too few."""
-    count = min(samples, len(corpus.training))  # type: ignore[arg-type]
-    few = [corpus.training[index] for index in range(count)]
-    return default_collate([few[index % count] for index in range(samples)])
+    few = first_samples(corpus.training, samples)
+    return default_collate([few[index % len(few)] for index in range(samples)])
 
 
 def evaluate(job: Job, batches: Loader) -> float:
@@ -207,7 +225,7 @@ def _adamw(learning_rate: float) -> Callable[[object], torch.optim.Optimizer]:
 
 @dataclass(kw_only=True)
 class _Loop:
-    """held_out: as of `RankResult`."""
+    """held_out, first_step: as of `RankResult`. stopped_by: the signal that ended it on all ranks, 0 where none did."""
 
     job: Job
     corpus: Corpus
@@ -217,35 +235,59 @@ class _Loop:
     times: list[float] = field(default_factory=list)
     held_out: dict[int, float] = field(default_factory=dict)
     actions: list[RecordedAction] = field(default_factory=list)
+    first_step: int = 1
+    stopped_by: int = 0
 
     def run(self, display: TrainingDisplay, metrics: Metrics, kind: tuple[int, str]) -> None:
         """All steps, with an evaluation before, after and at intervals."""
         settings, steps = self.settings, self.settings.steps
         loader = Loader(self.corpus.training, settings.batch_size, part=self.job.batch_slice, seed=settings.seed, workers=settings.workers)
+        if settings.resume is not None:
+            self.job.load(settings.resume, loader=loader)
+            display.say(f"goes on after step {self.job.steps} from {settings.resume}")
+        done = self.job.steps
+        self.first_step = done + 1
         batches = loader.forever()
-        self._evaluate(0, display)
-        metrics.write(0, {"held_out_loss": self.held_out.get(0)})
-        for step in range(1, settings.steps + 1):
-            if step == _TRIAL_STEPS + 1 and settings.most_s is not None:
-                steps = _affordable_steps(settings, sum(self.times))
-                display.expect(steps)
-            if step > steps:
-                break
-            batch = next(batches)
-            started = time.perf_counter()
-            self.losses.append(self.job.step(batch, local=True))
-            self.times.append(time.perf_counter() - started)
-            last = step == steps
-            if last:
-                self.actions = [_recorded(event) for event in self.job.events]
-            if last or (settings.evaluate_every and step % settings.evaluate_every == 0):
-                self._evaluate(step, display)
-            used = _every_rank(self.memory.peak_bytes()) if last or step % _LOOK_EVERY == 1 else None
-            if used is not None:
-                display.memory(used)
-            display.update(step, self.losses[-1], self.times[-1])
-            metrics.write(step, self._values(kind) | {"held_out_loss": self.held_out.get(step), "memory_bytes": used})
+        self._evaluate(done, display)
+        metrics.write(done, {"held_out_loss": self.held_out.get(done)})
+        with Interrupts(heeded=settings.save is not None) as interrupts:
+            for step in range(self.first_step, settings.steps + 1):
+                if len(self.times) == _TRIAL_STEPS and settings.most_s is not None:
+                    steps = _affordable_steps(settings, sum(self.times))
+                    display.expect(steps)
+                if step > steps:
+                    break
+                batch = next(batches)
+                started = time.perf_counter()
+                self.losses.append(self.job.step(batch, local=True))
+                self.times.append(time.perf_counter() - started)
+                self.stopped_by = max(_every_rank(interrupts.number)) if settings.save is not None else 0
+                self._after(step, step == steps or bool(self.stopped_by), display, metrics, kind)
+                self._save(loader, step, step == steps, display)
+                if self.stopped_by:
+                    break
         batches.close()
+
+    def _after(self, step: int, last: bool, display: TrainingDisplay, metrics: Metrics, kind: tuple[int, str]) -> None:
+        """What is looked at after a step."""
+        every = self.settings.evaluate_every
+        if last:
+            self.actions = [_recorded(event) for event in self.job.events]
+        if last or (every and step % every == 0):
+            self._evaluate(step, display)
+        used = _every_rank(self.memory.peak_bytes()) if last or step % _LOOK_EVERY == 1 else None
+        if used is not None:
+            display.memory(used)
+        display.update(step, self.losses[-1], self.times[-1])
+        metrics.write(step, self._values(kind) | {"held_out_loss": self.held_out.get(step), "memory_bytes": used})
+
+    def _save(self, loader: Loader, step: int, last: bool, display: TrainingDisplay) -> None:
+        folder, every, stop = self.settings.save, self.settings.save_every, bool(self.stopped_by)
+        if folder is None or not (last or stop or (every and step % every == 0)):
+            return
+        self.job.save(folder, loader=loader)
+        how = f"; go on with the same options and --resume {folder}" if stop and not last else ""
+        display.say(f"{'interrupted, ' if stop else ''}saved after step {step} in {folder}{how}")
 
     def _evaluate(self, step: int, display: TrainingDisplay) -> None:
         data = self.corpus.held_out
