@@ -2,9 +2,10 @@
 
     python benchmarks/mixes.py [--models 20] [--layouts 6] [--seed 0] [--only decoders,vit] [--jobs 2] [--check]
 
-A mix is a mesh of data, context, tensor and pipeline ranks (in mixtures also data ranks that divide experts) with a ZeRO stage, a policy
-of recomputation, a schedule and a number of microbatches; one step of each is compared in float64 with one device's: loss, every gradient,
-their norm (docs/concepts/numbers.md).
+A mix is a mesh of data, context, tensor and pipeline ranks (in mixtures also data ranks that divide experts) with a ZeRO stage or unequal
+shares of the batch, a way of attention, a policy of recomputation, a schedule and a number of microbatches, in float32, bf16 or fp16. One
+step of each is compared in float64 with one device's: loss, every gradient, their norm, the optimizer's step, the next loss. Mixes in 16
+bits run in these, too, held to a multiple of one device's own error in them (docs/concepts/numbers.md).
 Prints each model's mixes and how many were verified, and how many refused with a reason. With --check it exits with 1 where one differs or
 fails, or where fewer than half could run.
 """
@@ -18,7 +19,7 @@ import sys
 import time
 import warnings
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -26,21 +27,28 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 
 from benchmarks.matrix import load, models
+from shardwise.capture.precision import PRECISIONS, Precision, dtype_of
+from shardwise.errors import CaptureError
 from shardwise.program.recompute import RECOMPUTE
 from shardwise.program.tables import NAMES, least_chunks
+from shardwise.sharding.context import ATTENTION
 from shardwise.verify.coverage import Row, coverage
 
 MESHES = tuple((dp, cp, tp, pp) for dp in (1, 2, 4) for cp in (1, 2) for tp in (1, 2, 3) for pp in (1, 2, 3) if 2 <= dp * cp * tp * pp <= 8)
+DEEPER = ("interleaved", "zb-h1", "zb-2p")
+"""Schedules that take more stages of a rank than they need."""
 LEAST_RUN = 0.5
 """Of the mixes, how many must not be refused."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Mixed:
-    """One model's mixes, and what became of them."""
+    """One model's mixes in one precision, and what became of them. rows: compared in float64; low: in the 16 bits."""
 
     model: str
     rows: list[Row]
+    low: list[Row] = field(default_factory=list)
+    precision: Precision = "float32"
     seconds: float
 
 
@@ -53,44 +61,59 @@ def draw(source: random.Random, *, experts: bool = False) -> str:
         parts.append(f"zero={zero}")
         if dp == 4 and source.random() < 0.3:
             parts.append("shard=2")
+    if cp > 1:
+        parts.append(f"attention={source.choice(ATTENTION)}")
     if experts and dp > 1 and "shard=2" not in parts and source.random() < 0.7:
         parts.append(f"ep={source.choice((2, dp))}")
+    elif dp == 2 and source.random() < 0.2:
+        parts.append("shares=3:1")
     parts.append(f"recompute={source.choice(RECOMPUTE)}")
     microbatches = source.choice((1, 2, 4))
     if pp > 1:
         schedule = source.choice(NAMES)
-        chunks = least_chunks(schedule)
+        chunks = least_chunks(schedule) + (schedule in DEEPER and source.random() < 0.3)
         parts += [f"schedule={schedule}"] + ([f"chunks={chunks}"] if chunks > 1 else [])
         microbatches = pp * source.choice((1, 2))
     return ",".join([*parts, f"microbatches={microbatches}"])
 
 
-def examine(family: str, name: str, layouts: tuple[str, ...]) -> Mixed:
+def examine(family: str, name: str, layouts: tuple[str, ...], precision: Precision = "float32") -> Mixed:
     """Verifies one model in these layouts."""
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     start = time.perf_counter()
     model, batch = getattr(load(family), name)()
-    rows = coverage(model, batch, layouts=layouts).rows
-    return Mixed(model=f"{family}.{name}", rows=rows, seconds=time.perf_counter() - start)
+    low = dtype_of(precision)
+    try:
+        rows = coverage(model, batch, layouts=layouts, precision=precision).rows
+        in_low = coverage(model, batch, layouts=layouts, precision=precision, dtype=low).rows if low else []
+    except CaptureError as error:
+        if low is None:
+            raise
+        rows, in_low = [Row(layout=layout, status="infeasible", why=str(error)) for layout in layouts], []
+    return Mixed(model=f"{family}.{name}", rows=rows, low=in_low, precision=precision, seconds=time.perf_counter() - start)
 
 
 def summary(found: list[Mixed]) -> tuple[str, bool]:
     """One line, and whether all is well."""
     counts = Counter(row.status for each in found for row in each.rows)
+    low = Counter(row.status for each in found for row in each.low)
     total, refused = counts.total(), counts["infeasible"]
     worst = max((row.error for each in found for row in each.rows if row.error is not None), default=0.0)
-    wrong = total - refused - counts["verified"]
+    wrong = total - refused - counts["verified"] + low["differs"] + low["failed"]
     text = f"{counts['verified']} of {total} mixes verified, largest relative error {worst:.1e}; {refused} refused, {wrong} wrong"
+    if low:
+        text += f"; {low['verified']} of {low.total() - low['infeasible']} in 16 bits as near as one device"
     return text, not wrong and counts["verified"] >= LEAST_RUN * total
 
 
-def _examined(task: tuple[str, str, tuple[str, ...]]) -> Mixed:
+def _examined(task: tuple[str, str, tuple[str, ...], Precision]) -> Mixed:
     found = examine(*task)
-    print(f"{found.model} {found.seconds:.0f} s", flush=True)
-    for row in found.rows:
-        told = f"{row.error:.0e}" if row.error is not None else f"{row.status}: {row.why}"
-        print(f"    {row.layout}: {told}", flush=True)
+    print(f"{found.model} {found.precision} {found.seconds:.0f} s", flush=True)
+    for compared, rows in (("", found.rows), (f" in {found.precision}", found.low)):
+        for row in rows:
+            told = f"{row.error:.0e}" if row.error is not None else f"{row.status}: {row.why}"
+            print(f"    {row.layout}{compared}: {told if row.status != 'differs' else f'{told} {row.why}'}", flush=True)
     return found
 
 
@@ -106,7 +129,14 @@ def main() -> None:
     source = random.Random(options.seed)
     known = models([each for each in options.only.split(",") if each])
     chosen = source.sample(known, min(options.models, len(known)))
-    tasks = [(*each, tuple(draw(source, experts=each[0] == "experts") for _ in range(options.layouts))) for each in chosen]
+    tasks = [
+        (
+            *each,
+            tuple(draw(source, experts=each[0] == "experts") for _ in range(options.layouts)),
+            source.choices(PRECISIONS, (3, 1, 1))[0],
+        )
+        for each in chosen
+    ]
     with multiprocessing.get_context("spawn").Pool(options.jobs, maxtasksperchild=8) as pool:
         found = list(pool.imap_unordered(_examined, tasks))
     text, fine = summary(found)

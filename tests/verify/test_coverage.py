@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from torch.nn import functional as F
 
 from shardwise.cluster.model import Cluster
 from shardwise.errors import VerifyError
+from shardwise.planner.plan import Plan
 from shardwise.verify.coverage import ALL_LAYOUTS, LAYOUTS, Coverage, Row, coverage
 
 
@@ -140,6 +142,18 @@ def test_a_model_that_is_not_deterministic_is_refused() -> None:
 
     with pytest.raises(VerifyError, match=r"Net is not deterministic: .* the first submodule that gave another result is between"):
         coverage(*net(Counting()), layouts=("tp=2",))
+
+
+def test_a_bug_of_ours_fails_its_layout_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    def lowered(reference: object, plan: Plan, *more: object) -> object:
+        assert plan.tp == 1, "two things that should be equal are not"
+        return whole(reference, plan, *more)  # type: ignore[arg-type]
+
+    whole = sys.modules["shardwise.verify.coverage"].lowered  # type: ignore[attr-defined]
+    monkeypatch.setattr(sys.modules["shardwise.verify.coverage"], "lowered", lowered)
+    found = coverage(*net(nn.ReLU()), layouts=("tp=2", "dp=2"))
+    assert [row.status for row in found.rows] == ["failed", "verified"] and not found.ok
+    assert found.rows[0].why.startswith("AssertionError: two things that should be equal are not")
 
 
 # -- how it is shown ---------------------------------------------------------------------------------------------------------------------

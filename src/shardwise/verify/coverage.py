@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from shardwise.capture.precision import Precision
 from shardwise.cluster.model import Cluster
 from shardwise.errors import BatchError, LayoutError, ShardwiseError
 from shardwise.planner.apply import analyse, apply_plan
@@ -114,16 +115,18 @@ def coverage(
     dtype: torch.dtype = torch.float64,
     loss: Callable[[Any], Tensor] | None = None,
     batch_dims: Mapping[str, int | None] | None = None,
+    precision: Precision = "float32",
     processes: bool = False,
     progress: Callable[[str], None] = lambda text: None,
 ) -> Coverage:
     """Tries each layout on local ranks and verifies a step of it as `shardwise.verify` does.
 
-    layouts: what to pin, or "chosen on 4". processes: ranks are processes, not threads of this one. progress: told what is being done.
+    layouts: what to pin, or "chosen on 4". dtype, precision: as of `verify`. processes: ranks are processes, not threads of this one.
+    progress: told what is being done.
     Raises CaptureError and VerifyError for a model that cannot be captured or compared at all.
     """
     progress("capturing, and one device's step")
-    reference = prepare(model, batch, loss=loss, batch_dims=batch_dims)
+    reference = prepare(model, batch, loss=loss, batch_dims=batch_dims, precision=precision)
     trial = _Trial(reference=reference, dtype=dtype, processes=processes)
     rows = []
     for layout in layouts:
@@ -161,8 +164,9 @@ class _Trial:
             return self._verified(layout, found, start)
         except (LayoutError, BatchError) as error:
             return Row(layout=layout, status="infeasible", why=str(error))
-        except ShardwiseError as error:
-            return Row(layout=layout, status="failed", why=str(error), seconds=time.perf_counter() - start)
+        except Exception as error:  # one that is no ShardwiseError is a bug of ours; the other rows are worth having all the same
+            why = str(error) if isinstance(error, ShardwiseError) else f"{type(error).__name__}: {error}"
+            return Row(layout=layout, status="failed", why=why, seconds=time.perf_counter() - start)
 
     def _plan(self, layout: str) -> Plan | Infeasible:
         """A pinned layout is planned in the precision of the proof, so that what was traced for one serves the next."""
