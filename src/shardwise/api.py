@@ -111,8 +111,9 @@ def parallelize(
     loss_scale: with precision="fp16", how gradients are scaled (`shardwise.runtime.scale.LossScale`), by default as
     torch.amp.GradScaler does. A step whose gradients overflow is skipped on all ranks and counted (`job.skipped`); when that happens again
     although nothing is scaled any more, NotFiniteError names the parameters.
-    compile: the stages' graphs are compiled by torch's inductor, which takes seconds to minutes once; `print(job.compiler)` says what was
-    and what was not, and why. The same numbers but for rounding; equal bit by bit from run to run.
+    compile: the stages' graphs, those of `job.eval` and `job.predict` as well, are compiled by torch's inductor, which takes seconds to
+    minutes once; `print(job.compiler)` says what was and what was not, and why. The same numbers but for rounding; equal bit by bit from
+    run to run.
     The job takes a module's weights over: parameters that it keeps whole go on living in the model, those that it splits are emptied there.
     Raises PlanError when the plan is for another model, batch or number of ranks; CaptureError for values that are not there (meta device);
     WeightsError for files that are damaged or of another model; OutOfMemory; LayoutError for an optimizer that cannot give one device's

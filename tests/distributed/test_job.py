@@ -150,6 +150,29 @@ def test_training_goes_on_in_another_layout(first: str, second: str) -> None:
         run("gpt2", "tp=2", state)
 
 
+def compiled(plan: sw.Plan) -> tuple[float, Any, dict[str, Any], list[str]]:
+    model, batch = net()
+    job = sw.parallelize(model, batch, plan=plan, optimizer=sgd, seed=5, compile=True)
+    job.step(batch)
+    evaluated, output = job.eval(batch), job.predict({"x": batch["x"]})
+    return evaluated, output["scores"], job.state_dict(), [region.where for region in job.compiler.regions if not region.kept]
+
+
+@pytest.mark.slow
+def test_eval_mode_is_compiled_where_training_is() -> None:
+    """The same numbers to rounding, and the job says what was compiled."""
+    model, batch = net()
+    ranks = launch(compiled, (planned((model, batch), "dp=2,microbatches=1"),), ranks=2, threads=1)
+    model.load_state_dict(ranks[0][2]["model"])
+    model.eval()
+    with torch.no_grad():
+        whole = model(**batch)
+    for evaluated, scores, _, regions in ranks:
+        assert evaluated == pytest.approx(whole["loss"].item(), rel=1e-5)
+        torch.testing.assert_close(scores, whole["scores"], rtol=1e-4, atol=1e-5)
+        assert {where.endswith(" in eval mode") for where in regions} == {True, False}
+
+
 def in_parts(plan: sw.Plan) -> tuple[list[float], float, list[float], str]:
     """Steps and an evaluation on batches of which each rank reads its own samples; then a rank's own state put back; a refused one."""
     model, example = net()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections import OrderedDict
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -21,6 +22,7 @@ from shardwise.planner.plan import Plan
 from shardwise.program.build import build_programs
 from shardwise.program.program import Program
 from shardwise.runtime.inference import Inference
+from shardwise.runtime.regions import Compiler
 from shardwise.runtime.source import Source
 from shardwise.runtime.state import every_whole
 from shardwise.runtime.transport import Transport
@@ -38,7 +40,7 @@ class _Prepared:
 
 
 class Answers:
-    """One rank's. trained: the program that trains, state: its tensors, which are read as they are."""
+    """One rank's. trained: the program that trains, state: its tensors, which are read as they are. compiler: as of `Executor`."""
 
     def __init__(
         self,
@@ -49,9 +51,10 @@ class Answers:
         state: dict[str, Tensor],
         transport: Transport,
         device: torch.device,
+        compiler: Compiler | None = None,
     ) -> None:
         self.source, self.plan, self.applied, self.trained = source, plan, applied, trained
-        self.state, self.transport, self.device = state, transport, device
+        self.state, self.transport, self.device, self.compiler = state, transport, device, compiler
         self.prepared: OrderedDict[tuple[Any, ...], _Prepared] = OrderedDict()
 
     def loss(self, batch: Mapping[str, Any], step_key: int) -> float:
@@ -99,7 +102,8 @@ class Answers:
         applied, rank = answering.applied, self.trained.rank
         programs = build_programs(applied.assignment, applied.cut, answering.tables, self.plan.chooser(), device=self.device, ranks=[rank])
         state = self._state(graph, programs[rank])
-        inference = Inference.of(answering, programs[rank], state, self.transport, self.plan.chooser(), self.device)
+        with nullcontext() if self.compiler is None else self.compiler.watched(shown=rank == 0):
+            inference = Inference.of(answering, programs[rank], state, self.transport, self.plan.chooser(), self.device, self.compiler)
         return _Prepared(inference=inference, structure=structure)
 
     def _state(self, graph: Graph, program: Program) -> dict[str, Tensor]:

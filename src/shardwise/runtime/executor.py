@@ -55,7 +55,7 @@ class Executor:
     ) -> None:
         self.program, self.state, self.gradients, self.transport, self.device = program, state, gradients, transport, device
         self.renew()
-        self.forward = {number: _forward_function(number, stage, compiler) for number, stage in program.stages.items()}
+        self.forward = {number: _forward_function(program, number, compiler) for number in program.stages}
         self.backward = _backward_functions(program, gradients, compiler)
         self.buffers = {
             (kind, number): [gradients.of[name] for name in stage.gradients(kind)]
@@ -242,10 +242,12 @@ class Executor:
             ) from error
 
 
-def _forward_function(number: int, stage: StageProgram, compiler: Compiler | None) -> Function:
+def _forward_function(program: Program, number: int, compiler: Compiler | None) -> Function:
+    graph = program.stages[number].forward
     if compiler is None:
-        return callable_of(stage.forward)
-    return compiler.function(without_reuse(stage.forward), f"forward of stage {number}")
+        return callable_of(graph)
+    trains = any(action.kind is Kind.BACKWARD for action in program.actions)
+    return compiler.function(without_reuse(graph), f"forward of stage {number}" + ("" if trains else " in eval mode"))
 
 
 def _backward_functions(program: Program, gradients: Gradients, compiler: Compiler | None) -> dict[Action, Function]:

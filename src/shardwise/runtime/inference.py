@@ -17,6 +17,7 @@ from shardwise.planner.inference import Answering
 from shardwise.program.program import Program
 from shardwise.runtime.executor import Executor
 from shardwise.runtime.gradients import Gradients
+from shardwise.runtime.regions import Compiler
 from shardwise.runtime.transport import Transport, using
 from shardwise.sharding.collectives import group_name
 from shardwise.sharding.reshard import Axis, Choose, Reshard
@@ -42,11 +43,17 @@ class Inference:
 
     @staticmethod
     def of(
-        answering: Answering, program: Program, state: dict[str, Tensor], transport: Transport, choose: Choose, device: torch.device
+        answering: Answering,
+        program: Program,
+        state: dict[str, Tensor],
+        transport: Transport,
+        choose: Choose,
+        device: torch.device,
+        compiler: Compiler | None = None,
     ) -> Inference:
-        """`program`: this rank's of the answering's assignment and tables."""
+        """`program`: this rank's of the answering's assignment and tables. compiler: as of `Executor`."""
         gradients = Gradients(program, transport, choose, device)  # none
-        executor = Executor(program, state, gradients, transport, device)
+        executor = Executor(program, state, gradients, transport, device, compiler)
         return Inference(
             answering=answering,
             program=program,

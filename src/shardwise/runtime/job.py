@@ -32,7 +32,6 @@ from shardwise.runtime.needs import Need, needs
 from shardwise.runtime.norm import GradientNorm
 from shardwise.runtime.optimizer import OptimizerFactory, absent, make_on_parts, make_optimizers, prefer_fused
 from shardwise.runtime.parameters import Parameters
-from shardwise.runtime.progress import CompilingDisplay
 from shardwise.runtime.regions import Compiler
 from shardwise.runtime.saving import Positioned, load_job, save_job
 from shardwise.runtime.scale import LossScale, Scaler
@@ -104,7 +103,9 @@ class Job:
         self.loss = self.grad_norm = math.nan
         self._source = source
         self._hooks: list[Callable[[Step], object]] = []
-        self._answers = None if source is None else Answers(source, plan, applied, self.program, self.state, transport, device)
+        self._answers = (
+            Answers(source, plan, applied, self.program, self.state, transport, device, self.compiler) if source is not None else None
+        )
 
     def _set_up(self, weights: Weights, optimizer: OptimizerFactory, transport: Distributed, choose: Choose) -> None:
         self.state, masters = read_parts(weights, self.program, self.device)
@@ -133,11 +134,8 @@ class Job:
     def _executor(self, transport: Transport) -> Executor:
         if self.compiler is None:
             return Executor(self.program, self.state, self.gradients, transport, self.device)
-        with CompilingDisplay(shown=self.program.rank == 0) as display:
-            self.compiler.progress = display.update
-            executor = Executor(self.program, self.state, self.gradients, transport, self.device, self.compiler)
-            display.done(str(self.compiler))
-        return executor
+        with self.compiler.watched(shown=self.program.rank == 0):
+            return Executor(self.program, self.state, self.gradients, transport, self.device, self.compiler)
 
     def _norm(self, most: float | None) -> GradientNorm:
         sizes = {name: prod(value.shape) for name, value in self.graph.parameters.items() if value.requires_grad}
