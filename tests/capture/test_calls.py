@@ -160,3 +160,19 @@ def test_averages_over_all_batches() -> None:
     assert {name.split(".")[1] for name in graph.updates} == {"running_mean", "running_var", "num_batches_tracked"}
     for name, value in graph.updates.items():
         torch.testing.assert_close(results[value], dict(model.named_buffers())[name], rtol=1e-14, atol=1e-14)
+
+
+def test_a_sparse_buffer_is_refused() -> None:
+    model = Applied(lambda self, h, place: torch.sparse.mm(self.links, h.float()).sum())
+    model.register_buffer("links", torch.eye(5).to_sparse())
+    with pytest.raises(CaptureError, match=r"links is a tensor of layout torch.sparse_coo.*index_add"):
+        capture(model, {"x": torch.randn(5, 4, dtype=torch.float64), "place": torch.arange(5)})
+
+
+def test_a_parameter_changed_in_place_is_refused() -> None:
+    def halved(self: Applied, h: Tensor, place: Tensor) -> Tensor:
+        self.linear.weight.data *= 0.5
+        return h.sum()
+
+    with pytest.raises(CaptureError, match=r"changes linear.weight in place.*a changed copy of it"):
+        capture(Applied(halved), {"x": torch.randn(5, 4, dtype=torch.float64), "place": torch.arange(5)})

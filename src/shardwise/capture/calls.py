@@ -100,7 +100,7 @@ class _Followable(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func in GRADIENTS and torch.compiler.is_exporting():
-            raise TakesGradients("it takes gradients in its forward pass (torch.autograd.grad)")
+            raise TakesGradients("it takes gradients in its forward pass (torch.autograd.grad, torch.func.grad)")
         if func == _GET_DATA:
             return args[0].detach()
         if func == _SET_DATA and args[1].untyped_storage()._cdata == args[0].untyped_storage()._cdata:

@@ -127,6 +127,7 @@ def _captured(
 ) -> Graph:
     """The graph of `wrapped`, which returns what is wanted of the model's output."""
     _refuse_nested(batch)
+    _refuse_sparse({**dict(model.named_parameters()), **dict(model.named_buffers()), **batch})
     tensors = {name: value for name, value in batch.items() if isinstance(value, torch.Tensor)}
     dims = _batch_dims(tensors, batch_dims or {})
     names = {module: name or type(model).__name__ for name, module in reversed(list(model.named_modules()))}
@@ -207,6 +208,15 @@ def _refuse_nested(batch: Mapping[str, Any]) -> None:
             raise BatchError(
                 f"batch[{name!r}] is a {kind} that holds tensors, and every tensor of a batch needs a name of its own; wrap the model in "
                 f"one whose forward takes them by name and makes that {kind} of them"
+            )
+
+
+def _refuse_sparse(values: Mapping[str, Any]) -> None:
+    for name, value in values.items():
+        if isinstance(value, torch.Tensor) and value.layout is not torch.strided:
+            raise CaptureError(
+                f"{name} is a tensor of layout {value.layout}, which cannot be split or sent; keep indices and values as dense tensors, "
+                "and write products with it as sums: out.index_add(0, rows, values[:, None] * x[columns])"
             )
 
 
@@ -313,7 +323,7 @@ def _export(model: nn.Module, batch: Mapping[str, Any], wrapped: nn.Module) -> t
 def _quiet() -> Iterator[None]:
     """Without torch's own account of a failed export, which it prints: the reason is in the exception."""
     before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
+    logging.disable(logging.ERROR)
     try:
         with redirect_stderr(io.StringIO()), warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -670,7 +680,8 @@ class _Converter:
                 outputs.append(value)
             elif spec.kind.name != "USER_INPUT_MUTATION":  # a batch is used once
                 raise CaptureError(
-                    f"the forward pass changes {spec.target} ({spec.kind.name}); only buffers may change, a parameter in a copy of it"
+                    f"the forward pass changes {str(spec.target).removeprefix('model.')} in place ({spec.kind.name}), and only buffers may "
+                    "change there; compute with a changed copy of it (`self.weight * self.mask`)"
                 )
         assert outputs
         return outputs, updates
