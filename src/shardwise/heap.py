@@ -23,8 +23,10 @@ def keep_freed_memory() -> bool:
 
     Not where the C library is another than glibc, nor where the user's environment tunes its malloc.
     """
-    library = ctypes.CDLL(None) if sys.platform == "linux" else None
-    if tunes_malloc() or not hasattr(library, "gnu_get_libc_version"):
+    if sys.platform != "linux" or tunes_malloc():
+        return False
+    library = ctypes.CDLL(None)
+    if not hasattr(library, "gnu_get_libc_version"):
         return False
     settings = {_M_MMAP_THRESHOLD: MAPPED_FROM_BYTES, _M_TRIM_THRESHOLD: _NEVER}
     return all(library.mallopt(name, value) for name, value in settings.items())
