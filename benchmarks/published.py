@@ -44,8 +44,8 @@ from shardwise.capture.export import capture
 from shardwise.cluster.model import Cluster, cluster_of
 from shardwise.errors import ShardwiseError
 from shardwise.planner.compose import Scheme, compose, recomputed
+from shardwise.planner.estimator import FULL_MEMORY
 from shardwise.planner.pieces import Outline, PieceCost
-from shardwise.planner.search import FULL_MEMORY
 from shardwise.planner.twins import Twin, TwinLayout
 from shardwise.program.tables import splits_backward
 from shardwise.program.trace import Tracer

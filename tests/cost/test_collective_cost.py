@@ -12,8 +12,8 @@ from tests.clusters import made_up
 from shardwise.cluster.model import Cluster
 from shardwise.cluster.rates import IMPLEMENTATIONS, CollectiveRate
 from shardwise.cost.collectives import Shares, collective_cost, collective_seconds, collective_shares, step_of
+from shardwise.planner.choices import measured_choices
 from shardwise.planner.plan import Chooser
-from shardwise.planner.search import measured_choices
 from shardwise.simulate.costs import graph_seconds
 
 

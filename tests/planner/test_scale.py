@@ -23,9 +23,9 @@ from shardwise.cost.routing import Routing
 from shardwise.outlook import Outlook, Study, Wish
 from shardwise.planner import scale, twins, unfit
 from shardwise.planner.bounds import least_memory, scheme_bound
+from shardwise.planner.estimator import FULL_MEMORY
 from shardwise.planner.plan import Infeasible
 from shardwise.planner.scale import Found, ScaleSearch
-from shardwise.planner.search import FULL_MEMORY
 from shardwise.planner.space import Pins, Split
 from shardwise.planner.twins import Twin
 from shardwise.simulate.simulator import peak_memory

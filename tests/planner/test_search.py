@@ -11,8 +11,9 @@ from tests.models import Example, gpt2, llama, mlp, unet, vit
 
 import shardwise as sw
 from shardwise.capture.export import capture
+from shardwise.planner.estimator import FULL_MEMORY
 from shardwise.planner.layout import Layout
-from shardwise.planner.search import FULL_MEMORY, search
+from shardwise.planner.search import search
 
 SECONDS = 5.0  # for an 8-layer model on four ranks, after capture
 

@@ -26,9 +26,9 @@ from shardwise.errors import LayoutError
 from shardwise.planner.bounds import least_memory, memory_bound, perfect, profile_bound, scheme_bound
 from shardwise.planner.compose import CONTEXT_BYTES, Scheme, compose, recomputed
 from shardwise.planner.estimate import waiting_share
+from shardwise.planner.estimator import FULL_MEMORY
 from shardwise.planner.lacking import lacking
 from shardwise.planner.pieces import Outline, PieceCost
-from shardwise.planner.search import FULL_MEMORY
 from shardwise.planner.space import Pins, Space, Split, layout_text
 from shardwise.planner.twins import Twin, TwinLayout
 from shardwise.program.tables import splits_backward

@@ -21,9 +21,10 @@ from shardwise.cost.collectives import collective_cost
 from shardwise.errors import LayoutError
 from shardwise.planner.apply import Analysis, analyse, assign
 from shardwise.planner.compose import Scheme
+from shardwise.planner.estimator import PREFER_SPLIT
 from shardwise.planner.intra import Costs, representatives, split_tensors
+from shardwise.planner.op_costs import OpCosts
 from shardwise.planner.pieces import Outline, PieceCost, outline, piece_costs_on
-from shardwise.planner.search import PREFER_SPLIT, OpCosts
 from shardwise.program.trace import Tracer
 
 __all__ = ["Twin", "TwinLayout", "experts_over", "split_twin"]

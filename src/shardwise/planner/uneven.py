@@ -22,10 +22,10 @@ import numpy as np
 from shardwise.cluster.model import Cluster, cluster_of
 from shardwise.cost.links import link_seconds
 from shardwise.planner.compose import Scheme, hop_seconds, stage_profile
+from shardwise.planner.estimator import FULL_MEMORY
 from shardwise.planner.lacking import lacking
 from shardwise.planner.pieces import Outline, PieceCost
 from shardwise.planner.scale import Found, ScaleSearch, Searched
-from shardwise.planner.search import FULL_MEMORY
 from shardwise.planner.shares import Table, batch_shares, cut_unlike
 from shardwise.planner.twins import TwinLayout
 from shardwise.simulate.profile import EdgeProfile, Profile, StageProfile

@@ -11,10 +11,10 @@ from shardwise.cluster.model import Cluster
 from shardwise.errors import LayoutError
 from shardwise.planner.bounds import least_memory
 from shardwise.planner.compose import Scheme
+from shardwise.planner.estimator import FULL_MEMORY
 from shardwise.planner.plan import Infeasible
 from shardwise.planner.reasons import gb
 from shardwise.planner.scale import Found, ScaleSearch
-from shardwise.planner.search import FULL_MEMORY
 from shardwise.planner.space import Pins, Split
 from shardwise.simulate.simulator import peak_memory
 

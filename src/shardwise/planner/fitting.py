@@ -1,0 +1,98 @@
+"""Lowers and simulates layouts; where one does not fit the ranks' memory, the same with more split, divided and computed again."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from shardwise.planner.choices import layout_choices
+from shardwise.planner.estimator import FULL_MEMORY, MOST_ZERO, Estimator, data_ranks
+from shardwise.planner.layout import Layout
+from shardwise.planner.plan import Chooser
+from shardwise.planner.trial import Trial, gigabytes
+from shardwise.program.build import build_programs, rank_of
+from shardwise.program.recompute import RECOMPUTE
+from shardwise.simulate.costs import memory_use
+from shardwise.simulate.profile import computing_ranks, profile_programs
+from shardwise.simulate.simulator import simulate_profile
+
+__all__ = ["fit", "simulate", "thriftiest"]
+
+_THRIFTS = 5  # layouts that divide or compute again more, tried where one does not fit
+
+
+def fit(run: Estimator, trial: Trial) -> None:
+    """Lowers a layout and simulates it; where it does not fit, once more with everything split that can be, then with more divided over
+    data ranks and more computed again."""
+    simulate(run, trial)
+    if trial.note and trial.layout.tp != 1 and not (trial.lean or run.pinned.tp):
+        trial.lean, trial.note = True, ""
+        run.estimate(trial)
+        simulate(run, trial)
+    for thrifty in _thriftier(run, trial) if trial.note else ():
+        other = Trial(layout=thrifty, lean=trial.lean)
+        run.estimate_as_it_is(other)
+        if other.applied:
+            simulate(run, other)
+        if not other.note:
+            trial.become(other)
+            return
+
+
+def thriftiest(run: Estimator, layout: Layout) -> Layout:
+    """With all divided and computed again that is not pinned otherwise."""
+    zero = MOST_ZERO if run.pinned.zero is None and data_ranks(layout) > 1 else layout.zero
+    return replace(layout, zero=zero, recompute="full" if run.pinned.recompute is None else layout.recompute)
+
+
+def _thriftier(run: Estimator, trial: Trial) -> list[Layout]:
+    """Layouts that differ in what is divided and computed again alone and may fit, those that cost least first."""
+    assert trial.simulation is not None
+    layout, ranks = trial.layout, trial.layout.shard or data_ranks(trial.layout)
+    peak = max(trial.simulation.memory, key=lambda use: sum(use.values()))
+    zeros = range(layout.zero or 0, MOST_ZERO + 1) if run.pinned.zero is None and ranks > 1 else [layout.zero or 0]
+    kinds = RECOMPUTE if run.pinned.recompute is None else [layout.recompute or "none"]
+    found = []
+    for recompute in kinds:
+        for zero in zeros:
+            thrifty = replace(layout, zero=zero or None, recompute=None if recompute == "none" else recompute)
+            divided = ("optimizer", "gradients", "parameters")[layout.zero or 0 : zero]
+            saved = sum(peak[kind] for kind in divided) * (1 - 1 / ranks) + (peak["saved"] if recompute != "none" else 0)
+            if thrifty != layout and sum(peak.values()) - saved <= min(run.limits(layout)):
+                found.append(thrifty)
+    return found if len(found) <= _THRIFTS else [*found[: _THRIFTS - 1], found[-1]]
+
+
+def simulate(run: Estimator, trial: Trial) -> None:
+    """As it is; the note says where it does not fit."""
+    assert trial.applied is not None
+    mesh, applied, tables = trial.mesh, trial.applied, trial.layout.tables
+    (dp, cp, tp, pp), last = trial.layout.mesh, (trial.layout.cp or 1) - 1
+    # at each place of the pipeline, of each sort of copy, the rank with the largest parts, and the one whose queries have the most keys
+    # before them
+    ranks = {rank_of(pipe, d, 0, dp, tp, c=c, cp=cp) for pipe in range(pp) for d in _sorts(run, trial.layout, pipe) for c in (0, last)}
+    programs = build_programs(
+        applied.assignment,
+        applied.cut,
+        tables,
+        Chooser.of(layout_choices(run.cluster, trial.layout)),
+        device=torch.device("cpu"),
+        ranks=ranks,
+        tracer=run.tracer,
+    )
+    trial.profile = profile_programs(programs, run.cluster, run.optimizer)
+    trial.simulation = simulate_profile(trial.profile, mesh, tables)
+    for program in programs.values():
+        peak, have = memory_use(program, run.optimizer).total, run.cluster.seen_by(computing_ranks(program)).memory_bytes
+        if peak > have * FULL_MEMORY:
+            trial.note = f"needs {gigabytes(peak)} a rank, {gigabytes(have * FULL_MEMORY)} of {gigabytes(have)} may be used"
+
+
+def _sorts(run: Estimator, layout: Layout, pipe: int) -> list[int]:
+    """The first copy of each share and device."""
+    found: dict[object, int] = {}
+    for d in range(layout.mesh[0]):
+        seen = run.cluster.seen_by(run.block(layout, pipe, d))
+        found.setdefault((id(seen.rates), seen.memory_bytes, layout.shares and layout.shares[d]), d)
+    return list(found.values())
