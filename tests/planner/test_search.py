@@ -14,6 +14,7 @@ from shardwise.capture.export import capture
 from shardwise.planner.estimator import FULL_MEMORY
 from shardwise.planner.layout import Layout
 from shardwise.planner.search import search
+from shardwise.program.tables import NAMES
 
 SECONDS = 5.0  # for an 8-layer model on four ranks, after capture
 
@@ -47,8 +48,8 @@ def test_an_explanation_fits_a_terminal(example: Callable[..., Example]) -> None
 
 def test_what_is_considered_is_ranked_and_explained() -> None:
     plan = planned(mlp(), 4)
-    meshes = {each.layout.split(",micro")[0] for each in plan.considered}
-    assert meshes == {f"dp={dp},tp={tp},pp={4 // dp // tp}" for dp in (1, 2, 4) for tp in (1, 2, 4) if dp * tp <= 4}
+    meshes = {tuple(each.layout.split(",")[:3]) for each in plan.considered}
+    assert meshes == {(f"dp={dp}", f"tp={tp}", f"pp={4 // dp // tp}") for dp in (1, 2, 4) for tp in (1, 2, 4) if dp * tp <= 4}
     simulated = [each for each in plan.considered if each.step_time_s is not None]
     assert min(each.step_time_s for each in simulated) == plan.predicted.step_time_s  # type: ignore[type-var]
     assert plan.layout in {each.layout for each in simulated}
@@ -123,3 +124,43 @@ def test_the_batch_may_be_another_than_the_example() -> None:
     assert isinstance(plan, sw.Plan) and plan.global_batch == 32
     with pytest.raises(sw.BatchError, match="global_batch=0 is not 1 or more"):
         sw.plan(model, batch, made_up(2), global_batch=0)
+
+
+def test_schedules_are_searched() -> None:
+    """What is chosen is as good as the best of all that can be pinned; the usual one is there to be compared with."""
+    example, layout = gpt2(layers=8, hidden=256, samples=8, sequence=64), "dp=1,tp=1,pp=4,microbatches=8"
+    chosen = planned(example, 4, layout)
+    pinned = {name: planned(example, 4, f"{layout},schedule={name}") for name in NAMES}
+    best = min(pinned.values(), key=lambda plan: plan.predicted.step_time_s)
+    assert chosen.schedule == best.schedule != "1f1b" and chosen.predicted.step_time_s == best.predicted.step_time_s
+    assert {name: plan.schedule for name, plan in pinned.items()} == {name: name for name in NAMES}
+    usual = next(each for each in chosen.considered if each.layout == pinned["1f1b"].layout)
+    assert usual.step_time_s == pinned["1f1b"].predicted.step_time_s > 1.03 * chosen.predicted.step_time_s
+    assert f"{usual.layout} " in str(chosen) and chosen.schedule in str(chosen)
+
+
+def test_a_model_of_few_parts_is_not_cut_into_more_stages() -> None:
+    example, layout = mlp(samples=16), "dp=1,tp=1,pp=8,microbatches=4"
+    with pytest.raises(sw.LayoutError, match="16 stages are more than"):
+        planned(example, 8, f"{layout},chunks=2")
+    plan = planned(example, 8, layout)
+    assert (plan.chunks, len(plan.stages)) == (1, 8)
+
+
+def test_on_shared_cores_waiting_ranks_cost_nothing() -> None:
+    """So that no other schedule is worth trying."""
+    plan = sw.plan(*gpt2(layers=4), made_up(4, cores=2), "pp=4,dp=1,tp=1")
+    assert isinstance(plan, sw.Plan) and plan.schedule == "1f1b"
+    assert all("schedule=1f1b" in each.layout for each in plan.considered)
+
+
+@pytest.mark.parametrize(("speed", "zero"), [(1e12, 1), (1e9, 0)])
+def test_states_are_divided_where_that_is_faster(speed: float, zero: int) -> None:
+    """Each rank updates a part of the parameters; over a slow link gathering them takes longer than that saves."""
+    example, cluster = mlp(hidden=1024, samples=8), made_up(4, link_bytes_per_s=speed)
+    chosen = sw.plan(*example, cluster, "dp=4,microbatches=1")
+    pinned = [sw.plan(*example, cluster, f"dp=4,microbatches=1,zero={each}") for each in range(4)]
+    assert isinstance(chosen, sw.Plan) and chosen.zero == zero
+    for plan in pinned:
+        assert isinstance(plan, sw.Plan) and chosen.predicted.step_time_s <= 1.03 * plan.predicted.step_time_s
+    assert [plan.zero for plan in pinned if isinstance(plan, sw.Plan)] == [0, 1, 2, 3]

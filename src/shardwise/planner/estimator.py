@@ -16,7 +16,7 @@ from shardwise.cost.collectives import collective_cost
 from shardwise.cost.optimizer import optimizer_seconds
 from shardwise.errors import BatchError, LayoutError
 from shardwise.planner.apply import Analysis, Applied, assign
-from shardwise.planner.estimate import context_work, reshard_seconds, ring_seconds
+from shardwise.planner.estimate import context_work, reshard_seconds, ring_seconds, waiting_share
 from shardwise.planner.intra import Costs, representatives, split_tensors
 from shardwise.planner.layout import Layout, completions
 from shardwise.planner.op_costs import OpCosts
@@ -64,6 +64,7 @@ class Estimator:
             refuse_experts(self.graph, self.analysis.experts, self.pinned.ep or 1)
 
     def trials(self) -> list[Trial]:
+        """All complete layouts, in the usual schedule where none is pinned."""
         obstacle = microbatch_obstacle(self.graph, self.analysis.signatures, self.analysis.batch, self.analysis.prelude)
         self.obstacle = obstacle
         layouts = self._attended(completions(self.pinned, self.cluster.ranks, self.graph.global_batch, obstacle))
@@ -151,6 +152,16 @@ class Estimator:
         cut = Cut(stage_of=stage_of, prelude=frozenset(self.analysis.prelude), recompute=layout.recompute or "none")  # type: ignore[arg-type]
         trial.applied = Applied(assignment=assignment, cut=cut)
         trial.estimate_s = self._estimate(assignment, layout, stage_of)
+
+    def promise(self, base: Trial, layout: Layout) -> float:
+        """Seconds of a step with another layout of the same mesh and microbatches, estimated from the base's split of the operators;
+        infinite where the model cannot be cut so."""
+        assert base.applied is not None
+        try:
+            stage_of = self._stages(base.applied.assignment, layout)
+        except LayoutError:
+            return float("inf")
+        return float("inf") if stage_of is None else self._estimate(base.applied.assignment, layout, stage_of)
 
     def limits(self, layout: Layout) -> list[float]:
         """Of a rank at each place of the pipeline."""
@@ -262,7 +273,7 @@ class Estimator:
         return 1 / assignment.mesh["tp"] if isinstance(assignment.sources[value]["tp"], Shard) else 1.0
 
     def _estimate(self, assignment: Assignment, layout: Layout, stage_of: dict[Op, int]) -> float:
-        """Slowest rank × (microbatches + (pp − 1) / chunks), the gradients' reduction, the update; cores shared where there are fewer."""
+        """Slowest rank × (microbatches + what it waits for), the gradients' reduction, the update; cores shared where there are fewer."""
         assert layout.pp and layout.microbatches and layout.dp and layout.tp
         home = placed(layout.tables)
         rank_s = [0.0] * layout.pp
@@ -273,7 +284,7 @@ class Estimator:
             rank_s[home[stage]] += costs.of(self.first[op])[0] * share * _own_share(assignment, op) * again
         talk_s = self._talk_s(assignment, layout) / layout.pp
         crowd = max(1.0, layout.ranks / self.cluster.cores) if self.cluster.cores else 1.0
-        slots = layout.microbatches + (layout.pp - 1) / (layout.chunks or 1)
+        slots = layout.microbatches + (layout.pp - 1) * _waiting(layout)
         work = crowd * (sum(rank_s) / layout.pp * layout.microbatches) if crowd > 1 else max(rank_s) * slots
         if crowd > 1 and self.cluster.network is not None:
             work = self._on_nodes_s(layout, rank_s, self.cluster.network.node_ranks)
@@ -294,7 +305,7 @@ class Estimator:
         stage_ranks = layout.ranks // layout.pp
         places, cores = max(1, node_ranks // stage_ranks), self.cluster.cores * node_ranks / self.cluster.ranks
         in_node = [sum(rank_s[first : first + places]) for first in range(0, layout.pp, places)]
-        return max(in_node) * min(stage_ranks, node_ranks) / cores * (layout.microbatches + len(in_node) - 1)
+        return max(in_node) * min(stage_ranks, node_ranks) / cores * (layout.microbatches + (len(in_node) - 1) * _waiting(layout))
 
     def _data_s(self, layout: Layout, kept: float) -> float:
         """Reducing gradients and gathering parameters of so many bytes over the data ranks, in a step."""
@@ -317,6 +328,10 @@ class Estimator:
 def data_ranks(layout: Layout) -> int:
     """Ranks that compute the same parameters' gradients on other parts of the batch."""
     return (layout.dp or 1) * (layout.cp or 1)
+
+
+def _waiting(layout: Layout) -> float:
+    return waiting_share(layout.schedule or "", layout.chunks or 1)
 
 
 def _check_sequence(analysis: Analysis, pinned: Layout) -> None:

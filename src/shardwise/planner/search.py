@@ -1,6 +1,7 @@
-"""Chooses a plan: every layout is estimated, the best few are lowered and simulated, the fastest that fits is taken and explained.
+"""Chooses a plan: every layout is estimated, the best few are lowered and simulated, and other ways to do these that promise to be faster;
+the fastest that fits is taken and explained.
 
-Layouts ──intra, stages, estimate──▶ ranking ──lower, simulate──▶ the best few ──▶ Plan | Infeasible
+Layouts ──intra, stages, estimate──▶ ranking ──lower, simulate──▶ the best few ──other schedules, ZeRO-1──▶ Plan | Infeasible
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from shardwise.planner.op_costs import OpCosts
 from shardwise.planner.plan import Infeasible, Plan, Random
 from shardwise.planner.result import make_plan, no_plan
 from shardwise.planner.trial import Trial, first_of_each
+from shardwise.planner.ways import other_ways
 from shardwise.program.trace import Tracer
 
 __all__ = ["search"]
@@ -67,13 +69,13 @@ def _search(run: Estimator, model: str, start: float) -> Plan | Infeasible:
     for trial in trials:
         run.estimate(trial)
     ranked = sorted((trial for trial in trials if trial.applied), key=lambda trial: trial.estimate_s)
-    best = _simulate_best(run, ranked)
-    if best is None:
-        return no_plan(run, trials)
-    return make_plan(run, best, trials, time.perf_counter() - start, model)
+    _simulate_best(run, ranked)
+    trials += other_ways(run, ranked)
+    best = min((trial for trial in trials if trial.simulation and not trial.note), key=lambda trial: trial.simulated_s, default=None)
+    return no_plan(run, trials) if best is None else make_plan(run, best, trials, time.perf_counter() - start, model)
 
 
-def _simulate_best(run: Estimator, ranked: list[Trial]) -> Trial | None:
+def _simulate_best(run: Estimator, ranked: list[Trial]) -> None:
     """Simulates the best of each mesh in the order of the estimates, then the winner's other numbers of microbatches, while they may be
     better."""
     seen: list[Trial] = []
@@ -94,4 +96,3 @@ def _simulate_best(run: Estimator, ranked: list[Trial]) -> Trial | None:
         look_at([trial for trial in ranked if trial.layout.mesh == best.layout.mesh], len(fitting) + _NEIGHBOURS)
     else:
         look_at(ranked, 1)
-    return min((trial for trial in seen if not trial.note), key=lambda trial: trial.simulated_s, default=None)

@@ -48,6 +48,11 @@ class Trial:
     def simulated_s(self) -> float:
         return self.simulation.step_time_s if self.simulation else float("inf")
 
+    @property
+    def pace(self) -> float:
+        """Simulated seconds for each that was estimated."""
+        return self.simulated_s / self.estimate_s
+
     def candidate(self) -> Candidate:
         simulation = self.simulation
         return Candidate(
