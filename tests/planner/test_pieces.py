@@ -24,7 +24,8 @@ from shardwise.program.build import build_programs, rank_of
 from shardwise.program.lower import Cut
 from shardwise.program.trace import Tracer
 from shardwise.sharding.assignment import Assignment
-from shardwise.simulate.costs import memory_use, stage_times
+from shardwise.simulate.costs import stage_times
+from shardwise.simulate.memory import memory_use
 
 DEEP, THIN = 6, 3
 MODELS: dict[str, Callable[[int], Example]] = {"gpt2": lambda layers: gpt2(layers=layers), "llama": lambda layers: llama(layers=layers)}

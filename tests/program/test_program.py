@@ -13,7 +13,7 @@ from shardwise.program.actions import Kind
 from shardwise.program.build import rank_of
 from shardwise.program.program import Program, code
 from shardwise.program.reductions import reductions
-from shardwise.simulate.costs import memory_use
+from shardwise.simulate.memory import memory_use
 
 
 @pytest.fixture(scope="module")

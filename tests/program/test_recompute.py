@@ -19,7 +19,7 @@ from shardwise.program.joint import JointGraph
 from shardwise.program.program import Program
 from shardwise.program.recompute import blocks_of
 from shardwise.program.trace import Tracer
-from shardwise.simulate.costs import MemoryUse, memory_use
+from shardwise.simulate.memory import MemoryUse, memory_use
 
 HIDDEN, SAMPLES, TOKENS, FLOAT = 64, 8, 32, 4
 ONE = SAMPLES * TOKENS * HIDDEN * FLOAT  # bytes of what a block is given

@@ -24,7 +24,7 @@ from shardwise.program.program import Program
 from shardwise.program.reductions import reductions, regatherings
 from shardwise.sharding.collectives import COLLECTIVES, group_ranks
 from shardwise.sharding.division import Division, divided_dim, division_of
-from shardwise.simulate.costs import memory_use
+from shardwise.simulate.memory import memory_use
 
 
 def divisions(shape: tuple[int, ...], ranks: int) -> list[Division] | None:

@@ -30,7 +30,7 @@ from shardwise.runtime.job import batch_part
 from shardwise.runtime.optimizer import prefer_fused
 from shardwise.runtime.parameters import Parameters
 from shardwise.runtime.weights import own_part
-from shardwise.simulate.costs import Passed, _peak_after, kept_values, memory_use, saved_values
+from shardwise.simulate.memory import Passed, _peak_after, kept_values, memory_use, saved_values
 
 WITHIN = 0.02
 STEP_WITHIN = 0.04

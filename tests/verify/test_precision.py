@@ -17,7 +17,7 @@ from shardwise.capture.precision import Precision, in_precision
 from shardwise.errors import CaptureError, LayoutError, PlanError
 from shardwise.planner.layout import Layout
 from shardwise.planner.preflight import preflight
-from shardwise.simulate.costs import memory_use
+from shardwise.simulate.memory import memory_use
 from shardwise.verify.verify import Report
 
 MODELS: dict[str, Callable[[], Example]] = {

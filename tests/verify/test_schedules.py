@@ -28,7 +28,7 @@ from shardwise.program.actions import Action, Kind
 from shardwise.program.trace import Tracer
 from shardwise.runtime.executor import Executor
 from shardwise.runtime.launch import launch
-from shardwise.simulate.costs import memory_use
+from shardwise.simulate.memory import memory_use
 from shardwise.verify.one_device import Reference, prepare
 from shardwise.verify.ranks import Part, Work, on_threads
 from shardwise.verify.verify import Lowered, Report, check_lowered, lowered

@@ -33,7 +33,7 @@ from shardwise.sharding.context import ATTENTION
 from shardwise.sharding.data import microbatch_obstacle
 from shardwise.sharding.experts import refuse_experts
 from shardwise.sharding.types import Shard
-from shardwise.simulate.costs import OPTIMIZER_STATES
+from shardwise.simulate.memory import OPTIMIZER_STATES
 
 __all__ = ["FULL_MEMORY", "MOST_ZERO", "PREFER_SPLIT", "Estimator", "data_ranks"]
 

@@ -13,7 +13,7 @@ from shardwise.planner.plan import Chooser
 from shardwise.planner.trial import Trial, gigabytes
 from shardwise.program.build import build_programs, rank_of
 from shardwise.program.recompute import RECOMPUTE
-from shardwise.simulate.costs import memory_use
+from shardwise.simulate.memory import memory_use
 from shardwise.simulate.profile import computing_ranks, profile_programs
 from shardwise.simulate.simulator import simulate_profile
 

@@ -11,7 +11,7 @@ from shardwise.program.build import build_programs
 from shardwise.program.check import check_memory, check_programs
 from shardwise.program.program import Program
 from shardwise.program.trace import Tracer
-from shardwise.simulate.costs import memory_use
+from shardwise.simulate.memory import memory_use
 
 __all__ = ["preflight"]
 

@@ -16,7 +16,7 @@ from shardwise.planner.plan import Plan
 from shardwise.program.build import build_programs, rank_of
 from shardwise.program.recompute import RECOMPUTE
 from shardwise.program.trace import Tracer
-from shardwise.simulate.costs import memory_use
+from shardwise.simulate.memory import memory_use
 
 __all__ = ["Smaller", "memory_table", "next_smaller", "smaller_text"]
 

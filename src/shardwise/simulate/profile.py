@@ -14,7 +14,8 @@ from shardwise.errors import LayoutError
 from shardwise.program.actions import Kind
 from shardwise.program.holdings import modules_held
 from shardwise.program.program import Edge, Program, StageProgram
-from shardwise.simulate.costs import Seconds, StageMemory, passing_traffic, stage_memory, stage_times, transfer_shares
+from shardwise.simulate.costs import Seconds, passing_traffic, stage_times, transfer_shares
+from shardwise.simulate.memory import StageMemory, stage_memory
 from shardwise.simulate.traffic import Traffic, gather_traffic, reduction_traffic, traffic_seconds
 
 __all__ = ["EdgeProfile", "Profile", "StageProfile", "computing_ranks", "on_links", "profile_programs"]
