@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from tests.clusters import made_up
@@ -35,10 +35,12 @@ class Built:
 
 
 def build(example: Example, layout: str) -> Built:
-    """layout: complete, so that only one is planned."""
+    """layout: of a mesh and microbatches; what else it does not name is the usual, so that only one is planned."""
     model, batch = example
     graph = capture(model, batch)
     pinned = Layout.parse(layout)
+    usual = "interleaved" if (pinned.chunks or 1) > 1 else "1f1b"
+    pinned = replace(pinned, schedule=pinned.schedule or usual, zero=pinned.zero or 0)
     plan = search(graph, made_up(pinned.ranks), pinned, "adamw", type(model).__name__)
     assert not isinstance(plan, Infeasible)
     applied = apply_plan(plan, graph)

@@ -108,7 +108,7 @@ def run(example: Model, plan: sw.Plan, steps: int, learning_rate: float = 0.0) -
     def rank(number: int, transport: Transport) -> Ran:
         program = programs[number]
         state = {part.name: own_part(whole[part.name], part, program, CPU).clone() for part in program.parameters}
-        gradients = Gradients(program, transport, plan.chooser(), CPU)
+        gradients = Gradients(program, transport, CPU)
         executor = Executor(program, state, gradients, transport, CPU)
         ((stage, graphs),) = program.stages.items()
         recorder = Recorder(graphs.forward)

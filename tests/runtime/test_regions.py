@@ -79,7 +79,7 @@ def test_random_numbers_are_those_of_the_uncompiled_program() -> None:
     for compiled in (False, True):
         state = {part.name: torch.linspace(-0.3, 0.3, prod(part.local)).reshape(part.local) for part in program.parameters}
         state |= {part.name: state_of(gpt2(layers=1)[0], built.graph)[part.name] for part in program.buffers}
-        gradients = Gradients(program, Distributed(), built.choose, CPU)
+        gradients = Gradients(program, Distributed(), CPU)
         executor = Executor(program, state, gradients, Distributed(), CPU, compiler() if compiled else None)
         _, batch = gpt2(layers=1)
         losses.append([executor.step(batch, step_key(0, step), lambda: None) for step in (1, 2)])

@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from tests.alone import Living, alone
 from tests.clusters import made_up
 from tests.models import Example, gpt2, llama, mlp, unet
 from tests.program.support import build
 from torch import Tensor, fx
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from shardwise.capture.export import capture
 from shardwise.capture.state import state_of as whole_state_of
+from shardwise.cluster.rates import IMPLEMENTATIONS
 from shardwise.cost.memory import liveness, tensor_bytes
 from shardwise.planner.apply import apply_plan
 from shardwise.planner.layout import Layout
 from shardwise.planner.search import search
+from shardwise.program import reductions
 from shardwise.program.build import build_programs
 from shardwise.program.program import StageProgram
 from shardwise.runtime.executor import Executor
@@ -29,45 +29,15 @@ from shardwise.runtime.graphs import callable_of
 from shardwise.runtime.job import batch_part
 from shardwise.runtime.optimizer import prefer_fused
 from shardwise.runtime.parameters import Parameters
+from shardwise.runtime.transport import Distributed
 from shardwise.runtime.weights import own_part
-from shardwise.simulate.memory import Passed, _peak_after, kept_values, memory_use, saved_values
+from shardwise.simulate.memory import memory_use
+from shardwise.simulate.messages import Messages
+from shardwise.simulate.passes import Passed, kept_values, peak_after, saved_values
 
 WITHIN = 0.02
 STEP_WITHIN = 0.04
 CPU = torch.device("cpu")
-
-
-class Living(TorchDispatchMode):
-    """Bytes of the storages that live, looked at after every operator; what lived before counts as it is given."""
-
-    def __init__(self, before: Sequence[Tensor] = ()) -> None:
-        super().__init__()
-        self.known: dict[int, tuple[StorageWeakRef, int]] = {}
-        self.ignored: set[int] = set()
-        for tensor in before:
-            self._add(tensor)
-        self.start_bytes = self.peak_bytes = self._now()
-
-    def ignore(self, tensors: Sequence[Tensor]) -> None:
-        """What somebody else keeps."""
-        self.ignored |= {tensor.untyped_storage()._cdata for tensor in tensors}
-
-    def _add(self, tensor: Tensor) -> None:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in self.ignored:
-            self.known[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
-
-    def _now(self) -> int:
-        self.known = {key: (ref, size) for key, (ref, size) in self.known.items() if not ref.expired()}
-        return sum(size for _, size in self.known.values())
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, Tensor):
-                self._add(tensor)
-        self.peak_bytes = max(self.peak_bytes, self._now())
-        return result
 
 
 def stage_of(example: Example) -> StageProgram:
@@ -125,7 +95,7 @@ def test_bytes_are_those_that_live(name: str) -> None:
         del saved, own
         with backward:
             callable_of(stage.backward)(given)
-    predicted = _peak_after(stage.backward, saved_values(stage))
+    predicted = peak_after(stage.backward, saved_values(stage))
     assert backward.peak_bytes - held == pytest.approx(predicted, rel=WITHIN, abs=WITHIN * held)
 
 
@@ -169,36 +139,8 @@ def lived_through(graph: fx.Graph, given: list[Tensor], others: set[int], passed
     passed_on.clear()
     with living:
         results = callable_of(graph)(inputs)
-    assert living.peak_bytes - held == pytest.approx(_peak_after(graph, passed), rel=WITHIN, abs=WITHIN * held)
+    assert living.peak_bytes - held == pytest.approx(peak_after(graph, passed), rel=WITHIN, abs=WITHIN * held)
     return results
-
-
-class Alone:
-    """A transport to ranks that are not there: messages have the right shapes and take their memory, and all that arrives is zero."""
-
-    def __init__(self) -> None:
-        self.under_way: dict[int, Callable[[], object]] = {}
-
-    def all_reduce(self, x: Tensor, group: str, op: str, impl: str) -> Tensor:
-        return x.clone(memory_format=torch.contiguous_format)
-
-    def all_gather(self, x: Tensor, group: str, dim: int, sizes: Sequence[int], impl: str) -> Tensor:
-        return x.new_zeros([*x.shape[:dim], sum(sizes), *x.shape[dim + 1 :]])
-
-    def reduce_scatter(self, x: Tensor, group: str, dim: int, sizes: Sequence[int], impl: str) -> Tensor:
-        return x.new_zeros([*x.shape[:dim], sizes[0], *x.shape[dim + 1 :]])
-
-    def begin_all_gather(self, x: Tensor, group: str, dim: int, sizes: Sequence[int], impl: str) -> tuple[Tensor, Callable[[], object]]:
-        return self.all_gather(x, group, dim, sizes, impl), lambda: x
-
-    def begin_reduce_scatter(self, x: Tensor, group: str, dim: int, sizes: Sequence[int], impl: str) -> tuple[Tensor, Callable[[], object]]:
-        return self.reduce_scatter(x, group, dim, sizes, impl), lambda: x
-
-    def sum_in_place(self, x: Tensor, group: str, impl: str) -> None:
-        pass
-
-    def begin_sum(self, x: Tensor, group: str, impl: str) -> Callable[[], object]:
-        return lambda: None
 
 
 STEPS: dict[str, str] = {
@@ -212,23 +154,53 @@ STEPS: dict[str, str] = {
 }
 
 
+def choose(impl: str) -> Callable[[str, int, int], str]:
+    return lambda kind, nbytes, ranks: impl if impl in IMPLEMENTATIONS[kind] else "native"
+
+
+@pytest.mark.parametrize("impl", ["native", "exchange", "all_reduce"])
 @pytest.mark.parametrize("name", STEPS)
-def test_a_whole_step_takes_what_is_predicted(name: str) -> None:
-    """The first rank's parameters, gradients, states and activations, in the second of two steps of AdamW."""
-    built = build(gpt2(layers=3, hidden=96, samples=8, sequence=64), f"tp=1,pp=1,{STEPS[name]}")
-    program, transport = built.programs[0], Alone()
-    model, batch = gpt2(layers=3, hidden=96, samples=8, sequence=64)
+def test_a_whole_step_takes_what_is_predicted(name: str, impl: str) -> None:
+    """The first rank's parameters, gradients, states, activations and messages, in the second of two steps of AdamW."""
+    example = gpt2(layers=3, hidden=96, samples=8, sequence=64)
+    assert_predicted(example, f"tp=1,pp=1,{STEPS[name]}", impl)
+
+
+WIDE: dict[str, str] = {
+    "two ranks": "dp=2,microbatches=2",
+    "four ranks": "dp=4,microbatches=1",
+    "zero 1": "dp=4,microbatches=1,zero=1",
+    "zero 1, in groups": "dp=4,microbatches=1,zero=1,shard=2",
+    "zero 3": "dp=4,microbatches=1,zero=3",
+    "two stages": "dp=2,pp=2,microbatches=2",
+    "two stages, backward in two parts": "dp=2,pp=2,microbatches=2,schedule=zb-h1",
+}
+
+
+@pytest.mark.parametrize("impl", ["native", "exchange"])
+@pytest.mark.parametrize("name", WIDE)
+def test_messages_of_a_wide_model(name: str, impl: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They take up to a third of a rank: few samples, and several buckets of which two are under way."""
+    monkeypatch.setattr(reductions, "BUCKET_BYTES", 2**18)
+    assert_predicted(mlp(hidden=128, samples=8), f"{'' if 'pp' in WIDE[name] else 'pp=1,'}tp=1,{WIDE[name]}", impl)
+
+
+def assert_predicted(example: Example, layout: str, impl: str) -> None:
+    built = build(example, layout)
+    programs = build_programs(built.applied.assignment, built.applied.cut, built.plan.tables, choose(impl), device=CPU)
+    program, transport = programs[0], Distributed()
+    model, batch = example
     whole = whole_state_of(model, built.graph)
     mine = batch_part(built.graph, built.plan, program, batch, CPU)
     living = Living()
     living.ignore([*whole.values(), *mine.values(), *batch.values()])
-    with living:
+    with alone(), living:
         parts = [*program.parameters, *program.buffers]
         state = {part.name: own_part(whole[part.name], part, program, CPU).clone() for part in parts}
-        gradients = Gradients(program, transport, built.choose, CPU)  # type: ignore[arg-type]
-        parameters = Parameters(program, state, {}, gradients.parts, transport, built.choose)  # type: ignore[arg-type]
+        gradients = Gradients(program, transport, CPU)
+        parameters = Parameters(program, state, {}, gradients.parts, transport)
         optimizer = prefer_fused(torch.optim.AdamW([parameter for _, parameter in parameters.trained], lr=0.0))
-        executor = Executor(program, state, gradients, transport, CPU)  # type: ignore[arg-type]
+        executor = Executor(program, state, gradients, transport, CPU)
 
         def update() -> None:
             optimizer.step()
@@ -238,6 +210,28 @@ def test_a_whole_step_takes_what_is_predicted(name: str) -> None:
             executor.step(mine, step, update)
     use = memory_use(program, "adamw")
     assert living.peak_bytes == pytest.approx(use.total - use.runtime, rel=STEP_WITHIN)
+
+
+@pytest.mark.parametrize("impl", ["native", "exchange"])
+@pytest.mark.parametrize("name", ["two ranks", "four ranks", "zero 1", "zero 1, in groups"])
+def test_messages_under_way_take_just_what_is_predicted(name: str, impl: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reductions, "BUCKET_BYTES", 2**18)
+    built = build(mlp(hidden=128), f"tp=1,pp=1,{WIDE[name]}")
+    programs = build_programs(built.applied.assignment, built.applied.cut, built.plan.tables, choose(impl), device=CPU)
+    messages = Messages(program=programs[0])
+    living = Living()
+    with alone(), living:
+        gradients = Gradients(programs[0], Distributed(), CPU)
+        start = living.now_bytes()
+        assert len(gradients.pending) > 3
+        for number in range(len(gradients.pending) - 1):  # the last cannot begin early
+            gradients.start(number)
+            messages.begin(number)
+            assert living.now_bytes() - start == messages.held_bytes
+        living.peak_bytes = living.now_bytes()
+        gradients.reduce()
+    assert living.peak_bytes - start == messages.reduce()
+    assert living.now_bytes() == start and messages.held_bytes == 0
 
 
 def test_kinds_add_up() -> None:

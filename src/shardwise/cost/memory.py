@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -51,29 +51,39 @@ def liveness(
     *,
     unwritten: Collection[fx.Node] = (),
     keeps: Collection[fx.Node] | None = None,
+    beside: Mapping[fx.Node, Sequence[int]] | None = None,
 ) -> Liveness:
     """The graph's memory when each value is freed at its last use.
 
     frees: bytes of a placeholder that are given back at its last use (values saved for the backward pass); 0 for what others keep.
     aliases: placeholder → the placeholder in whose memory it lies, where that is known.
     unwritten: nodes whose results never reach memory, being inside a fused kernel. keeps: what is held to the end, where that is not what
-    the graph returns.
+    the graph returns. beside: node → by how much what is held beside all values changes just before it runs, one change after the other.
     """
     base = bases(graph, aliases or {})
     sizes = {owner: 0 if owner in unwritten else made_bytes(owner) for owner in set(base.values())}
     now = peak = 0
-    for owner, made in changes(graph, base, keeps):
-        if made:
-            now += sizes[owner]
+    for node, made, freed in _steps(graph, base, keeps):
+        for change in (*(beside or {}).get(node, ()), sizes[node] if made else 0):
+            now += change
             peak = max(peak, now)
-        else:
-            now -= frees(owner) if owner.op == "placeholder" else sizes[owner]
+        now -= sum(frees(owner) if owner.op == "placeholder" else sizes[owner] for owner in freed)
     returned = {base[node]: sizes[base[node]] for node in graph.output_node().all_input_nodes if base[node].op == "call_function"}
     return Liveness(peak_bytes=peak, outputs=returned)
 
 
 def changes(graph: fx.Graph, base: Mapping[fx.Node, fx.Node], keeps: Collection[fx.Node] | None = None) -> Iterator[tuple[fx.Node, bool]]:
     """Whose memory is made (True) or used for the last time (False), in order. keeps: as in `liveness`."""
+    for node, made, freed in _steps(graph, base, keeps):
+        if made:
+            yield node, True
+        yield from ((owner, False) for owner in freed)
+
+
+def _steps(
+    graph: fx.Graph, base: Mapping[fx.Node, fx.Node], keeps: Collection[fx.Node] | None
+) -> Iterator[tuple[fx.Node, bool, list[fx.Node]]]:
+    """Each node, whether it takes memory for its result, and whose memory is used for the last time."""
     last: dict[fx.Node, fx.Node] = {}
     for node in graph.nodes:
         for parent in node.all_input_nodes if node.op != "output" or keeps is None else keeps:
@@ -82,11 +92,9 @@ def changes(graph: fx.Graph, base: Mapping[fx.Node, fx.Node], keeps: Collection[
     for owner, node in last.items():
         dying.setdefault(node, []).append(owner)
     for node in graph.nodes:
-        if node.op == "call_function" and base[node] is node:
-            yield node, True
-            if node not in last:
-                yield node, False
-        yield from ((owner, False) for owner in dying.get(node, ()) if node.op != "output")
+        made = node.op == "call_function" and base[node] is node
+        unread = [node] if made and node not in last else []
+        yield node, made, [*unread, *(dying.get(node, ()) if node.op != "output" else ())]
 
 
 def bases(graph: fx.Graph, known: Mapping[fx.Node, fx.Node]) -> dict[fx.Node, fx.Node]:

@@ -28,7 +28,7 @@ from shardwise.cost.operators import name_of
 from shardwise.program.program import StageProgram
 from shardwise.program.recompute import WEIGHED
 from shardwise.sharding.collectives import COLLECTIVES
-from shardwise.simulate.memory import Passed, saved_values
+from shardwise.simulate.passes import Passed, saved_values
 
 __all__ = ["LEVELS", "Kept", "kept"]
 

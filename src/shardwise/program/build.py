@@ -171,6 +171,7 @@ class _Lowering:
             stages={},
             placement=placement,
             edges=[],
+            choose=self.choose,
         )
         for stage in (number for number, home in enumerate(placement) if home == pipe):
             lowered, edges, loss_axes = lower_stage(

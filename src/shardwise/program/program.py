@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Any, Literal
@@ -161,6 +161,7 @@ class Program:
 
     coordinates: place on each mesh axis; groups: axis → ranks along it through this one; loss_axes: axes over which the loss is a sum.
     stages: number → stage, of those that this rank has; placement: of every stage, which of the pipeline's ranks has it.
+    choose: (kind, bytes of the message, ranks) → the implementation of a collective, for those that are in no graph.
     """
 
     rank: int
@@ -170,6 +171,7 @@ class Program:
     stages: dict[int, StageProgram]
     placement: tuple[int, ...]
     edges: list[Edge]
+    choose: Callable[[str, int, int], str]
     actions: list[Action] = field(default_factory=list)
     loss_axes: tuple[str, ...] = ()
 

@@ -18,12 +18,24 @@ from math import prod
 
 import torch
 
-from shardwise.program.actions import Kind
+from shardwise.program.actions import Action, Kind
 from shardwise.program.program import ParameterPart, Program
 from shardwise.sharding.collectives import group_name
 from shardwise.sharding.division import Division
 
-__all__ = ["ALONE_BYTES", "DATA_AXES", "UNDER_WAY", "Reduction", "Regathering", "joined_ranks", "reductions", "regatherings", "tie_ranks"]
+__all__ = [
+    "ALONE_BYTES",
+    "DATA_AXES",
+    "UNDER_WAY",
+    "Reduction",
+    "Regathering",
+    "beginnings",
+    "joined_ranks",
+    "pending",
+    "reductions",
+    "regatherings",
+    "tie_ranks",
+]
 
 
 DATA_AXES = ("dp", "ep", "cp")  # gradients that are pending over several of them are summed over these at once
@@ -41,6 +53,15 @@ class Reduction:
     dtype: torch.dtype
     parameters: tuple[ParameterPart, ...]
     scatter: str = ""
+
+    @property
+    def early(self) -> bool:
+        """Whether it can be begun during the backward pass.
+
+        Not sums over two groups or between tied stages, whose backward passes end at other times and which number their messages otherwise;
+        but what is reduced to parts first is begun.
+        """
+        return bool(self.scatter) or (len(self.groups) == 1 and not self.groups[0].startswith("tie:"))
 
     @property
     def sizes(self) -> list[int]:
@@ -101,6 +122,25 @@ def reductions(program: Program) -> list[Reduction]:
         for groups, scatter, dtype in ordered
         for parameters in (_alone if scatter else _messages)(groups, keyed[groups, scatter, dtype], done)
     ]
+
+
+def pending(program: Program) -> list[Reduction]:
+    """Those of a rank's gradients that are sent."""
+    return [reduction for reduction in reductions(program) if reduction.groups or reduction.scatter]
+
+
+def beginnings(program: Program) -> dict[Action, dict[int, set[str]]]:
+    """Action of the backward pass → the messages that it begins, by their numbers among `pending`: each as soon as the gradients of the
+    named parameters are there."""
+    writers = program.writers()
+    number = {action: index for index, action in enumerate(program.actions)}
+    found: dict[Action, dict[int, set[str]]] = {}
+    for message, reduction in enumerate(pending(program)):
+        names = {parameter.name for parameter in reduction.parameters} if reduction.early else set()
+        last = max((writers[name][-1] for name in names if name in writers), key=number.__getitem__, default=None)
+        if last is not None:
+            found.setdefault(last, {})[message] = names
+    return found
 
 
 def regatherings(program: Program) -> list[Regathering]:

@@ -283,7 +283,9 @@ def _reduce_scatter_native(tensor: Tensor, result: Tensor, dim: int, sizes: Sequ
     if even and math.prod(tensor.shape[:dim]) == 1:
         rows = tensor.contiguous()
     else:
-        rows = torch.stack([_padded(piece, dim, 0, largest) for piece in tensor.split_with_sizes(list(sizes), dim)])
+        rows = tensor.new_zeros([len(sizes), *_with_size(tensor.shape, dim, largest)])
+        for row, piece in zip(rows, tensor.split_with_sizes(list(sizes), dim), strict=True):
+            row.narrow(dim, 0, piece.shape[dim]).copy_(piece)
     own = result if even else tensor.new_empty(_with_size(tensor.shape, dim, largest))
     work = _SCATTER(own.view(-1), rows.view(-1), group=group, async_op=True)
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from shardwise.errors import TransferError
 from shardwise.program.actions import Action, Kind
 from shardwise.program.program import Binding, Program, StageProgram
+from shardwise.program.reductions import beginnings
 from shardwise.program.reuse import without_reuse
 from shardwise.runtime.gradients import Gradients
 from shardwise.runtime.graphs import Function, Prelude, accumulating, callable_of
@@ -255,12 +256,7 @@ def _backward_functions(program: Program, gradients: Gradients, compiler: Compil
     and the last one that a message of gradients waits for begins to send it. Those alike share a function."""
     writers = program.writers()
     first = {name: actions[0] for name, actions in writers.items()}
-    number = {action: index for index, action in enumerate(program.actions)}
-    begins: dict[Action, dict[int, set[str]]] = {}
-    for message, names in gradients.early().items():
-        last = max((writers[name][-1] for name in names if name in writers), key=number.__getitem__, default=None)
-        if last is not None:
-            begins.setdefault(last, {})[message] = names
+    begins = beginnings(program)
     wide = {part.name for part in program.parameters if part.wide != part.dtype}
     known: dict[tuple[Any, ...], Function] = {}
     found: dict[Action, Function] = {}

@@ -19,15 +19,13 @@ from shardwise.runtime.transport import Transport, group_size
 
 __all__ = ["Gradients"]
 
-Choose = Callable[[str, int, int], str]
-
 
 class Gradients:
     """Buffers for all gradients of a rank: `of[name]` is a parameter's as the backward pass makes it; `parts[name]`, after `reduce`, what
     this rank's optimizer needs of it."""
 
-    def __init__(self, program: Program, transport: Transport, choose: Choose, device: torch.device) -> None:
-        self.transport, self.choose = transport, choose
+    def __init__(self, program: Program, transport: Transport, device: torch.device) -> None:
+        self.transport, self.choose = transport, program.choose
         self.of: dict[str, Tensor] = {}
         self.parts: dict[str, Tensor] = {}
         self.pending: list[tuple[Reduction, Tensor]] = []
@@ -38,7 +36,7 @@ class Gradients:
             self._place(reduction, device)
 
     def _place(self, reduction: Reduction, device: torch.device) -> None:
-        if reduction.groups or reduction.scatter:
+        if reduction.groups or reduction.scatter:  # as `pending`, in its order
             flat = torch.zeros(sum(reduction.sizes), dtype=reduction.dtype, device=device)
             pieces = flat.split(reduction.sizes)
             found = {p.name: piece.view(p.gradient) for p, piece in zip(reduction.parameters, pieces, strict=True)}
@@ -47,18 +45,6 @@ class Gradients:
             found = {p.name: torch.zeros(p.gradient, dtype=reduction.dtype, device=device) for p in reduction.parameters}
         self.of |= found
         self.parts |= {p.name: own_view(found[p.name], p) if reduction.scatter else found[p.name] for p in reduction.parameters}
-
-    def early(self) -> dict[int, set[str]]:
-        """The messages that can be begun during the backward pass: number → the parameters whose gradients it needs.
-
-        Not sums over two groups or between tied stages, whose backward passes end at other times and which number their messages otherwise;
-        but what is reduced to parts first is begun.
-        """
-        return {
-            number: {parameter.name for parameter in reduction.parameters}
-            for number, (reduction, _) in enumerate(self.pending)
-            if reduction.scatter or (len(reduction.groups) == 1 and not reduction.groups[0].startswith("tie:"))
-        }
 
     def start(self, number: int) -> None:
         """Begins a message, all of whose gradients are there. Two are under way at most: before a third begins the oldest is waited for."""

@@ -12,6 +12,7 @@ from torch import Tensor, fx
 from shardwise._torch import BoxedCodeGen
 from shardwise.program.program import Binding, StageProgram
 from shardwise.program.reuse import into_fresh_memory
+from shardwise.program.sinks import product_of
 
 __all__ = ["Prelude", "accumulating", "callable_of"]
 
@@ -125,11 +126,9 @@ def _sink(
     read: how often the backward graph returns each node, as gradients of parameters and of what was received.
     Returns the node after which it is there.
     """
-    product, turned = gradient, False
-    while product.target is aten.t.default and len(product.users) <= 1:
-        product, turned = product.args[0], not turned  # type: ignore[assignment]
-    alone = read[gradient] == 1 and (product is gradient or product not in read)
-    if product.target is aten.mm.default and len(product.users) <= 1 and alone and not wide:
+    found = None if wide else product_of(gradient, read)
+    if found is not None:
+        product, turned = found
         with graph.inserting_before(product):
             place = graph.call_function(aten.t.default, (buffer,)) if turned else buffer
             if first:

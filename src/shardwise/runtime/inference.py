@@ -52,7 +52,7 @@ class Inference:
         compiler: Compiler | None = None,
     ) -> Inference:
         """`program`: this rank's of the answering's assignment and tables. compiler: as of `Executor`."""
-        gradients = Gradients(program, transport, choose, device)  # none
+        gradients = Gradients(program, transport, device)  # none
         executor = Executor(program, state, gradients, transport, device, compiler)
         return Inference(
             answering=answering,

@@ -45,7 +45,6 @@ from shardwise.sharding.types import part as part_of
 
 __all__ = ["Job", "Step", "batch_part", "step_key"]
 
-Choose = Callable[[str, int, int], str]
 Result = TypeVar("Result")
 
 
@@ -90,14 +89,13 @@ class Job:
         self.steps = 0
         self.fixed = weights.whole(graph.buffers) if graph.checks else {}
         rank = _checked_rank(plan)
-        choose = plan.chooser()
-        programs = build_programs(applied.assignment, applied.cut, plan.tables, choose, device=device, ranks=[rank])
+        programs = build_programs(applied.assignment, applied.cut, plan.tables, plan.chooser(), device=device, ranks=[rank])
         self.program: Program = programs[rank]
         check_own(self.program, applied.assignment, applied.cut)
         create_groups(_all_groups(self.program, plan, graph, applied), timeout_s)
         transport = Distributed()
         self.named: dict[str, nn.Parameter] = {}  # every trained parameter as an optimizer of this rank has it
-        self._within_memory(lambda: self._set_up(weights, optimizer, transport, choose), lambda: "setting up")
+        self._within_memory(lambda: self._set_up(weights, optimizer, transport), lambda: "setting up")
         self.scaler = _scaler(plan, loss_scale)
         self.norm = self._norm(clip_norm) if clip_norm is not None or check_finite or self.scaler else None
         self.loss = self.grad_norm = math.nan
@@ -107,10 +105,10 @@ class Job:
             Answers(source, plan, applied, self.program, self.state, transport, device, self.compiler) if source is not None else None
         )
 
-    def _set_up(self, weights: Weights, optimizer: OptimizerFactory, transport: Distributed, choose: Choose) -> None:
+    def _set_up(self, weights: Weights, optimizer: OptimizerFactory, transport: Distributed) -> None:
         self.state, masters = read_parts(weights, self.program, self.device)
-        self.gradients = Gradients(self.program, transport, choose, self.device)
-        self.parameters = Parameters(self.program, self.state, masters, self.gradients.parts, transport, choose)
+        self.gradients = Gradients(self.program, transport, self.device)
+        self.parameters = Parameters(self.program, self.state, masters, self.gradients.parts, transport)
         self.whole, self.optimizers = self._optimizers(optimizer, transport)
         self.executor = self._executor(transport)
 

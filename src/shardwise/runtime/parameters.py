@@ -6,7 +6,7 @@ part, and the parts are gathered into every rank's whole. And where operators co
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from math import prod
 
 import torch
@@ -18,8 +18,6 @@ from shardwise.program.reductions import Regathering, regatherings
 from shardwise.runtime.transport import Transport
 
 __all__ = ["Parameters", "own_view"]
-
-Choose = Callable[[str, int, int], str]
 
 
 class Parameters:
@@ -36,9 +34,8 @@ class Parameters:
         masters: Mapping[str, Tensor],
         gradients: dict[str, Tensor],
         transport: Transport,
-        choose: Choose,
     ) -> None:
-        self.state, self.transport, self.choose = state, transport, choose
+        self.state, self.transport, self.choose = state, transport, program.choose
         self.messages = regatherings(program)
         sent = {part.name for message in self.messages for part in message.parameters}
         self.copied = [part.name for part in program.parameters if part.has_copy and part.name not in sent]

@@ -2,28 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from math import prod
 
 import torch
-from torch import fx
 
-from shardwise.cost.memory import bases, liveness, tensor_bytes
-from shardwise.program.actions import COMPUTES, Kind
+from shardwise.cost.memory import tensor_bytes
+from shardwise.program.actions import COMPUTES
 from shardwise.program.program import ParameterPart, Program, StageProgram
-from shardwise.program.reductions import Reduction, Regathering, reductions, regatherings
 from shardwise.program.tables import Slot, in_flight
+from shardwise.simulate.messages import reducing_bytes, regathering_bytes
+from shardwise.simulate.passes import Passes
 
 __all__ = [
     "OPTIMIZER_STATES",
     "MemoryUse",
-    "Passed",
     "StageMemory",
-    "kept_values",
     "memory_use",
     "own_parameters",
-    "saved_values",
     "stage_memory",
 ]
 
@@ -87,10 +84,10 @@ def _flying_bytes(program: Program, stages: Mapping[int, StageMemory]) -> int:
 def stage_memory(program: Program, optimizer: str) -> dict[int, StageMemory]:
     """Of each stage of a rank; a parameter that several of them read counts with the first."""
     found: dict[int, StageMemory] = {}
+    passes = {number: Passes(stage=stage) for number, stage in program.stages.items()}
     for number, parameters in own_parameters(program).items():
         stage = program.stages[number]
         trained = [p for p in parameters if p.requires_grad]
-        transient, saved, kept = _passes(stage)
         use = MemoryUse(
             parameters=sum(_bytes(p, p.stored, p.stored_dtype) for p in parameters)
             + sum(_bytes(p, p.updated) for p in trained if p.has_copy)
@@ -99,90 +96,22 @@ def stage_memory(program: Program, optimizer: str) -> dict[int, StageMemory]:
             optimizer=OPTIMIZER_STATES.get(optimizer, 2) * sum(_bytes(p, p.updated) for p in trained),
             buffers=sum(_bytes(p, p.local) for p in stage.buffers) + _crossing_bytes(stage),
             saved=0,
-            transient=transient,
+            transient=max(passes[number].working_bytes(kind) for kind in COMPUTES if kind in stage.graphs),
             runtime=_RUNTIME_BYTES,
         )
-        found[number] = StageMemory(use=use, saved_bytes=saved, kept_bytes=kept)
-    return _with_update(program, found)
+        found[number] = StageMemory(use=use, saved_bytes=passes[number].saved.nbytes, kept_bytes=passes[number].kept.nbytes)
+    return _with_messages(program, found, passes)
 
 
-def _with_update(program: Program, stages: dict[int, StageMemory]) -> dict[int, StageMemory]:
-    """The update needs twice the largest part, and what is sent around it a message, when no microbatch is in flight any more."""
-    flying, message = _flying_bytes(program, stages), _message_bytes(program)
+def _with_messages(program: Program, stages: dict[int, StageMemory], passes: Mapping[int, Passes]) -> dict[int, StageMemory]:
+    """What is held while messages are under way, most of it when fewer microbatches are in flight than at the peak; and around the update,
+    which needs twice the largest part, when none is."""
+    flying, late = _flying_bytes(program, stages), max(reducing_bytes(program, passes), regathering_bytes(program))
     for number, parameters in own_parameters(program).items():
         largest = max((_bytes(p, p.updated) for p in parameters if p.requires_grad), default=0)
         use = stages[number].use
-        stages[number] = replace(stages[number], use=replace(use, transient=max(use.transient, max(2 * largest, message) - flying)))
+        stages[number] = replace(stages[number], use=replace(use, transient=max(use.transient, max(2 * largest, late) - flying)))
     return stages
-
-
-def _passes(stage: StageProgram) -> tuple[int, int, int]:
-    """(the most that a graph holds beside what is saved, bytes that forward saves, bytes that backward keeps for the weights' part)."""
-    saved = saved_values(stage)
-    peaks = [liveness(stage.forward).peak_bytes - saved.nbytes, _peak_after(stage.backward, saved, _sunk(stage, Kind.BACKWARD)), 0]
-    if stage.weight is None:
-        return max(peaks), saved.nbytes, 0
-    kept = kept_values(stage, saved)
-    return max(*peaks, _peak_after(stage.weight, kept, _sunk(stage, Kind.WEIGHT))), saved.nbytes, kept.nbytes
-
-
-def _sunk(stage: StageProgram, kind: Kind) -> set[fx.Node]:
-    """Parameters' gradients, which go into their buffers."""
-    return set(stage.gradients(kind).values())
-
-
-def _peak_after(graph: fx.Graph, passed: Passed, sunk: Collection[fx.Node] = ()) -> int:
-    """The most that a graph holds beside what was passed to it, which it frees. sunk: outputs that are added to buffers as soon as they are
-    made (gradients of parameters) and not held to the end."""
-    held = [node for node in graph.output_node().all_input_nodes if node not in sunk]
-    return liveness(graph, lambda node: passed.sizes.get(node, 0), passed.aliases, keeps=held).peak_bytes
-
-
-def saved_values(stage: StageProgram) -> Passed:
-    """What forward leaves for backward: parameters and what else lasts counts nothing."""
-    lasting = {node: 0 for node, each in zip(_placeholders(stage.forward), stage.forward_inputs, strict=True) if each.kind != "edge"}
-    given = Passed(aliases={}, sizes=lasting)
-    return _passed_on(stage.forward, len(stage.forward_outputs), given, _placeholders(stage.backward)[: stage.saved])
-
-
-def kept_values(stage: StageProgram, saved: Passed) -> Passed:
-    """What backward leaves for the weights' part of it."""
-    assert stage.weight is not None
-    return _passed_on(stage.backward, len(stage.backward_outputs), saved, _placeholders(stage.weight))
-
-
-@dataclass(frozen=True, kw_only=True)
-class Passed:
-    """What one graph leaves for the next. aliases: of the next one's inputs, those that share memory with an earlier one, and with which;
-    sizes: bytes of the others, 0 for what is kept in any case."""
-
-    aliases: dict[fx.Node, fx.Node]
-    sizes: dict[fx.Node, int]
-
-    @property
-    def nbytes(self) -> int:
-        return sum(self.sizes.values())
-
-
-def _passed_on(graph: fx.Graph, others: int, given: Passed, takers: Sequence[fx.Node]) -> Passed:
-    """others: how many results the graph has before those that it leaves; given: what is known of its inputs; takers: the next one's."""
-    base = bases(graph, given.aliases)
-    left: list[fx.Node] = list(graph.output_node().args[0])[others:]  # type: ignore[arg-type]
-    first: dict[fx.Node, fx.Node] = {}
-    aliases: dict[fx.Node, fx.Node] = {}
-    sizes: dict[fx.Node, int] = {}
-    for node, taker in zip(left, takers, strict=True):
-        owner = base[node]
-        if owner in first:
-            aliases[taker] = first[owner]
-        else:
-            first[owner] = taker
-            sizes[taker] = given.sizes.get(owner, tensor_bytes(owner.meta.get("val")))
-    return Passed(aliases=aliases, sizes=sizes)
-
-
-def _placeholders(graph: fx.Graph) -> list[fx.Node]:
-    return [node for node in graph.nodes if node.op == "placeholder"]
 
 
 def _crossing_bytes(stage: StageProgram) -> int:
@@ -198,18 +127,6 @@ def _copied_bytes(trained: Sequence[ParameterPart], zero: tuple[int, ...]) -> in
     """Of the rank's parts that are no run of memory in the whole and lie by themselves, where the whole is there too."""
     copied = [p for p in trained if p.division is not None and p.zero in zero and prod(p.local[: p.division.dim]) > 1]
     return sum(_bytes(p, p.updated) for p in copied)
-
-
-def _message_bytes(program: Program) -> int:
-    """The largest message at the end of a step that reduces to parts or gathers: what is received, and what is put together to be sent."""
-    scattered = [reduction.nbytes * (1 if _in_place(reduction) else 2) for reduction in reductions(program) if reduction.scatter]
-    gathered = [message.nbytes * (1 if _in_place(message) else 2) for message in regatherings(program)]
-    return max([*scattered, *gathered], default=0)
-
-
-def _in_place(message: Reduction | Regathering) -> bool:
-    """Whether it is sent from where it is: one parameter whose parts are runs of memory."""
-    return len(message.parameters) == 1 and prod(message.parameters[0].local[: message.divisions[0].dim]) == 1
 
 
 def own_parameters(program: Program) -> dict[int, list[ParameterPart]]:

@@ -138,11 +138,11 @@ def _thread(program: Program, work: Work, transport: Transport, compiler: Compil
     """What this rank adds to the losses (nothing where others add the same), and its part, given the whole losses."""
     parts = [*program.parameters, *program.buffers]
     state = {part.name: own_part(work.state[part.name], part, program, _CPU).clone() for part in parts}
-    gradients = Gradients(program, transport, work.plan.chooser(), _CPU)
+    gradients = Gradients(program, transport, _CPU)
     masters = {
         part.name: own_part(work.state[part.name], part.updated_part, program, _CPU).clone() for part in program.parameters if part.has_copy
     }
-    parameters = Parameters(program, state, masters, gradients.parts, transport, work.plan.chooser())
+    parameters = Parameters(program, state, masters, gradients.parts, transport)
     optimizer = _Optimizer(work=work, program=program)
 
     def update() -> None:
