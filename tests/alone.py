@@ -59,6 +59,8 @@ def alone(rank: int = 0) -> Iterator[None]:
         patch.setattr(torch.distributed, "get_rank", lambda group: group.rank)
         patch.setattr(torch.distributed, "get_world_size", lambda group: group.ranks)
         patch.setattr(torch.distributed, "all_reduce", lambda tensor, **_: _Work([tensor]))
+        patch.setattr(torch.distributed, "isend", lambda tensor, peer: _Work([tensor]))
+        patch.setattr(torch.distributed, "irecv", lambda tensor, peer: _Work([tensor.zero_()]))
         patch.setattr(collectives, "_post", post)
         patch.setattr(collectives, "_GATHER", into)
         patch.setattr(collectives, "_SCATTER", into)
