@@ -30,9 +30,9 @@ class Layout:
     attention: how the ranks of cp do it together (`shardwise.sharding.context`); all ways are tried where it is not pinned.
 
     chunks: stages of each pipeline rank, as few as the schedule takes where not pinned. table: the text of a schedule of the user's own.
-    schedule: where not pinned 1f1b, or another that promises to be faster. zero: what data ranks divide (0 to 3), in groups of `shard` where
-    that is not all of them; recompute: none, selective or full. Where these are not pinned they are 0 and none, and more where memory would
-    not do, or zero=1 where it promises to be faster.
+    schedule: where not pinned 1f1b, or another that promises to be faster. zero: what data ranks divide (0 to 3), in groups of `shard`
+    where that is not all of them; recompute: none, selective or full. Where these are not pinned they are 0 and none, and more where memory
+    would not do, or zero=1 where it promises to be faster.
     shares: in which proportion the copies divide the batch, () evenly; not pinned, evenly where all ranks are alike.
     """
 
