@@ -60,7 +60,7 @@ def test_summing(impl: str, ranks: int) -> None:
     def at_once(x: Tensor, **options: Any) -> tuple[list[Tensor], Callable[[], object]]:
         return [all_reduce(x, group, impl, **options)], lambda: None
 
-    group, x = Group(0, ranks), torch.zeros(24)
-    assert beside(x, at_once) == summing_bytes(impl, 96, ranks)
-    assert beside(x, at_once, inplace=True) == summing_bytes(impl, 96, ranks, inplace=True)
-    assert beside(x, lambda x: ([], begin_all_reduce(x, group, impl, 0))) == summing_bytes(impl, 96, ranks, inplace=True, begun=True)  # type: ignore[arg-type]
+    group, x = Group(0, ranks), torch.zeros(25)
+    assert beside(x, at_once) == summing_bytes(impl, 25, 4, ranks)
+    assert beside(x, at_once, inplace=True) == summing_bytes(impl, 25, 4, ranks, inplace=True)
+    assert beside(x, lambda x: ([], begin_all_reduce(x, group, impl, 0))) == summing_bytes(impl, 25, 4, ranks, inplace=True, begun=True)  # type: ignore[arg-type]

@@ -50,15 +50,17 @@ def scattering_bytes(
     return (ranks + 1) * max(sizes) * line
 
 
-def summing_bytes(impl: str, nbytes: int, ranks: int, *, contiguous: bool = True, inplace: bool = False, begun: bool = False) -> int:
-    """Of an all_reduce of so many bytes, on the rank with the largest shard. inplace: whether its result is its input; begun: whether it is
-    one of `begin_all_reduce`."""
+def summing_bytes(
+    impl: str, count: int, itemsize: int, ranks: int, *, contiguous: bool = True, inplace: bool = False, begun: bool = False
+) -> int:
+    """Of an all_reduce of so many elements, on the rank with the largest shard. inplace: whether its result is its input; begun: whether it
+    is one of `begin_all_reduce`."""
     if ranks == 1 or impl != "exchange":
         return 0
-    copied, shard = 0 if contiguous else nbytes, -(-nbytes // ranks)
+    copied, shard = 0 if contiguous else count, -(-count // ranks)
     if ranks == 2:
-        return copied + (nbytes if inplace else 0)
-    return copied + (ranks - 1) * shard + ((shard if begun else nbytes) if inplace else 0)
+        return (copied + (count if inplace else 0)) * itemsize
+    return (copied + (ranks - 1) * shard + ((shard if begun else count) if inplace else 0)) * itemsize
 
 
 def node_scratch_bytes(node: fx.Node) -> int:
@@ -75,7 +77,7 @@ def node_scratch_bytes(node: fx.Node) -> int:
         return scattering_bytes(impl, meta.shape, meta.element_size(), dim, sizes, rank, contiguous=meta.is_contiguous())
     if kind == "all_reduce":
         ranks = len(group_ranks(arguments[1]))
-        return summing_bytes(impl, meta.numel() * meta.element_size(), ranks, contiguous=meta.is_contiguous())
+        return summing_bytes(impl, meta.numel(), meta.element_size(), ranks, contiguous=meta.is_contiguous())
     return 0
 
 

@@ -65,20 +65,24 @@ class Gradients:
 
     def reduce(self) -> None:
         """Sums what is pending; what was begun is waited for."""
-        for number, (reduction, flat) in enumerate(self.pending):
+        for number, (reduction, _) in enumerate(self.pending):
             early = number in self.begun
             if reduction.scatter and not early:
                 self.start(number)
             if number in self.under_way:
                 self._await(number)
-            if early and not reduction.scatter:
-                continue
-            mine = self.scattered.get(number, flat)
-            for name in reduction.groups:
-                self.transport.sum_in_place(mine, name, self._impl(mine, name))
-            if number in self.scattered:
-                self._keep_parts(number)
+            if reduction.scatter or not early:
+                self._sum(number)
         self.begun.clear()
+
+    def _sum(self, number: int) -> None:
+        """Over the message's groups; of parts, these."""
+        reduction, flat = self.pending[number]
+        mine = self.scattered.get(number, flat)
+        for name in reduction.groups:
+            self.transport.sum_in_place(mine, name, self._impl(mine, name))
+        if number in self.scattered:
+            self._keep_parts(number)
 
     def _begin_scatter(self, number: int, reduction: Reduction) -> Callable[[], object]:
         """Begins to make this rank's parts of the sums, flat."""

@@ -89,49 +89,55 @@ class Messages:
         """The most that is held while what is left is sent and awaited."""
         most = self.held_bytes
         for number, reduction in enumerate(self.pending):
-            early = number in self.begun
+            early, held = number in self.begun, self.held_bytes
             if reduction.scatter and not early:
-                self.begin(number)
-                most = max(most, self.held_bytes)
+                freed, begun, _ = self.begin(number)
+                most = max(most, self.held_bytes, held + freed + begun)
             if number in self.under_way:
                 self._await(number)
             if reduction.scatter or not early:
-                nbytes = reduction.summed * reduction.dtype.itemsize
-                summing = (self._summing_bytes(group, nbytes) for group in reduction.groups)
+                summing = (self._summing_bytes(group, reduction.summed, reduction.dtype.itemsize) for group in reduction.groups)
                 most = max(most, self.held_bytes + max(summing, default=0))
             self.parts.pop(number, None)
         return most
 
     def begin(self, number: int) -> list[int]:
-        """Begins a message, before a third awaiting the oldest; how that changes what is held."""
+        """Begins a message, before a third awaiting the oldest; how that changes what is held: by what is freed, what is begun, and what of
+        it is freed at once."""
         before = self.held_bytes
         while len(self.under_way) >= UNDER_WAY:
             self._await(next(iter(self.under_way)))
         left = self.held_bytes
-        self._begin(number)
-        return [left - before, self.held_bytes - left]
+        copied = self._begin(number)
+        return [left - before, self.held_bytes - left + copied, -copied]
 
-    def _begin(self, number: int) -> None:
+    def _begin(self, number: int) -> int:
+        """Returns the bytes of what was put together to be sent and then copied."""
         reduction = self.pending[number]
         self.begun.add(number)
         if not reduction.scatter:
-            self.under_way[number] = self._summing_bytes(reduction.groups[0], reduction.nbytes, begun=True)
-            return
+            itemsize = reduction.dtype.itemsize
+            self.under_way[number] = self._summing_bytes(reduction.groups[0], reduction.nbytes // itemsize, itemsize, begun=True)
+            return 0
         sizes = packed_sizes(reduction.divisions, [part.local for part in reduction.parameters])
         rank, itemsize = reduction.divisions[0].rank, reduction.dtype.itemsize
         impl = self.program.choose("reduce_scatter", reduction.nbytes, len(sizes))
         packed = 0 if _in_place(reduction) else reduction.nbytes
-        self.under_way[number] = packed + scattering_bytes(impl, [sum(sizes)], itemsize, 0, sizes, rank)
+        scratch = scattering_bytes(impl, [sum(sizes)], itemsize, 0, sizes, rank)
+        copied = packed if scratch and impl != "exchange" else 0
+        self.under_way[number] = packed + scratch - copied
         self.parts[number] = sizes[rank] * itemsize
+        return copied
 
     def _await(self, number: int) -> None:
         self.under_way.pop(number)
         if not self.pending[number].groups:
             self.parts.pop(number)
 
-    def _summing_bytes(self, group: str, nbytes: int, *, begun: bool = False) -> int:
+    def _summing_bytes(self, group: str, count: int, itemsize: int, *, begun: bool = False) -> int:
         ranks = len(group_ranks(group))
-        return summing_bytes(self.program.choose("all_reduce", nbytes, ranks), nbytes, ranks, inplace=True, begun=begun)
+        impl = self.program.choose("all_reduce", count * itemsize, ranks)
+        return summing_bytes(impl, count, itemsize, ranks, inplace=True, begun=begun)
 
 
 def _in_place(message: Reduction) -> bool:
