@@ -27,6 +27,7 @@ from shardwise.runtime.executor import Executor
 from shardwise.runtime.gradients import Gradients
 from shardwise.runtime.graphs import callable_of
 from shardwise.runtime.job import batch_part
+from shardwise.runtime.optimizer import prefer_fused
 from shardwise.runtime.parameters import Parameters
 from shardwise.runtime.transport import Distributed
 from shardwise.runtime.weights import own_part
@@ -215,7 +216,7 @@ def assert_predicted(example: Example, layout: str, impl: str) -> None:
         state = {part.name: own_part(whole[part.name], part, program, CPU).clone() for part in parts}
         gradients = Gradients(program, transport, CPU)
         parameters = Parameters(program, state, {}, gradients.parts, transport)
-        optimizer = torch.optim.AdamW([parameter for _, parameter in parameters.trained], lr=0.0, foreach=False)
+        optimizer = prefer_fused(torch.optim.AdamW([parameter for _, parameter in parameters.trained], lr=0.0))
         executor = Executor(program, state, gradients, transport, CPU)
 
         def update() -> None:

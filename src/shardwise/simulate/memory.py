@@ -104,14 +104,10 @@ def stage_memory(program: Program, optimizer: str) -> dict[int, StageMemory]:
 
 
 def _with_messages(program: Program, stages: dict[int, StageMemory], passes: Mapping[int, Passes]) -> dict[int, StageMemory]:
-    """What is held while messages are under way, most of it when fewer microbatches are in flight than at the peak; and around the update,
-    which needs twice the largest part, when none is."""
-    flying, late = _flying_bytes(program, stages), max(reducing_bytes(program, passes), regathering_bytes(program))
-    for number, parameters in own_parameters(program).items():
-        largest = max((_bytes(p, p.updated) for p in parameters if p.requires_grad), default=0)
-        use = stages[number].use
-        stages[number] = replace(stages[number], use=replace(use, transient=max(use.transient, max(2 * largest, late) - flying)))
-    return stages
+    """What is held while messages are under way, most of it when fewer microbatches are in flight than at the peak, and around the update,
+    when none is. The update itself holds nothing: torch's optimizers run as one kernel over each parameter."""
+    late = max(reducing_bytes(program, passes), regathering_bytes(program)) - _flying_bytes(program, stages)
+    return {number: replace(stage, use=replace(stage.use, transient=max(stage.use.transient, late))) for number, stage in stages.items()}
 
 
 def _crossing_bytes(stage: StageProgram) -> int:
