@@ -114,7 +114,7 @@ def test_tied_parameters_stay_tied() -> None:
 @pytest.mark.parametrize(
     ("layout", "bytes_each"),
     [
-        ("dp=2", (2 + 4, 4, 8)),
+        ("dp=2,zero=0", (2 + 4, 4, 8)),
         ("dp=2,zero=1", (2 + 2, 4, 4)),
         ("dp=2,zero=2", (2 + 2, 2, 4)),
         ("dp=2,zero=3", (2, 2, 4)),
