@@ -81,14 +81,14 @@ Ran = tuple[list[float], list[Tensor]]
 def run(example: Example, built: Built) -> list[Ran]:
     """Some steps of AdamW."""
     model, batch = example
-    whole, choose = state_of(model, built.graph), built.choose
+    whole = state_of(model, built.graph)
 
     def steps(number: int, transport: Transport) -> Ran:
         program = built.programs[number]
         parts = [*program.parameters, *program.buffers]
         state = {part.name: own_part(whole[part.name], part, program, CPU).clone() for part in parts}
-        gradients = Gradients(program, transport, choose, CPU)
-        parameters = Parameters(program, state, {}, gradients.parts, transport, choose)
+        gradients = Gradients(program, transport, CPU)
+        parameters = Parameters(program, state, {}, gradients.parts, transport)
         optimizer = torch.optim.AdamW([*(each for _, each in parameters.trained), torch.zeros(0, requires_grad=True)], lr=1e-2)
         executor = Executor(program, state, gradients, transport, CPU)
         mine = batch_part(built.graph, built.plan, program, batch, CPU)
