@@ -28,7 +28,7 @@ PATIENCE_S = 15
 @pytest.fixture(scope="module")
 def pipeline() -> sw.Plan:
     model, batch = mlp()
-    plan = sw.plan(model, batch, made_up(2), "pp=2,microbatches=2")
+    plan = sw.plan(model, batch, made_up(2), "pp=2,microbatches=2,schedule=1f1b")
     assert isinstance(plan, sw.Plan)
     return plan
 

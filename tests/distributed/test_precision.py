@@ -205,7 +205,7 @@ def steep(plan: sw.Plan) -> tuple[str, int]:
 
 def test_overflows_without_any_scaling_end_with_the_parameters_name() -> None:
     torch.manual_seed(0)
-    plan = sw.plan(Steep(), {"x": torch.randn(8, 8)}, made_up(2), layout="pp=2", precision="fp16")
+    plan = sw.plan(Steep(), {"x": torch.randn(8, 8)}, made_up(2), layout="pp=2,schedule=1f1b", precision="fp16")
     assert isinstance(plan, sw.Plan)
     for text, step in launch(steep, (plan,), ranks=2, timeout_s=60.0, threads=1):
         assert f"step {step}: gradients are not finite" in text and "rank 0: first.weight" in text

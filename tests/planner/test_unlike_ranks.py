@@ -68,7 +68,7 @@ def test_stages_are_cut_by_speed(tmp_path: Path) -> None:
     example = llama(layers=8, hidden=128, samples=8)
     counts = []
     for speeds in ([1.0, 0.25], [0.25, 1.0], [1.0, 1.0]):
-        plan = planned(example, machine(tmp_path, speeds), "dp=1,tp=1,pp=2,microbatches=4")
+        plan = planned(example, machine(tmp_path, speeds), "dp=1,tp=1,pp=2,microbatches=4,schedule=1f1b")
         graph = capture(*example)
         first = next(number for number, op in enumerate(graph.ops) if op.key == plan.stages[1])
         counts.append(first / len(graph.ops))

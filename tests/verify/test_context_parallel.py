@@ -350,7 +350,7 @@ def test_cp_is_not_searched() -> None:
     assert plan.cp == 1 and all("cp" not in each.layout for each in plan.considered)
     both = sw.plan(*gpt2(layers=1), made_up(4), "cp=2")
     assert isinstance(both, Plan)
-    assert {each.layout.split(",microbatches")[0] for each in both.considered} == {
+    assert {",".join(each.layout.split(",")[:4]) for each in both.considered} == {
         "dp=2,cp=2,tp=1,pp=1",
         "dp=1,cp=2,tp=2,pp=1",
         "dp=1,cp=2,tp=1,pp=2",
