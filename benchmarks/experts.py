@@ -90,7 +90,7 @@ def scheme_of(row: Row, year: int) -> tuple[Scheme, int]:
         pp=layout.pp,
         cp=layout.cp,
         ep=layout.ep,
-        routing=routing_of(row, year) if layout.ep > 1 else None,
+        routing=routing_of(row, year),
         chunks=chunks,
         microbatches=batch // (layout.dp * samples),
         schedule=schedule,

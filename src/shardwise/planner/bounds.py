@@ -1,7 +1,7 @@
 """What a step takes at least, and what a device must hold at least: bounds that never exceed the simulator's figures.
 
     of a split that was not lowered     the whole model's own work, divided by as many ranks                      `perfect`
-    of a scheme, from its pieces        work of the fullest rank; one microbatch through all stages and back      `scheme_bound`
+    of a scheme, from its pieces        work of the fullest rank; one microbatch through all stages and back      `SchemeBound`
     of a scheme, from its stages        for each rank: what must come before, its work, what must come after      `profile_bound`
 
     rank r     ├─ forwards of the stages before ─┤── its own work, all microbatches ──┤─ backwards of the stages before ─┤─ rank 0's end ─┤
@@ -14,16 +14,16 @@ its share of the whole: kernels do not become faster by becoming smaller.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 
 from shardwise.cluster.model import Cluster
-from shardwise.planner.compose import Scheme, divide, recomputed, stage_memory
+from shardwise.planner.compose import Scheme, backward_work, divide, forward_work, routed_seconds, stage_memory
 from shardwise.planner.pieces import Outline, PieceCost, Work
 from shardwise.planner.space import Split
 from shardwise.program.tables import placement, splits_backward
 from shardwise.simulate.profile import Profile
 
-__all__ = ["least_memory", "memory_bound", "perfect", "profile_bound", "scheme_bound"]
+__all__ = ["SchemeBound", "least_memory", "memory_bound", "perfect", "profile_bound"]
 
 
 def perfect(costs: Sequence[PieceCost], samples: int, split: Split) -> tuple[PieceCost, ...]:
@@ -63,17 +63,36 @@ def perfect(costs: Sequence[PieceCost], samples: int, split: Split) -> tuple[Pie
     return tuple(found)
 
 
-def scheme_bound(shape: Outline, costs: Sequence[PieceCost], scheme: Scheme) -> float:
-    """Seconds that a step takes at least, from its pieces alone."""
-    total = path = fullest = 0.0
-    for piece, cost in zip(shape.pieces, costs, strict=True):
-        again = recomputed(cost, scheme.recompute if piece.count > 1 else "none")
-        through = _seconds(cost.forward) + _seconds(cost.backward_input) + _seconds(again)
-        each = through + _seconds(cost.backward_weight)
-        total += each * piece.count
-        path += through * piece.count
-        fullest = max(fullest, each * -(-piece.count // scheme.pp))
-    return max(scheme.microbatches * max(total / scheme.pp, fullest), path)
+@dataclass(frozen=True, kw_only=True)
+class SchemeBound:
+    """What the schemes of one split take at least, from its pieces alone: work, tokens' way to their experts, and the host's launching."""
+
+    shape: Outline
+    costs: Sequence[PieceCost]
+    cluster: Cluster
+    _known: dict[object, list[tuple[int, float, float]]] = field(default_factory=dict, init=False, repr=False)
+
+    def seconds(self, scheme: Scheme) -> float:
+        """Of a step."""
+        total = path = fullest = 0.0
+        for count, each, through in self._pieces(scheme):
+            total += each * count
+            path += through * count
+            fullest = max(fullest, each * -(-count // scheme.pp))
+        return max(scheme.microbatches * max(total / scheme.pp, fullest), path)
+
+    def _pieces(self, scheme: Scheme) -> list[tuple[int, float, float]]:
+        """(how many, seconds of both passes, of these what the next stage or the one before waits for), of each piece."""
+        key = scheme.recompute, scheme.ep, scheme.routing, scheme.hidden, scheme.overlap
+        if key not in self._known:
+            self._known[key] = [self._piece(cost, piece.count, scheme) for piece, cost in zip(self.shape.pieces, self.costs, strict=True)]
+        return self._known[key]
+
+    def _piece(self, cost: PieceCost, count: int, scheme: Scheme) -> tuple[int, float, float]:
+        again, routed_s = scheme.recompute if count > 1 else "none", routed_seconds(cost, scheme, self.cluster)
+        forward = _seconds(forward_work(cost, scheme, routed_s))
+        both, inputs = (_seconds(backward_work(cost, scheme, again, routed_s, apart=apart)[0]) for apart in (False, True))
+        return count, forward + both, forward + inputs
 
 
 def _seconds(work: Work) -> float:
@@ -131,16 +150,18 @@ def _rank_bytes(stages: Sequence[_Held], scheme: Scheme, *, first: bool) -> int:
     summed = ("parameters", "gradients", "optimizer")
     held = sum(memory[kind] for memory, _ in stages for kind in summed)
     shared = max(sum(nbytes for kind, nbytes in memory.items() if kind not in summed) for memory, _ in stages)
-    return held + shared + _in_flight(scheme, first=first) * min(saved for _, saved in stages)
+    flying = _in_flight(scheme, first=first)
+    return held + shared + sum(count * saved for count, (_, saved) in zip(flying, stages, strict=True))
 
 
-def _in_flight(scheme: Scheme, *, first: bool) -> int:
-    """(stage, microbatch) pairs whose saved values the first rank, or the last, holds at once."""
+def _in_flight(scheme: Scheme, *, first: bool) -> list[int]:
+    """Of each stage of the first rank, or of the last, the microbatches whose saved values it holds at once."""
     ranks, chunks, microbatches = scheme.pp, scheme.chunks, scheme.microbatches
+    every = min(ranks, microbatches)
     if scheme.schedule == "interleaved":  # whole rounds of microbatches, and of the next one what comes before the first backward
         ahead = min(ranks - 1, max(0, microbatches - ranks))
-        return chunks * min(ranks, microbatches) + ahead if first else (chunks - 1) * min(ranks, microbatches) + 1
+        return [every + ahead, *[every] * (chunks - 1)] if first else [*[every] * (chunks - 1), 1]
     if scheme.schedule == "zb-v":
-        return min(2 * ranks - 1, microbatches) + 1 if first else 2 * min(ranks, microbatches)
+        return [min(2 * ranks - 1, microbatches), 1] if first else [every, every]
     most = {"gpipe": microbatches, "1f1b": ranks, "zb-h1": ranks, "zb-2p": 2 * ranks - 1}
-    return min(most[scheme.schedule], microbatches) if first or scheme.schedule == "gpipe" else 1
+    return [min(most[scheme.schedule], microbatches) if first or scheme.schedule == "gpipe" else 1]

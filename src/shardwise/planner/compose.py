@@ -26,7 +26,19 @@ from shardwise.program.tables import placement
 from shardwise.simulate.profile import EdgeProfile, Profile, StageProfile
 from shardwise.simulate.simulator import Mesh
 
-__all__ = ["CONTEXT_BYTES", "Scheme", "compose", "divide", "hop_seconds", "recomputed", "stage_memory", "stage_profile"]
+__all__ = [
+    "CONTEXT_BYTES",
+    "Scheme",
+    "backward_work",
+    "compose",
+    "divide",
+    "forward_work",
+    "hop_seconds",
+    "recomputed",
+    "routed_seconds",
+    "stage_memory",
+    "stage_profile",
+]
 
 _COPYING = 0.15  # of a device computes nothing while rows are copied: DeepEP's 20 of 132 multiprocessors of an H100
 _UPDATE_BYTES = 30  # read and written by the update of one number: gradient 4, states 24, new 16-bit parameter 2
@@ -306,17 +318,14 @@ class _Stage:
     def profile(self, *, splits_backward: bool) -> StageProfile:
         forward = backward = weight = Work()
         for cost, count, again in self._each():
-            gathered, routed = self._gather(cost), self._route(cost)
-            passes = 2 if again == "full" else 1  # in which tokens go to experts
-            forward += _times(self._beside(self._launched(cost, self._routed(self._shown(cost.forward), routed), 1), gathered), count)
-            inputs = self._routed(self._shown(cost.backward_input + recomputed(cost, again)), passes * routed)
-            scattered = self._scatter(cost)
+            gathered, scattered, routed = self._gather(cost), self._scatter(cost), routed_seconds(cost, self.scheme, self.cluster)
+            inputs, weights = backward_work(cost, self.scheme, again, routed, apart=splits_backward)
+            forward += _times(self._beside(forward_work(cost, self.scheme, routed), gathered), count)
             if splits_backward:
-                backward += _times(self._beside(self._launched(cost, inputs, passes), gathered), count)
-                weight += _times(self._beside(self._launched(cost, cost.backward_weight, 1), scattered), count)
+                backward += _times(self._beside(inputs, gathered), count)
+                weight += _times(self._beside(weights, scattered), count)
             else:
-                both = self._launched(cost, inputs + cost.backward_weight, passes + 1)
-                backward += _times(self._beside(both, gathered + scattered), count)
+                backward += _times(self._beside(inputs, gathered + scattered), count)
         prelude = Work()
         for cost, _, _ in self._each():
             prelude += cost.prelude
@@ -335,10 +344,6 @@ class _Stage:
             reduces=["dp"] if self.scheme.replicas > 1 else [],
             parameters=self._parameters() * self.scheme.tp,
         )
-
-    def _shown(self, work: Work) -> Work:
-        """Without the communication that products hide."""
-        return Work(compute_s=work.compute_s, communicate_s=work.communicate_s * (1 - self.scheme.hidden))
 
     # -- communication -----------------------------------------------------------------------------------------------------------------
 
@@ -364,31 +369,8 @@ class _Stage:
             total += collective_cost("all_reduce", each, held // shards, cluster, stride * shards).seconds if part else 0.0
         return total
 
-    def _route(self, cost: PieceCost) -> float:
-        """Tokens to their experts' ranks and back, s."""
-        scheme, routing = self.scheme, self.scheme.routing
-        if routing is None or scheme.ep == 1 or not cost.routed:
-            return 0.0
-        return routing_seconds(routing, cost.routed / routing.chosen, cost.row, cost.item, scheme.ep, self.cluster)
-
-    def _routed(self, work: Work, routed_s: float) -> Work:
-        """With routing, after it or beside it; what copies the rows computes nothing meanwhile."""
-        if self.scheme.routing is None or not self.scheme.routing.overlapped:
-            return work + Work(communicate_s=routed_s)
-        return self._beside(work + Work(compute_s=_COPYING * routed_s), routed_s)
-
     def _beside(self, work: Work, collective_s: float) -> Work:
-        """A collective that runs while the work does: what it takes longer, and the part that never hides."""
-        overlap = self.scheme.overlap
-        total = overlap * (work.compute_s + work.communicate_s)
-        return Work(compute_s=work.compute_s, communicate_s=work.communicate_s + max(collective_s - total, (1 - overlap) * collective_s))
-
-    def _launched(self, cost: PieceCost, work: Work, passes: int) -> Work:
-        """Not done before the host has launched it."""
-        if self.scheme.routing is None or not cost.routed:
-            return work
-        waits = passes * self.scheme.routing.launch_s - work.compute_s - work.communicate_s
-        return work + Work(compute_s=max(0.0, waits))
+        return _beside(work, collective_s, self.scheme.overlap)
 
     def _gather(self, cost: PieceCost) -> float:
         return self._by_piece("all_gather", cost, cost.parameters, cost.item) if self.scheme.zero == 3 else 0.0
@@ -503,6 +485,55 @@ def recomputed(cost: PieceCost, recompute: str) -> Work:
         "full": cost.forward,
     }
     return again[recompute]
+
+
+def routed_seconds(cost: PieceCost, scheme: Scheme, cluster: Cluster) -> float:
+    """Of a microbatch's tokens on their way to their experts' ranks and back, once."""
+    routing = scheme.routing
+    if routing is None or scheme.ep == 1 or not cost.routed:
+        return 0.0
+    return routing_seconds(routing, cost.routed / routing.chosen, cost.row, cost.item, scheme.ep, cluster)
+
+
+def forward_work(cost: PieceCost, scheme: Scheme, routed_s: float) -> Work:
+    """A piece's forward pass, ZeRO's messages not counted. routed_s: of `routed_seconds`."""
+    return _launched(cost, _routed(_shown(cost.forward, scheme), routed_s, scheme), 1, scheme)
+
+
+def backward_work(cost: PieceCost, scheme: Scheme, recompute: str, routed_s: float, *, apart: bool) -> tuple[Work, Work]:
+    """A piece's backward pass, (inputs' part with what is computed again, weights' part), ZeRO's messages not counted. apart: whether the
+    two are run by themselves; else the first is both."""
+    passes = 2 if recompute == "full" else 1  # in which tokens go to experts
+    inputs = _routed(_shown(cost.backward_input + recomputed(cost, recompute), scheme), passes * routed_s, scheme)
+    if apart:
+        return _launched(cost, inputs, passes, scheme), _launched(cost, cost.backward_weight, 1, scheme)
+    return _launched(cost, inputs + cost.backward_weight, passes + 1, scheme), Work()
+
+
+def _shown(work: Work, scheme: Scheme) -> Work:
+    """Without the communication that products hide."""
+    return Work(compute_s=work.compute_s, communicate_s=work.communicate_s * (1 - scheme.hidden))
+
+
+def _routed(work: Work, routed_s: float, scheme: Scheme) -> Work:
+    """With routing, after it or beside it; what copies the rows computes nothing meanwhile."""
+    if scheme.routing is None or not scheme.routing.overlapped:
+        return work + Work(communicate_s=routed_s)
+    return _beside(work + Work(compute_s=_COPYING * routed_s), routed_s, scheme.overlap)
+
+
+def _beside(work: Work, collective_s: float, overlap: float) -> Work:
+    """A collective that runs while the work does: what it takes longer, and the part that never hides."""
+    total = overlap * (work.compute_s + work.communicate_s)
+    return Work(compute_s=work.compute_s, communicate_s=work.communicate_s + max(collective_s - total, (1 - overlap) * collective_s))
+
+
+def _launched(cost: PieceCost, work: Work, passes: int, scheme: Scheme) -> Work:
+    """Not done before the host has launched it."""
+    if scheme.routing is None or not cost.routed:
+        return work
+    waits = passes * scheme.routing.launch_s - work.compute_s - work.communicate_s
+    return work + Work(compute_s=max(0.0, waits))
 
 
 def _times(work: Work, count: float) -> Work:

@@ -13,22 +13,23 @@ done so much work, or when its time is over; the smallest bound of what was not 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from heapq import heapify, heappop, heappush
 from math import log
 
 from shardwise.cluster.model import Cluster
 from shardwise.cost.collectives import collective_cost
-from shardwise.cost.routing import Routing, routing_seconds
+from shardwise.cost.routing import Routing
 from shardwise.errors import LayoutError
-from shardwise.planner.bounds import least_memory, memory_bound, perfect, profile_bound, scheme_bound
+from shardwise.planner.bounds import SchemeBound, least_memory, memory_bound, perfect, profile_bound
 from shardwise.planner.compose import CONTEXT_BYTES, Scheme, compose, recomputed
 from shardwise.planner.estimate import waiting_share
 from shardwise.planner.estimator import FULL_MEMORY
 from shardwise.planner.lacking import lacking
-from shardwise.planner.pieces import Outline, PieceCost
+from shardwise.planner.pieces import Outline, PieceCost, Work
 from shardwise.planner.space import Pins, Space, Split, layout_text
 from shardwise.planner.twins import Twin, TwinLayout
 from shardwise.program.tables import splits_backward
@@ -39,11 +40,11 @@ __all__ = ["Found", "Parts", "ScaleSearch", "Searched"]
 
 _LOWERED, _COMPOSED, _SIMULATED = 5, 60, 16  # splits, schemes of each and steps, where no time is given
 _SLOTS = 40_000  # computations of all simulated steps together, where no time is given
+_COMPARED = 4  # steps at least, of other sizes than the best, that are simulated to say what it gains
 _AHEAD, _AT_ONCE = 30, 1  # schemes put together before the best few of them are simulated, to have something to compare with
 _HOPELESS = 1.02  # times the best: an estimate is not further off than that
 _ALIKE = 0.005  # of a step: estimates that promise about as much
 _USUAL_TP = 8
-_AGAIN, _GATHERED = 1.15, 1.5  # times what it takes: a step that must compute again, or gather parameters
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -228,15 +229,16 @@ class ScaleSearch:
         """Whether the devices would hold parameters, gradients and states if nothing else were there and nothing twice."""
         return self.twin.state_bytes(Scheme()) <= self.cluster.ranks * (self.limit_bytes - CONTEXT_BYTES)
 
-    def composed(self, scheme: Scheme, samples: int) -> Profile:
-        """What the layout's stages take. Raises LayoutError where there are more stages than parts."""
-        shape, costs = self.pieces(Split(tp=scheme.tp, cp=scheme.cp, ep=scheme.ep, samples=samples))
+    def composed(self, scheme: Scheme, samples: int, pieces: tuple[Outline, tuple[PieceCost, ...]] | None = None) -> Profile:
+        """What the layout's stages take. Raises LayoutError where there are more stages than parts. pieces: those that it is put
+        together of, its split's where not given."""
+        shape, costs = pieces or self.pieces(Split(tp=scheme.tp, cp=scheme.cp, ep=scheme.ep, samples=samples))
         return compose(shape, costs, scheme, self.cluster, splits_backward=splits_backward(scheme.schedule))
 
-    def bounded(self, scheme: Scheme, samples: int) -> Found | None:
-        """A scheme with its bounds; None where the model has too few parts for it."""
+    def bounded(self, scheme: Scheme, samples: int, pieces: tuple[Outline, tuple[PieceCost, ...]] | None = None) -> Found | None:
+        """A scheme with its bounds; None where the model has too few parts for it. pieces: as of `composed`."""
         try:
-            profile = self.composed(scheme, samples)
+            profile = self.composed(scheme, samples, pieces)
         except LayoutError:
             return None
         bound = profile_bound(profile, scheme)
@@ -313,6 +315,22 @@ def _bubble(profile: Profile, scheme: Scheme) -> float:
     return (scheme.pp - 1) * max(0.0, last[scheme.schedule]) * 0.5
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Guess:
+    """A split that was not lowered. bound_s: no scheme of it takes less; pieces: as they are expected to be; meshes: (dp, pp) and
+    seconds that a step is expected to take on each where memory does not bind, the fastest first."""
+
+    split: Split
+    bound_s: float
+    pieces: tuple[Outline, tuple[PieceCost, ...]]
+    meshes: list[tuple[float, tuple[int, int]]]
+
+    @property
+    def expected_s(self) -> float:
+        """At best."""
+        return self.meshes[0][0]
+
+
 @dataclass(kw_only=True)
 class _Branching:
     """One search. result: so far; end_s: when its time is over; open: schemes that were put together and may be the best."""
@@ -333,47 +351,80 @@ class _Branching:
         first = next((each for each in usual if each.samples == fewest and self.search.may_fit(each)), None)
         if first is None:  # more samples take no less
             return result
-        self._examine(first)
-        if not result.lowered:
-            first = Split(samples=self.search.largest)
-        for bound, split in self._ordered(first, [each for each in splits if each != first]):
-            if bound >= result.best_s:
+        guesses = self._guesses(self._lowered(replace(first, ep=self.search.most_ep)), splits)
+        waiting = [(guess.expected_s, False, number) for number, guess in enumerate(guesses)]
+        heapify(waiting)
+        while waiting:
+            _, closely, number = heappop(waiting)
+            guess = guesses[number]
+            if guess.bound_s >= result.best_s:
                 continue
             if self._spent():
-                result.left(bound)
-            else:
-                self._examine(split)
+                result.left(guess.bound_s)
+            elif closely:
+                self._examine(guess.split)
+            elif (expected_s := self._expected(guess)) < float("inf") or self.search.may_fit(guess.split):
+                heappush(waiting, (expected_s, True, number))
         for each in self._simulate(self.open, _AT_ONCE, finely=True):
             result.left(each.bound_s)
+        self._compare()
         result.lower_s = min(result.lower_s, result.best_s)
         result.seconds = time.monotonic() - start_s
         return result
 
     # -- which splits ------------------------------------------------------------------------------------------------------------------
 
-    def _ordered(self, first: Split, splits: Sequence[Split]) -> list[tuple[float, Split]]:
-        """(bound, split), the most promising first. first: one that was lowered, whose kernels are small."""
+    def _lowered(self, first: Split) -> Split:
+        """A split with small kernels that can be lowered."""
+        with suppress(LayoutError):
+            self.search.pieces(first)
+            return first
+        return Split(samples=self.search.largest, ep=self.search.most_ep)
+
+    def _guesses(self, first: Split, splits: Sequence[Split]) -> list[_Guess]:
+        """What is expected of splits that are not lowered. first: one whose kernels are small, with as few experts as can be."""
         search = self.search
         most = Split(samples=search.largest, ep=search.most_ep)
-        shape, whole = search.pieces(most)
-        each, beside = self._kernels(most, first)
-        perfectly = self._computing(most) / most.samples
+        _, whole = search.pieces(most)
+        slower = self._slower(first)
+        sent_bytes = max(cost.sent for cost in whole) / most.samples
         found = []
         for split in splits:
-            _, costs = search.perfect(split)
-            meshes = [self._plain(split, dp, pp) for dp, pp in search.space.meshes(split)]
-            bound = min(scheme_bound(shape, costs, scheme) for scheme in meshes)
-            slower = (each + beside * split.cp / split.samples) / perfectly
-            talk = _talk(search.cluster, split, max(cost.sent for cost in whole) * split.samples / most.samples) * shape.blocks
-            talk += _routed(search.routing, search.cluster, shape, costs, split)
-            talk += self._expert_s * _experts(shape, costs)
-            expected = min(self._expected(shape, costs, scheme, slower, talk) for scheme in meshes)
-            found.append((expected, bound, split))
-        return [(bound, split) for _, bound, split in sorted(found, key=lambda each: each[0])]
+            shape, costs = search.perfect(split)
+            talk_s = _talk(search.cluster, split, sent_bytes * split.samples)
+            likely = tuple(
+                _likely(cost, slower(split), talk_s if piece.count > 1 else 0.0, self._expert_s * cost.experts)
+                for piece, cost in zip(shape.pieces, costs, strict=True)
+            )
+            least, expected = (SchemeBound(shape=shape, costs=given, cluster=search.cluster) for given in (costs, likely))
+            meshes = [(mesh, self._plain(split, *mesh)) for mesh in search.space.meshes(split)]
+            promises = sorted((expected.seconds(plain) * (1 + (plain.pp - 1) / plain.microbatches / 3), mesh) for mesh, plain in meshes)
+            bound_s = min(least.seconds(plain) for _, plain in meshes)
+            found.append(_Guess(split=split, bound_s=bound_s, pieces=(shape, likely), meshes=promises))
+        return found
 
     def _plain(self, split: Split, dp: int, pp: int) -> Scheme:
         microbatches = self.search.global_batch // (dp * split.samples)
-        return Scheme(dp=dp, tp=split.tp, pp=pp, cp=split.cp, microbatches=microbatches)
+        return Scheme(dp=dp, tp=split.tp, pp=pp, cp=split.cp, ep=split.ep, routing=self.search.routing, microbatches=microbatches)
+
+    def _expected(self, guess: _Guess) -> float:
+        """Seconds that the best scheme of a split is expected to take; infinite where none of the usual ones fits."""
+        search, (shape, costs) = self.search, guess.pieces
+        best_s = float("inf")
+        bound = SchemeBound(shape=shape, costs=costs, cluster=search.cluster)
+        for promise_s, mesh in guess.meshes:
+            if promise_s >= best_s:
+                break
+            schemes = list(search.space.schemes(guess.split, mesh))
+            most = max((each.chunks for each in schemes if each.schedule == "interleaved"), default=1)
+            usual = [each for each in schemes if (each.schedule, each.chunks) in (("1f1b", 1), ("interleaved", most))] or schemes
+            for promise_s, scheme in sorted(((bound.seconds(each) * _outlook(each), each) for each in usual), key=lambda each: each[0]):
+                if promise_s >= best_s:
+                    break
+                if self._may_fit(shape, costs, scheme):
+                    found = search.bounded(scheme, guess.split.samples, guess.pieces)
+                    best_s = min(best_s, found.estimate_s if found else best_s)
+        return best_s
 
     @cached_property
     def _expert_s(self) -> float:
@@ -384,39 +435,29 @@ class _Branching:
         more = _experts(*self.search.pieces(all_of)) - _experts(*self.search.pieces(fewest))
         return max(0.0, self._computing(all_of) - self._computing(fewest)) / more if more else 0.0
 
-    def _kernels(self, most: Split, first: Split) -> tuple[float, float]:
-        """Seconds of computing that a sample takes and that a microbatch takes beside, on one rank, as two splits have it: reading weights
-        and adding up their gradients take as long for one sample as for many. Without what experts take that the second holds beside those
-        of the first."""
-        times = [self._computing(split) for split in (most, first)]
-        more = _experts(*self.search.pieces(first)) - _experts(*self.search.pieces(most))
-        times[1] = max(0.0, times[1] - self._expert_s * max(0, more))
-        share = first.samples / (first.tp * first.cp)
-        determinant = most.samples / first.tp - share
-        beside = (times[1] * most.samples - times[0] * share) / determinant if determinant > 0 else 0.0
-        beside = min(max(0.0, beside), 0.5 * times[0])
-        return (times[0] - beside) / most.samples, beside
+    def _slower(self, first: Split) -> Callable[[Split], float]:
+        """How many times as long kernels take as their share of those of the largest microbatch on one rank, from three splits with as few
+        experts as can be: reading weights and adding up their gradients take as long for one sample as for many, and each cut of kernels
+        into parts makes them slower by as much. first: the one with small kernels."""
+        most = replace(first, tp=1, cp=1, samples=self.search.largest)
+        large, thin, small = (self._computing(split) for split in (most, replace(first, tp=1, cp=1), first))
+        times = most.samples - first.samples
+        beside = (thin * most.samples - large * first.samples) / times if times else 0.0
+        beside = min(max(0.0, beside), 0.5 * large)
+        cut = max(0.0, small * first.tp - thin) / (first.tp - 1) if first.tp > 1 else 0.0
+        each, perfectly = (large - beside) / most.samples, large / most.samples
+        return lambda split: (each + (beside + cut * (split.tp - 1)) * split.cp / split.samples) / perfectly
 
     def _computing(self, split: Split) -> float:
         shape, costs = self.search.pieces(split)
         works = [cost.forward + cost.backward_input + cost.backward_weight for cost in costs]
         return sum(work.compute_s * piece.count for work, piece in zip(works, shape.pieces, strict=True))
 
-    def _expected(self, shape: Outline, costs: Sequence[PieceCost], scheme: Scheme, slower: float, talk_s: float) -> float:
-        """Seconds that a step is expected to take on a mesh: longer where parameters and gradients, or what the microbatches in flight
-        keep, too, do not fit, since something must then be computed again, or gathered."""
-        numbers = sum(cost.parameters * piece.count for cost, piece in zip(costs, shape.pieces, strict=True))
-        saved = sum(cost.held.kept("none", "all") * piece.count for cost, piece in zip(costs, shape.pieces, strict=True))
-        held = numbers * 6 / scheme.pp
-        crowded = _GATHERED if held > self.search.limit_bytes else _AGAIN if held + saved > self.search.limit_bytes else 1.0
-        work = scheme_bound(shape, costs, scheme) * slower + talk_s * scheme.microbatches / scheme.pp
-        return crowded * work * (1 + (scheme.pp - 1) / scheme.microbatches / 3)
-
     def _spent(self) -> bool:
         """Whether the work or the time is used up; never before something was found, or everything was tried once."""
         result = self.result
         if self.search.budget_s is not None:
-            return time.monotonic() > self.end_s
+            return bool(result.found) and time.monotonic() > self.end_s
         lowered = _LOWERED * (1 if self.search.most_ep == 1 else 2)  # of models with experts there are as many times more
         return bool(result.found) and (result.lowered >= lowered or result.simulated >= _SIMULATED or result.slots >= _SLOTS)
 
@@ -425,25 +466,24 @@ class _Branching:
     def _examine(self, split: Split) -> None:
         """Puts schemes together, the most promising first, and simulates those that may be the best."""
         search, result = self.search, self.result
-        if not search.may_fit(split):
-            return
         try:
             shape, costs = search.pieces(split)
         except LayoutError:
             return
         result.lowered += 1
-        bounds = [(scheme_bound(shape, costs, scheme), scheme) for scheme in search.space.schemes(split)]
+        least = SchemeBound(shape=shape, costs=costs, cluster=search.cluster)
+        bounds = [(least.seconds(scheme), scheme) for scheme in search.space.schemes(split)]
         waiting: list[Found] = []
-        composed = 0
+        composed, simulated = 0, result.simulated
         for bound, scheme in sorted(bounds, key=lambda each: each[0] * _outlook(each[1])):
             if bound >= result.best_s:
                 continue
-            if self._enough(composed, waiting) and not self._wanted(shape, costs, scheme, waiting):
+            if self._enough(composed, waiting) and (waiting or result.simulated > simulated or not self._may_fit(shape, costs, scheme)):
                 result.left(bound)
                 continue
             found = search.bounded(scheme, split.samples)
             composed += 1
-            if found is not None and self._fits(found):
+            if found is not None and self._fits(found) and (composed <= _COMPOSED or self._fits(search.held(found))):
                 waiting.append(found)
             if composed % _AHEAD == 0:
                 waiting = self._simulate(waiting, _AT_ONCE)
@@ -456,10 +496,7 @@ class _Branching:
             return composed >= _COMPOSED
         return time.monotonic() > self.end_s and bool(waiting or self.result.found)
 
-    def _wanted(self, shape: Outline, costs: Sequence[PieceCost], scheme: Scheme, waiting: Sequence[Found]) -> bool:
-        """Whether a scheme is put together all the same: it may fit, and nothing did."""
-        if waiting or self.result.found:
-            return False
+    def _may_fit(self, shape: Outline, costs: Sequence[PieceCost], scheme: Scheme) -> bool:
         with suppress(LayoutError):
             return least_memory(shape, costs, scheme, self.search.cluster) <= self.search.limit_bytes
         return False
@@ -480,13 +517,29 @@ class _Branching:
                 return [other for other in ordered[place:] if other.bound_s < result.best_s]
             if not self._fits(self.search.held(each)):
                 continue
-            step = self.search.simulated(each)
+            self._play(each)
             most -= 1
-            result.simulated += 1
-            result.slots += _slots(each)
-            result.considered[step.scheme, step.samples] = step
-            result.found = sorted([*result.found, step], key=lambda found: found.seconds)
         return []
+
+    def _compare(self) -> None:
+        """Simulates the most promising of other sizes until there are a few steps to compare the best with."""
+        result, limit = self.result, self.search.limit_bytes
+        others = [each for each in result.considered.values() if each.step_time_s is None and each.memory_bytes <= limit]
+        seen = {(each.split, each.scheme.dp, each.scheme.pp) for each in result.found}
+        for each in sorted(others, key=lambda other: other.estimate_s):
+            sizes = each.split, each.scheme.dp, each.scheme.pp
+            if not result.found or len(result.found) >= _COMPARED or self._late():
+                return
+            if sizes not in seen and self._fits(self.search.held(each)):
+                seen.add(sizes)
+                self._play(each)
+
+    def _play(self, each: Found) -> None:
+        result, step = self.result, self.search.simulated(each)
+        result.simulated += 1
+        result.slots += _slots(each)
+        result.considered[step.scheme, step.samples] = step
+        result.found = sorted([*result.found, step], key=lambda found: found.seconds)
 
     def _late(self) -> bool:
         return time.monotonic() > self.end_s
@@ -515,6 +568,21 @@ def _outlook(scheme: Scheme) -> float:
     return (1 + waits) * (1 + 0.05 * max(0, scheme.zero - 1))
 
 
+def _likely(cost: PieceCost, slower: float, talk_s: float, beside_s: float) -> PieceCost:
+    """A piece whose kernels take so many times as long, which communicates in both passes, and which takes so many seconds beside."""
+
+    def work(each: Work, talk_s: float = 0.0, beside_s: float = 0.0) -> Work:
+        return Work(compute_s=each.compute_s * slower + beside_s, communicate_s=talk_s)
+
+    return replace(
+        cost,
+        forward=work(cost.forward, talk_s / 2, beside_s / 3),
+        backward_input=work(cost.backward_input, talk_s / 2, beside_s / 3),
+        backward_weight=work(cost.backward_weight, beside_s=beside_s / 3),
+        light=work(cost.light, talk_s / 2),
+    )
+
+
 def _talk(cluster: Cluster, split: Split, sent_bytes: float) -> float:
     """Seconds that a block is expected to communicate in a microbatch: tp gathers and scatters what the block is given four times each way
     (Korthikanti et al. 2022, section 4.2), cp the keys and values of attention."""
@@ -523,15 +591,3 @@ def _talk(cluster: Cluster, split: Split, sent_bytes: float) -> float:
     whole = 2 * sent_bytes / split.tp
     context = 1.5 * sum(collective_cost(kind, whole, split.cp, cluster, split.tp).seconds for kind in ("all_gather", "reduce_scatter"))
     return tensor + context
-
-
-def _routed(routing: Routing | None, cluster: Cluster, shape: Outline, costs: Sequence[PieceCost], split: Split) -> float:
-    """Seconds in which a microbatch's tokens are expected to go to their experts and back, in both passes."""
-    if routing is None or split.ep == 1:
-        return 0.0
-    tokens = [cost.routed / routing.chosen for cost in costs]
-    return sum(
-        2 * piece.count * routing_seconds(routing, each, cost.row, cost.item, split.ep, cluster)
-        for piece, cost, each in zip(shape.pieces, costs, tokens, strict=True)
-        if each
-    )

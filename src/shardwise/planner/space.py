@@ -181,7 +181,7 @@ class Space:
                             pp=pp,
                             cp=split.cp,
                             ep=split.ep,
-                            routing=self.routing if split.ep > 1 else None,
+                            routing=self.routing,
                             chunks=chunks,
                             microbatches=microbatches,
                             schedule=schedule,
