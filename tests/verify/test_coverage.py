@@ -144,6 +144,15 @@ def test_a_model_that_is_not_deterministic_is_refused() -> None:
         coverage(*net(Counting()), layouts=("tp=2",))
 
 
+def test_gradients_that_are_not_finite_on_one_device_are_named() -> None:
+    class Steep(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return (0 * x).square().sum(1, keepdim=True).sqrt() + x
+
+    with pytest.raises(VerifyError, match=r"^Net has gradients that are not finite on one device in float32, of up\.weight first"):
+        coverage(*net(Steep()), layouts=("tp=2",))
+
+
 def test_a_bug_of_ours_fails_its_layout_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     def lowered(reference: object, plan: Plan, *more: object) -> object:
         assert plan.tp == 1, "two things that should be equal are not"

@@ -203,13 +203,18 @@ def _eager(model: nn.Module, batch: Mapping[str, Any], loss: Loss | None, seed: 
 
 
 def _repeatable(model: nn.Module, batch: Mapping[str, Any], loss: Loss | None, seed: int, precision: Precision) -> Step:
-    """The model's own step. Raises VerifyError when a second one under the same seed differs."""
+    """The model's own step. Raises VerifyError when a second one under the same seed differs, or its gradients are not finite."""
     first, second = (_watched(model, lambda: _eager(model, batch, loss, seed, precision)) for _ in range(2))
     step, again = first[0], second[0]
     floor = 1e-3 * gradient_norm(step.gradients)
     same_loss = abs(step.loss - again.loss) <= FLOAT32_BOUND * abs(step.loss) or step.loss != step.loss
     if same_loss and all(relative_error(again.gradients[name], g, floor) <= FLOAT32_BOUND for name, g in step.gradients.items()):
         return step
+    if wrong := [name for name, gradient in step.gradients.items() if not gradient.isfinite().all()]:
+        raise VerifyError(
+            f"{type(model).__name__} has gradients that are not finite on one device in {precision}, of {wrong[0]} first: nothing can be "
+            "compared with them. Look at what overflows there (masks of the smallest number, sums), or take another precision"
+        )
     names = {module: name or type(model).__name__ for name, module in reversed(list(model.named_modules()))}
     differs = next((names[module] for (module, a), (_, b) in zip(first[1], second[1], strict=False) if a != b), type(model).__name__)
     raise VerifyError(
