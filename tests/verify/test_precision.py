@@ -170,6 +170,30 @@ class Mixed(nn.Module):
         return nn.functional.mse_loss(self.linear(x + torch.ones(8)), y)
 
 
+class Asking(nn.Module):
+    """Its code asks for a value, so the model around it is run on values."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x if x.sum() > 100 else 2 * x
+
+
+class Around(Mixed):
+    def __init__(self) -> None:
+        super().__init__()
+        self.asking = Asking()
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return super().forward(self.asking(x), y)
+
+
+def test_a_model_that_does_not_run_in_16_bits_is_refused_with_the_place() -> None:
+    batch = {"x": torch.randn(4, 8), "y": torch.randn(4, 8)}
+    with pytest.raises(
+        CaptureError, match=r"precision='bf16': the model does not run in it \(.*test_precision\.py:\d+\): RuntimeError: .*; cast"
+    ):
+        capture(Around(), batch, precision="bf16")
+
+
 def test_a_mixture_that_no_cast_of_buffers_helps_is_refused_with_the_place() -> None:
     batch = {"x": torch.randn(4, 8), "y": torch.randn(4, 8)}
     with pytest.raises(CaptureError, match=r"precision='bf16': aten.linear.default in linear is given bfloat16 and float32; cast there"):

@@ -65,17 +65,25 @@ def _in_precision(
 ) -> Graph:
     """What is captured of the model and batch as they compute in the precision; buffers in 16 bits only where an operator needs that."""
     for buffers in (False, True):
-        graph = captured(*in_precision(model, batch, precision, buffers=buffers))
+        low, inputs = in_precision(model, batch, precision, buffers=buffers)
+        try:
+            graph = captured(low, inputs)
+        except RuntimeError as error:
+            if precision == "float32":
+                raise
+            refused, mixing = _NotFollowed.from_traceback(low, error), None
+            continue
         graph.precision = precision
         mixing = next((op for op in graph.ops if mixes(op.name, (value.dtype for value in op.inputs))), None)
         if mixing is None or precision == "float32":
             return graph
-    assert mixing is not None
+    if mixing is None:
+        raise CaptureError(f"precision={precision!r}: the model does not run in it ({refused.place}): {refused}; {_CAST}")
     kinds = " and ".join(sorted({str(v.dtype).removeprefix("torch.") for v in mixing.inputs if v.dtype.is_floating_point}))
-    raise CaptureError(
-        f"precision={precision!r}: {mixing.name} in {mixing.module or 'the model'} is given {kinds}; cast there what is float32 on purpose "
-        "(`.to(x.dtype)`), or use precision='float32'"
-    )
+    raise CaptureError(f"precision={precision!r}: {mixing.name} in {mixing.module or 'the model'} is given {kinds}; {_CAST}")
+
+
+_CAST = "cast there what is float32 on purpose (`.to(x.dtype)`), or use precision='float32'"
 
 
 def capture_inference(
