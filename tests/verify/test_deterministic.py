@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from tests.clusters import made_up
-from tests.models import Example, bert, gpt2, llama, unet
+from tests.models import Example, bert, gpt2, llama, mixtral, unet
 from tests.program.support import Built, build
 from tests.verify.test_experts_over_data import example as experts
 from torch import Tensor
@@ -143,6 +143,7 @@ ON_PROCESSES: list[tuple[Callable[[], Example], str, str]] = [
     *((dropping, "dp=3,zero=0,microbatches=1", impl) for impl in ("native", "exchange")),
     (dropping, "tp=2,pp=2,microbatches=4,schedule=zb-v", "exchange"),
     (short, "dp=2,cp=2,attention=ring,microbatches=1", "native"),
+    (partial(mixtral, layers=1, hidden=32, sequence=16), "dp=2,ep=2,zero=1,microbatches=1", "native"),
 ]
 
 
