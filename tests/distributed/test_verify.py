@@ -111,9 +111,9 @@ def test_a_mean_over_the_local_count_is_found(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_a_dropped_gradient_reduction_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("shardwise.runtime.gradients.Gradients.early", lambda self: {})
+    monkeypatch.setattr("shardwise.runtime.gradients.Gradients.start", lambda self, number: None)
     monkeypatch.setattr("shardwise.runtime.gradients.Gradients.reduce", lambda self: None)
-    report = verified(mlp(), 2, "dp=2")
+    report = verified(mlp(), 2, "dp=2,zero=0")
     assert not report.ok and report.first_difference == "gradient of net.0.weight"
     copies = {each.name: each.error for each in report.differences if each.name.startswith("copies of")}
     assert all(error > 0 for error in copies.values()), "the ranks' copies differ, too"

@@ -57,7 +57,7 @@ def run(layout: str) -> Trained:
 
 @pytest.fixture(scope="module")
 def whole() -> Trained:
-    return run("dp=2,microbatches=1")
+    return run("dp=2,microbatches=1,zero=0")
 
 
 @pytest.mark.parametrize(

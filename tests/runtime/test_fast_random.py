@@ -188,7 +188,7 @@ class Linear(nn.Module):
         return F.dropout(self.layer(x), 0.5).mean()
 
 
-@pytest.mark.parametrize("layout", ["dp=2,microbatches=2", "tp=2"])
+@pytest.mark.parametrize("layout", ["dp=2,microbatches=2,zero=0", "tp=2"])
 def test_forward_and_backward_see_one_mask(layout: str) -> None:
     torch.manual_seed(0)
     example: Model = (Linear(), {"x": torch.randn(8, 16)})

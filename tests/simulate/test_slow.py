@@ -221,7 +221,7 @@ def plan_on(cluster: Cluster, layout: str) -> sw.Plan:
 @pytest.fixture(scope="module")
 def planned() -> tuple[Cluster, sw.Plan]:
     cluster = Cluster.parse("h100:2x2, 25 GbE")
-    return cluster, plan_on(cluster, "tp=2,pp=2,microbatches=2")
+    return cluster, plan_on(cluster, "tp=2,pp=2,microbatches=2,schedule=1f1b,zero=0")
 
 
 @pytest.mark.parametrize("levels", [{"network": 0.5}, {"cluster": 0.3, "node": 0.1}])
@@ -230,7 +230,7 @@ def test_slow_levels_are_those_of_a_plan_on_slower_links(planned: tuple[Cluster,
     cluster, plan = planned
     found = sw.simulate(sw.Plan.parse(plan.model_dump_json()), Slow(levels=levels))
     assert cluster.machines is not None
-    expected = plan_on(replace(cluster, machines=cluster.machines.slowed(levels)), "tp=2,pp=2,microbatches=2")
+    expected = plan_on(replace(cluster, machines=cluster.machines.slowed(levels)), "tp=2,pp=2,microbatches=2,schedule=1f1b,zero=0")
     assert expected.operators == plan.operators and expected.stages == plan.stages
     assert found.step_time_s == pytest.approx(sw.simulate(expected).step_time_s, rel=1e-9)
     assert found.step_time_s > sw.simulate(plan).step_time_s

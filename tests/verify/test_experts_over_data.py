@@ -427,7 +427,7 @@ def test_an_edited_plan_cannot_split_rows_at_their_experts() -> None:
     key = next(op.key for op in prepare(*given).graph.ops if op.name == "shardwise.expert_mm")
     with pytest.raises(PlanError, match=r"s are the rows that ep takes to their experts: tp cannot split them; choose another, I or R$"):
         preflight(plan.model_copy(update={"operators": plan.operators | {key: "s"}}), prepare(*given).graph)
-    halves = planned(given, "dp=2,ep=2,pp=2,microbatches=2")
+    halves = planned(given, "dp=2,ep=2,pp=2,microbatches=2,schedule=1f1b")
     body = [op.key for op in prepare(*given).graph.ops]
     with pytest.raises(PlanError, match=r"^stages 0 and 1 part what is done to rows at the experts that .* names; let the later one begin"):
         preflight(halves.model_copy(update={"stages": [halves.stages[0], body[body.index(key) + 1]]}), prepare(*given).graph)
