@@ -128,6 +128,9 @@ def _write_through_detached(graph: fx.Graph) -> None:
     for node in list(graph.nodes):
         if not _mutates(node) or not node.args or not isinstance(node.args[0], fx.Node):
             continue
+        first = node.target._schema.arguments[0].alias_info
+        if first is None or not first.is_write:  # `out=`, which is another argument
+            continue
         views, source = [], node.args[0]
         while _is_view(source) and isinstance(source.args[0], fx.Node):
             views.append(source)
