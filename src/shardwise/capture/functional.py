@@ -126,11 +126,8 @@ def _detach(graph: fx.Graph, node: fx.Node, users: set[fx.Node]) -> None:
 def _write_through_detached(graph: fx.Graph) -> None:
     """x.detach().op_(…) as x.op_(…) in a region without gradient."""
     for node in list(graph.nodes):
-        if not _mutates(node) or not node.args or not isinstance(node.args[0], fx.Node):
-            continue
-        first = node.target._schema.arguments[0].alias_info
-        if first is None or not first.is_write:  # `out=`, which is another argument
-            continue
+        if not _mutates(node) or _out_of_place(node) is None or not isinstance(node.args[0], fx.Node):
+            continue  # among them what writes to `out=`, not to its first argument
         views, source = [], node.args[0]
         while _is_view(source) and isinstance(source.args[0], fx.Node):
             views.append(source)
