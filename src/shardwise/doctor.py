@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict
 from rich.table import Table
 
 from shardwise.cluster.machine import available_cores, available_memory_bytes
-from shardwise.cluster.rates import CollectiveRate, Rates
+from shardwise.cluster.rates import DISTURBED, CollectiveRate, Rates
 from shardwise.errors import ShardwiseError
 
 __all__ = ["Finding", "examine", "table"]
@@ -24,7 +24,6 @@ _REQUIRED = ("torch", "highspy", "numpy", "plotly", "psutil", "pydantic", "rich"
 _OPTIONAL = ("transformers", "safetensors")
 _LEAST_MEMORY_BYTES = 2 * 10**9
 _MEASURED = "local:2"
-_DISTURBED = 1.2
 
 
 class Finding(BaseModel):
@@ -134,8 +133,8 @@ def _figures() -> list[Finding]:
 
 def _compute(rates: Rates) -> list[Finding]:
     size, streamed_bytes = 1024, 2.0**26
-    disturbed = rates.contention > _DISTURBED
-    problem = f"measured {rates.contention:.2f} × slower than alone, over {_DISTURBED}: other processes disturbed it" if disturbed else None
+    told = f"measured {rates.contention:.2f} × slower than alone, over {DISTURBED}: other processes disturbed it"
+    problem = told if rates.disturbed else None
     return [
         Finding(
             group="measured",

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import time
 from functools import partial
 from pathlib import Path
@@ -67,6 +68,28 @@ def test_figures_are_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert probe.local_rates(2, directory=tmp_path / "new") == _rates(3.0)
     assert asked == [2, 3, 2]
     assert len(list((tmp_path / "new").iterdir())) == 2
+
+
+def test_disturbed_figures_are_measured_again_when_they_are_old(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    contention = iter((7.0, 9.0, 3.0, 1.1))
+    monkeypatch.setattr(probe, "measure", lambda _ranks: _rates(1.0).model_copy(update={"contention": next(contention)}))
+
+    def found(age_s: float) -> float:
+        if (path := probe.cache_file(2, tmp_path)).exists():
+            os.utime(path, (path.stat().st_atime, path.stat().st_mtime - age_s))
+        return probe.local_rates(2, directory=tmp_path).contention
+
+    assert [found(0), found(600), found(600)] == [7.0, 7.0, 7.0]  # the third was measured, and was worse
+    assert [found(600), found(0), found(600)] == [7.0, 7.0, 3.0]
+    assert [found(1000), found(1e6)] == [1.1, 1.1]
+
+
+def test_a_rank_takes_disturbed_figures_for_it_cannot_measure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = probe.cache_file(2, tmp_path)
+    path.write_text(_rates(1.0).model_copy(update={"contention": 7.0}).model_dump_json())
+    os.utime(path, (0, 0))
+    monkeypatch.setattr(probe.dist, "is_initialized", lambda: True)
+    assert probe.local_rates(2, directory=tmp_path).contention == 7.0
 
 
 @pytest.mark.parametrize("damage", ["", "{}", '{"matmul": 3}'])

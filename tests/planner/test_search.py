@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 from tests.clusters import made_up
@@ -44,6 +45,13 @@ def test_an_explanation_fits_a_terminal(example: Callable[..., Example]) -> None
     for word in ("Layout  dp=", "Predicted", "memory at most", "Why not", "Planned in"):
         assert word in text
     assert ("One microbatch only: " in text) is (example is unet)
+
+
+def test_figures_that_other_processes_disturbed_are_told() -> None:
+    quiet = made_up(2)
+    busy = replace(quiet, rates=quiet.rates.model_copy(update={"contention": 2.5}))
+    found = [str(sw.plan(*mlp(), cluster)) for cluster in (quiet, busy)]
+    assert ["2.5 × slowed down by other processes" in " ".join(text.split()) for text in found] == [False, True]
 
 
 def test_what_is_considered_is_ranked_and_explained() -> None:

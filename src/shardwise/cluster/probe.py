@@ -1,13 +1,14 @@
 """Measures this machine with as many real ranks as a plan would use, once, and keeps the figures.
 
-    local_rates(ranks) ── kept? ── yes ─▶ Rates
+    local_rates(ranks) ── kept, and not disturbed? ── yes ─▶ Rates
                              └──── no ──▶ measure(ranks): N ranks start
                                             min(N, cores) of them compute, all at once   → rates of one rank
                                             all N communicate, by groups of every size   → collectives
                                           ─▶ keep as JSON
 
 Computing is measured on as many ranks as there are cores: where more share them, whoever uses the figures models the sharing.
-The figures are kept for each processor, number of cores, torch version, number of ranks and version of this probe.
+The figures are kept for each processor, number of cores, torch version, number of ranks and version of this probe. Those that other
+processes disturbed are used for a quarter of an hour, then measured anew; the less disturbed ones stay.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import hashlib
 import os
 import statistics
 import tempfile
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +39,7 @@ __all__ = ["Budget", "cache_file", "local_rates", "measure"]
 
 _PROBE_VERSION = 8  # raise it when what is measured changes: figures kept by an older probe are then measured anew
 _WAIT_S = 60.0
+_DISTURBED_FOR_S = 900.0  # how long disturbed figures do
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,13 +54,14 @@ class Budget:
 def local_rates(ranks: int, *, refresh: bool = False, directory: Path | None = None) -> Rates:
     """The figures of this machine with ``ranks`` ranks on it, measured where none are kept or ``refresh`` asks for it.
 
+    Kept ones that other processes disturbed are measured anew when they are old, but for a rank of a job, which cannot measure.
     directory: where they are kept, by default the user's cache.
     """
     path = cache_file(ranks, directory or cache_directory())
     kept = None if refresh else _kept(path)
-    if kept is not None:
+    if kept is not None and (not kept.disturbed or dist.is_initialized() or time.time() - path.stat().st_mtime < _DISTURBED_FOR_S):
         return kept
-    rates = measure(ranks)
+    rates = min(filter(None, (measure(ranks), kept)), key=lambda each: each.contention)
     _keep(rates, path)
     return rates
 

@@ -13,7 +13,7 @@ from typing import Final
 
 from pydantic import BaseModel, ConfigDict, model_validator
 
-__all__ = ["IMPLEMENTATIONS", "KERNEL_WORKING_SET_BYTES", "CollectiveRate", "Curve", "MatmulRate", "OptimizerRate", "Rates"]
+__all__ = ["DISTURBED", "IMPLEMENTATIONS", "KERNEL_WORKING_SET_BYTES", "CollectiveRate", "Curve", "MatmulRate", "OptimizerRate", "Rates"]
 
 IMPLEMENTATIONS: Final[Mapping[str, tuple[str, ...]]] = {
     "all_reduce": ("native", "exchange"),
@@ -24,6 +24,9 @@ IMPLEMENTATIONS: Final[Mapping[str, tuple[str, ...]]] = {
     "send_recv": ("native",),
 }
 """Kinds of communication and the implementations of each (`shardwise.runtime.collectives`)."""
+
+DISTURBED: Final = 1.2
+"""`Rates.contention` above this says that other processes disturbed the measuring."""
 
 KERNEL_WORKING_SET_BYTES: Final = 3 << 18
 """Bytes that a kernel of `Rates.element_s` has before it: three tensors of 256 KiB, which a core's own cache holds."""
@@ -211,6 +214,11 @@ class Rates(_Figures):
     copies_inner: bool = False
     groups: bool = True
     cast_bytes: float = 0.0
+
+    @property
+    def disturbed(self) -> bool:
+        """Whether other processes had so much of the machine while it was measured that times predicted from this may be far off."""
+        return self.contention > DISTURBED
 
     def matmul_of(self, dtype: str) -> MatmulRate:
         """The rate of a dtype; float32's for one that was not measured."""

@@ -54,6 +54,7 @@ def explain(
         *_implementations(plan, cluster),
         "Predicted",
         _step(plan),
+        *_disturbed(cluster),
         *_memory(plan, cluster),
         *_found_rules(applied),
         *_kept_whole(plan, applied, op_seconds),
@@ -90,6 +91,11 @@ def _random(plan: Plan, applied: Applied) -> list[str]:
 def _step(plan: Plan) -> str:
     predicted = plan.predicted
     return f"  step {_time(predicted.step_time_s)}, {_time(predicted.communication_s)} communicating, {predicted.bubble:.0%} waiting"
+
+
+def _disturbed(cluster: Cluster) -> list[str]:
+    told = "from figures of this machine, {:.1f} × slowed down by other processes: times may be far off; planning takes them anew later"
+    return [f"  {told.format(cluster.rates.contention)}"] if cluster.rates.disturbed else []
 
 
 def _mesh(plan: Plan) -> str:
