@@ -18,7 +18,7 @@ def made_up(
         backend="gloo",
         cores=cores,
         rates=DescribedRates(matmul_flops=1e11, memory_bytes_per_s=1e10, call_s=2e-6),
-        link=DescribedLink(latency_s=2e-6, bytes_per_s=link_bytes_per_s),
+        link=DescribedLink(latency_s=latency_s, bytes_per_s=link_bytes_per_s),
     )
     rates = machine.described_rates()
     return Cluster(name=f"made-up:{ranks}", ranks=ranks, backend="gloo", cores=cores, memory_bytes=machine.memory_bytes, rates=rates)

@@ -37,7 +37,7 @@ from shardwise.simulate.memory import OPTIMIZER_STATES
 
 __all__ = ["FULL_MEMORY", "MOST_ZERO", "PREFER_SPLIT", "Estimator", "data_ranks"]
 
-PREFER_SPLIT = 100.0  # times what it takes: a matrix product or parameter that stays whole, where all is to be split that can be
+PREFER_SPLIT = 1000.0  # times what it takes: a matrix product or parameter that stays whole, where all is to be split that can be
 MOST_ZERO = 3  # optimizer states, gradients and parameters divided
 FULL_MEMORY = 0.92  # of a rank's memory that a plan may take; the rest is for the libraries and what is not foreseen
 
