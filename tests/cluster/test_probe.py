@@ -88,7 +88,8 @@ def test_a_rank_takes_disturbed_figures_for_it_cannot_measure(tmp_path: Path, mo
     path = probe.cache_file(2, tmp_path)
     path.write_text(_rates(1.0).model_copy(update={"contention": 7.0}).model_dump_json())
     os.utime(path, (0, 0))
-    monkeypatch.setattr(probe.dist, "is_initialized", lambda: True)
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
     assert probe.local_rates(2, directory=tmp_path).contention == 7.0
 
 

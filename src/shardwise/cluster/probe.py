@@ -32,7 +32,7 @@ from shardwise.cluster.machine import available_cores, processor_name
 from shardwise.cluster.probe_collectives import collective_rates
 from shardwise.cluster.rates import Rates
 from shardwise.cluster.timing import Stopwatch
-from shardwise.environment import cache_directory
+from shardwise.environment import cache_directory, rank_environment
 from shardwise.heap import MAPPED_FROM_BYTES
 
 __all__ = ["Budget", "cache_file", "local_rates", "measure"]
@@ -59,7 +59,7 @@ def local_rates(ranks: int, *, refresh: bool = False, directory: Path | None = N
     """
     path = cache_file(ranks, directory or cache_directory())
     kept = None if refresh else _kept(path)
-    if kept is not None and (not kept.disturbed or dist.is_initialized() or time.time() - path.stat().st_mtime < _DISTURBED_FOR_S):
+    if kept is not None and (not kept.disturbed or rank_environment() or time.time() - path.stat().st_mtime < _DISTURBED_FOR_S):
         return kept
     rates = min(filter(None, (measure(ranks), kept)), key=lambda each: each.contention)
     _keep(rates, path)
