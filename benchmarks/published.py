@@ -2,8 +2,8 @@
 
     python benchmarks/published.py --tables DIR [--out preds.json] [--check]
 
-Every row of the files in DIR (their form: docs/concepts/predictions.md) is predicted with its own layout: a shallow twin of its model is captured
-on the meta device, its operators are split as the row says, each piece is lowered and costed on the row's devices, and the step is
+Every row of the files in DIR (their form: docs/concepts/predictions.md) is predicted with its own layout: a shallow twin of its model is
+captured on the meta device, its operators are split as the row says, each piece is lowered and costed on the row's devices, and the step is
 simulated. Nothing is measured, and no formula is peculiar to these tables.
 
 For each file: the median absolute percentage error of step time and of memory, how many rows could be expressed, how many of those that ran
