@@ -35,9 +35,9 @@ from shardwise.sharding.experts import refuse_experts
 from shardwise.sharding.types import Shard
 from shardwise.simulate.memory import OPTIMIZER_STATES
 
-__all__ = ["FULL_MEMORY", "MOST_ZERO", "PREFER_SPLIT", "Estimator", "data_ranks"]
+__all__ = ["FULL_MEMORY", "MOST_ZERO", "Estimator", "data_ranks"]
 
-PREFER_SPLIT = 1000.0  # times what it takes: a matrix product or parameter that stays whole, where all is to be split that can be
+_PREFER_SPLIT = 1000.0  # times what it takes: a product or parameter that stays whole where all is to be split; messages may be slow here
 MOST_ZERO = 3  # optimizer states, gradients and parameters divided
 FULL_MEMORY = 0.92  # of a rank's memory that a plan may take; the rest is for the libraries and what is not foreseen
 
@@ -241,7 +241,7 @@ class Estimator:
             update=self._update_s,
             state_bytes=lambda value: self._state_bytes(value, layout),
             limit_bytes=sum(self.limits(layout)),
-            prefer_split=PREFER_SPLIT if self.pinned.tp or trial.lean else 0.0,
+            prefer_split=_PREFER_SPLIT if self.pinned.tp or trial.lean else 0.0,
         )
 
     def _stages(self, assignment: Assignment, layout: Layout) -> dict[Op, int] | None:
