@@ -94,8 +94,10 @@ def _step(plan: Plan) -> str:
 
 
 def _disturbed(cluster: Cluster) -> list[str]:
-    told = "from figures of this machine, {:.1f} × slowed down by other processes: times may be far off; planning takes them anew later"
-    return [f"  {told.format(cluster.rates.contention)}"] if cluster.rates.disturbed else []
+    if not cluster.rates.disturbed:
+        return []
+    slowed = f"{cluster.rates.contention:.1f} × slowed down by other processes"
+    return [f"  from figures of this machine, {slowed}: times may be far off; planning takes them anew later"]
 
 
 def _mesh(plan: Plan) -> str:
