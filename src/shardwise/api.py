@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from shardwise.capture.batch import dim_of, map_tensors
 from shardwise.capture.deferred import Deferred, defer
 from shardwise.capture.export import capture
 from shardwise.capture.graph import Graph
@@ -52,7 +53,7 @@ def plan(
 
     model: any module, also on the meta device; its parameters are neither changed nor copied.
     batch: keyword arguments of its forward; tensors have the batch dim first unless batch_dims says otherwise (None: shared by all
-    samples).
+    samples). Those in lists, tuples and dicts are named by their paths (`crops.0`).
     layout: what is pinned ("tp=2,pp=2"); the rest is searched. global_batch: samples in a step, the example batch's by default.
     optimizer: "adamw", "adam", "sgd" or "sgd_momentum", for its memory and time. loss: makes the scalar from the module's output.
     random: "keyed", the random numbers are those of one device; "fast", dropout and noise come from torch's generator on each rank.
@@ -194,12 +195,11 @@ def _resized(batch: Mapping[str, Any], samples: int | None, batch_dims: BatchDim
         return dict(batch)
     if samples < 1:
         raise BatchError(f"global_batch={samples} is not 1 or more")
-    resized: dict[str, Any] = {}
-    for name, value in batch.items():
-        dim = batch_dims.get(name, 0)
-        if isinstance(value, torch.Tensor) and dim is not None and value.dim() > dim:
-            have = value.shape[dim]
-            if have != samples:  # the samples that there are, again and again: capturing may have to look at them
-                value = value.index_select(dim, torch.arange(samples, device=value.device) % max(have, 1))
-        resized[name] = value
-    return resized
+
+    def resized(name: str, tensor: torch.Tensor) -> torch.Tensor:
+        dim = dim_of(name, batch_dims)
+        if dim is None or tensor.dim() <= dim or tensor.shape[dim] == samples:
+            return tensor  # otherwise the samples that there are, again and again: capturing may have to look at them
+        return tensor.index_select(dim, torch.arange(samples, device=tensor.device) % max(tensor.shape[dim], 1))
+
+    return map_tensors(resized, batch)

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
 from shardwise import presets
 from shardwise.errors import ModelError
@@ -118,7 +119,7 @@ def _checked(result: Any, origin: str) -> tuple[nn.Module, Batch]:
     model, batch = result
     if not isinstance(model, nn.Module):
         raise ModelError(f"{expected}; the first thing it returned is {_described(model)}.")
-    if not isinstance(batch, Mapping) or not batch or not all(isinstance(value, torch.Tensor) for value in batch.values()):
+    if not isinstance(batch, Mapping) or not batch or not all(isinstance(leaf, torch.Tensor) for leaf in tree_leaves(dict(batch))):
         raise ModelError(f"{expected}; the second thing it returned is {_described(batch)}.")
     return model.train(), dict(batch)
 

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import nn
 
 from shardwise.asked import Asked
+from shardwise.capture.batch import named_tensors
 from shardwise.capture.export import capture
 from shardwise.capture.precision import Precision
 from shardwise.checkpoint.folder import read_record
@@ -157,13 +158,15 @@ def _model_on_meta(request: TrainRequest) -> tuple[nn.Module, Batch]:
 
 def _reader(request: TrainRequest, batch: Batch) -> functools.partial[Corpus]:
     """Called on each rank. The batch says what the model reads."""
-    return functools.partial(read_corpus, request.data, {name: (value.dtype, tuple(value.shape)) for name, value in batch.items()})
+    return functools.partial(
+        read_corpus, request.data, {name: (value.dtype, tuple(value.shape)) for name, value in named_tensors(batch).items()}
+    )
 
 
 def _settings(request: TrainRequest, batch: Batch) -> Settings:
     return Settings(
         steps=request.steps,
-        batch_size=request.global_batch or next(iter(batch.values())).shape[0],
+        batch_size=request.global_batch or next(iter(named_tensors(batch).values())).shape[0],
         learning_rate=request.learning_rate,
         seed=request.seed,
         shown=request.shown,

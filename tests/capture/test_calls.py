@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from shardwise.capture.export import capture
 from shardwise.capture.opaque import Opaque
-from shardwise.errors import BatchError, CaptureError
+from shardwise.errors import CaptureError
 from shardwise.verify.one_device import prepare
 
 
@@ -97,11 +97,6 @@ def test_numbers_are_the_models_own(code: Callable[..., Tensor]) -> None:
     for name, value in graph.updates.items():
         torch.testing.assert_close(results[value], dict(model.named_buffers())[name])
     assert ("mean" in graph.updates) == (code in (data_of_a_buffer, written_to_a_buffer))
-
-
-def test_a_batch_of_structures_is_refused() -> None:
-    with pytest.raises(BatchError, match=r"batch\['place'\] is a list that holds tensors.*wrap the model"):
-        capture(Applied(bincount), {"x": torch.randn(5, 4), "place": [torch.tensor([1, 2])]})
 
 
 class Recomputed(nn.Module):

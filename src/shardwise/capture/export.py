@@ -22,6 +22,7 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
+from shardwise.capture.batch import dim_of, leaf_names, map_tensors, named_tensors
 from shardwise.capture.blocks import find_blocks
 from shardwise.capture.calls import TakesGradients, followable
 from shardwise.capture.functional import functional
@@ -49,7 +50,7 @@ def capture(
 ) -> Graph:
     """The model's forward pass as a Graph.
 
-    batch: keyword arguments of `forward`; tensors may be on the meta device.
+    batch: keyword arguments of `forward`, with tensors named by their paths (batch.py); they may be on the meta device.
     loss: makes the scalar loss from the module's output; by default the output itself when scalar, or its `.loss`.
     batch_dims: input → its batch dim (None: the same tensor for every sample); dim 0 where not named.
     precision: "float32" leaves the model as it is; "bf16", "fp16": a copy of it that computes in 16 bits (`in_precision`).
@@ -134,9 +135,8 @@ def _captured(
     fill: Callable[[], None] | None = None,
 ) -> Graph:
     """The graph of `wrapped`, which returns what is wanted of the model's output."""
-    _refuse_nested(batch)
-    _refuse_sparse({**dict(model.named_parameters()), **dict(model.named_buffers()), **batch})
-    tensors = {name: value for name, value in batch.items() if isinstance(value, torch.Tensor)}
+    tensors = named_tensors(batch)
+    _refuse_sparse({**dict(model.named_parameters()), **dict(model.named_buffers()), **tensors})
     dims = _batch_dims(tensors, batch_dims or {})
     names = {module: name or type(model).__name__ for name, module in reversed(list(model.named_modules()))}
     treatment = Treatment()
@@ -198,30 +198,20 @@ def _treat_more(treatment: Treatment, recording: Recording, error: _NotFollowed,
 
 def _record(model: nn.Module, batch: Mapping[str, Any], wrapped: nn.Module, treatment: Treatment) -> Recording:
     """What must be known of a run on the example batch."""
-    tensors = [*model.parameters(), *model.buffers(), *(value for value in batch.values() if isinstance(value, torch.Tensor))]
+    tensors = [*model.parameters(), *model.buffers(), *named_tensors(batch).values()]
     if any(tensor.is_meta for tensor in tensors):
         why = next(iter((*treatment.whole.values(), *treatment.tails.values())), "its control flow depends on values")
         raise ValuesNeeded(
             f"{type(model).__name__} cannot be captured from shapes alone: {why}. Build the model and the batch on cpu instead of meta: "
             "a run on real tensors tells what is missing"
         )
-    own = {name: value.clone() if isinstance(value, torch.Tensor) else value for name, value in batch.items()}  # it may change them
+    own = map_tensors(lambda name, tensor: tensor.clone(), batch)  # it may change them
     return record(model, lambda: wrapped(**own), list(treatment.whole), list(treatment.tails), gradients=treatment.gradients)
 
 
-def _refuse_nested(batch: Mapping[str, Any]) -> None:
-    for name, value in batch.items():
-        if not isinstance(value, torch.Tensor) and any(isinstance(leaf, torch.Tensor) for leaf in pytree.tree_leaves(value)):
-            kind = type(value).__name__
-            raise BatchError(
-                f"batch[{name!r}] is a {kind} that holds tensors, and every tensor of a batch needs a name of its own; wrap the model in "
-                f"one whose forward takes them by name and makes that {kind} of them"
-            )
-
-
-def _refuse_sparse(values: Mapping[str, Any]) -> None:
+def _refuse_sparse(values: Mapping[str, torch.Tensor]) -> None:
     for name, value in values.items():
-        if isinstance(value, torch.Tensor) and value.layout is not torch.strided:
+        if value.layout is not torch.strided:
             raise CaptureError(
                 f"{name} is a tensor of layout {value.layout}, which cannot be split or sent; keep indices and values as dense tensors, "
                 "and write products with it as sums: out.index_add(0, rows, values[:, None] * x[columns])"
@@ -229,9 +219,9 @@ def _refuse_sparse(values: Mapping[str, Any]) -> None:
 
 
 def _batch_dims(tensors: Mapping[str, torch.Tensor], given: Mapping[str, int | None]) -> dict[str, int]:
-    if unknown := set(given) - set(tensors):
+    if unknown := {name for name in given if not any(f"{each}.".startswith(f"{name}.") for each in tensors)}:
         raise BatchError(f"batch_dims names {sorted(unknown)}, which the batch does not hold; it holds {sorted(tensors)}")
-    chosen = {name: given.get(name, 0) for name in tensors}
+    chosen = {name: dim_of(name, given) for name in tensors}
     dims = {name: dim for name, dim in chosen.items() if dim is not None and tensors[name].dim() > dim}
     sizes = {name: tensors[name].shape[dim] for name, dim in dims.items()}
     if len(set(sizes.values())) > 1:
@@ -317,7 +307,7 @@ def loss_of(output: Any, loss: Loss | None, model: nn.Module) -> torch.Tensor:
 def _export(model: nn.Module, batch: Mapping[str, Any], wrapped: nn.Module) -> torch.export.ExportedProgram:
     # A tensor passed under two names would be captured as one input: give each name its own.
     device = torch.device("meta") if any(parameter.is_meta for parameter in model.parameters()) else None
-    example = {name: _described(value, device) if isinstance(value, torch.Tensor) else value for name, value in batch.items()}
+    example = map_tensors(lambda name, tensor: _described(tensor, device), batch)
     try:
         with _quiet():
             return torch.export.export(wrapped, (), kwargs=example, strict=False)
@@ -502,7 +492,7 @@ class _Converter:
     ) -> None:
         self.exported = exported
         self.model = model
-        self.batch = [name for name, value in batch.items() for _ in pytree.tree_leaves(value)]
+        self.batch = leaf_names(batch)
         self.batch_dims = batch_dims
         self.changing = frozenset(changing)
         self.ops: list[Op] = []

@@ -22,6 +22,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
+from shardwise.capture.batch import map_tensors
 from shardwise.errors import LayoutError
 
 __all__ = ["LOW", "PRECISIONS", "Precision", "checked_precision", "dtype_of", "in_precision", "losses_in_float32", "mixes"]
@@ -77,8 +78,7 @@ def in_precision(
     dtype = dtype_of(precision)
     if dtype is None:
         return model, dict(batch)
-    inputs = {name: _cast(value, dtype) if isinstance(value, Tensor) else value for name, value in batch.items()}
-    return _copied(model, dtype, buffers=buffers), inputs
+    return _copied(model, dtype, buffers=buffers), map_tensors(lambda name, tensor: _cast(tensor, dtype), batch)
 
 
 def mixes(op: str, dtypes: Iterable[torch.dtype]) -> bool:

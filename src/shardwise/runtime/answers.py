@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from shardwise.capture.batch import map_tensors, named_tensors
 from shardwise.capture.export import Structure, capture_inference, loss_of
 from shardwise.capture.graph import Graph
 from shardwise.errors import BatchError, PlanError, ShardwiseWarning
@@ -72,12 +73,12 @@ class Answers:
         self.prepared.clear()
 
     def _prepare(self, kind: str, batch: Mapping[str, Any]) -> _Prepared:
-        key = (kind, *((name, _described(value)) for name, value in sorted(batch.items())))
+        key = (kind, *((name, repr(map_tensors(_described, {name: value}))) for name, value in sorted(batch.items())))
         if key in self.prepared:
             self.prepared.move_to_end(key)
             return self.prepared[key]
         if self.trained.rank == 0 and any(known[0] == kind for known in self.prepared):
-            shapes = ", ".join(f"{name} {list(value.shape)}" for name, value in batch.items() if isinstance(value, Tensor))
+            shapes = ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in named_tensors(batch).items())
             warnings.warn(
                 f"job.{kind} was given another shape of batch and compiles for it: {shapes}; it keeps {_KEPT} of them. Batches of one "
                 "shape, the last one aside, take less time",
@@ -92,7 +93,7 @@ class Answers:
     def _made(self, kind: str, batch: Mapping[str, Any]) -> _Prepared:
         source, trained = self.source, self.applied.assignment.graph
         wanted = None if kind == "predict" else partial(_loss, source)
-        dims = {name: dim for name, dim in source.batch_dims.items() if name in batch}
+        dims = {name: dim for name, dim in source.batch_dims.items() if name.partition(".")[0] in batch}
         fill = None if source.on_meta else lambda: source.fill(every_whole(self.trained, self.state, self.device))
         with source.answering() as model:
             graph, structure = capture_inference(
@@ -125,7 +126,7 @@ class Answers:
 
     def _run(self, prepared: _Prepared, batch: Mapping[str, Any], step_key: int) -> list[Tensor]:
         inference = prepared.inference
-        graph, whole = inference.graph, {name: value for name, value in batch.items() if isinstance(value, Tensor)}
+        graph, whole = inference.graph, named_tensors(batch)
         for check, found in graph.wrong_checks(self.source.fixed(graph.buffers) | dict(graph.constants), whole) if graph.checks else ():
             raise BatchError(
                 f"{check.module or 'the model'} asks for a value of the batch that was {check.expected:g} when captured in eval "
@@ -142,5 +143,5 @@ def _loss(source: Source, output: Any) -> Tensor:
     return loss_of(output, source.loss, source.model)
 
 
-def _described(value: Any) -> Any:
-    return (tuple(value.shape), value.dtype) if isinstance(value, Tensor) else repr(value)
+def _described(name: str, tensor: Tensor) -> tuple[tuple[int, ...], torch.dtype]:
+    return tuple(tensor.shape), tensor.dtype

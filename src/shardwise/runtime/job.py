@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from shardwise.capture.batch import map_tensors, named_tensors
 from shardwise.capture.graph import Graph
 from shardwise.capture.precision import LOW
 from shardwise.errors import BatchError, LayoutError, PlanError
@@ -187,7 +188,7 @@ class Job:
         """The last step's actions and when they ran."""
         return self.executor.events
 
-    def step(self, batch: Mapping[str, Tensor], *, local: bool = False) -> float:
+    def step(self, batch: Mapping[str, Any], *, local: bool = False) -> float:
         """One optimizer step on the global batch; its loss, equal on all ranks.
 
         batch: the global batch, the same on every rank; with local=True this rank's `batch_slice` of it.
@@ -195,7 +196,7 @@ class Job:
         is infinite or not a number: the parameters are then as they were before the step.
         """
         started = time.perf_counter()
-        part = self._part(batch, local)
+        part = batch_part(self.graph, self.plan, self.program, named_tensors(batch), self.device, local=local)
         if self.graph.checks:
             self._check_answers(self._gathered(batch) if local else batch)
         self.steps += 1
@@ -306,19 +307,17 @@ class Job:
         first = all(place[axis] == 0 for axis in place if axis != "dp")
         found: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(found, (place["dp"], dict(batch)) if first else None)
-        parts = [part for _, part in sorted((each for each in found if each is not None), key=lambda each: each[0])]
+        parts = [named_tensors(part) for _, part in sorted((each for each in found if each is not None), key=lambda each: each[0])]
         dims = {name: self.graph.batch_dims.get(name) for name in self.graph.inputs}
-        return {
-            name: torch.cat([part[name] for part in parts], dim) if (dim := dims.get(name)) is not None else value
-            for name, value in batch.items()
-        }
 
-    def _part(self, batch: Mapping[str, Tensor], local: bool) -> dict[str, Tensor]:
-        return batch_part(self.graph, self.plan, self.program, batch, self.device, local=local)
+        def whole(name: str, tensor: Tensor) -> Tensor:
+            return tensor if (dim := dims.get(name)) is None else torch.cat([part[name] for part in parts], dim)
 
-    def _check_answers(self, batch: Mapping[str, Tensor]) -> None:
+        return map_tensors(whole, batch)
+
+    def _check_answers(self, batch: Mapping[str, Any]) -> None:
         """Whether the model's own control flow would go the captured way for this batch."""
-        for check, found in self.graph.wrong_checks(self.fixed, batch):
+        for check, found in self.graph.wrong_checks(self.fixed, named_tensors(batch)):
             raise BatchError(
                 f"{check.module or 'the model'} asks for a value of the batch that was {check.expected:g} on the example batch and is "
                 f"{found:g} now: it would do something else than what was captured; make batches alike in this (padding, masks)"

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from shardwise.capture.batch import named_tensors
 from shardwise.capture.graph import Graph
 from shardwise.runtime.weights import Weights
 
@@ -31,7 +32,7 @@ class Source:
         weights: Weights | None = None,
     ) -> None:
         self.model, self.loss, self.batch_dims = model, loss, dict(batch_dims or {})
-        self.constants = {name: value for name, value in batch.items() if not isinstance(value, Tensor)}
+        self.constants = {name: value for name, value in batch.items() if not named_tensors({name: value})}
         self.like = {parameter: torch.empty_like(parameter, device="meta") for parameter in model.parameters()}
         tensors = [*model.parameters(), *model.buffers()]
         self.on_meta = any(tensor.is_meta for tensor in tensors)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from shardwise.capture.batch import map_tensors, named_tensors
 from shardwise.capture.calls import plain_checkpoints
 from shardwise.capture.export import capture, compute_loss
 from shardwise.capture.graph import Graph
@@ -108,7 +109,7 @@ def prepare(
     model, batch = in_precision(model, batch, precision, buffers=any(value.dtype in LOW for value in graph.buffers.values()))
     state = state_of(model, graph)
     eager = _repeatable(model, batch, loss, seed, precision)
-    tensors = {name: value for name, value in batch.items() if isinstance(value, Tensor)}
+    tensors = named_tensors(batch)
     exact, widest = _exact(graph, state, tensors, seed)
     captured = [] if RANDOM_STATE in graph.inputs else _check_capture(eager, graph, state, tensors, exact, seed)
     if not all(each.ok for each in captured) and widest is torch.float64:
@@ -188,7 +189,7 @@ def _eager(model: nn.Module, batch: Mapping[str, Any], loss: Loss | None, seed: 
     """The model's own step. Its buffers and torch's generators are left as they were."""
     kept = {name: tensor.clone() for name, tensor in model.named_buffers()}
     parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    batch = {name: each.detach().clone() if isinstance(each, Tensor) else each for name, each in batch.items()}  # it may change them
+    batch = map_tensors(lambda name, tensor: tensor.detach().clone(), batch)  # it may change them
     with torch.random.fork_rng(), torch.enable_grad(), plain_checkpoints():
         torch.manual_seed(seed)
         value = compute_loss(model, batch, loss, precision)
@@ -257,7 +258,7 @@ def _check_capture_in_float64(
     """The graph against the model, both in float64, for gradients that are all rounding in float32; None where the model cannot run so."""
     try:
         double = copy.deepcopy(model).double()
-        inputs = {name: cast_tensor(value, torch.float64) if isinstance(value, Tensor) else value for name, value in batch.items()}
+        inputs = map_tensors(lambda name, tensor: cast_tensor(tensor, torch.float64), batch)
         with InFloat64():
             eager = _eager(double, inputs, loss, seed, "float32")
     except (RuntimeError, TypeError, ValueError):
