@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import fcntl
 import os
 import time
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -67,7 +69,29 @@ def test_figures_are_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert probe.local_rates(2, refresh=True, directory=tmp_path / "new") == _rates(3.0)
     assert probe.local_rates(2, directory=tmp_path / "new") == _rates(3.0)
     assert asked == [2, 3, 2]
-    assert len(list((tmp_path / "new").iterdir())) == 2
+    assert len(list((tmp_path / "new").glob("rates-*"))) == 2
+
+
+def test_only_one_process_measures_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+
+    def measure(ranks: int) -> Rates:
+        asked.append(ranks)
+        time.sleep(0.5)
+        return _rates(1.0)
+
+    monkeypatch.setattr(probe, "measure", measure)
+    with ThreadPoolExecutor(3) as pool:
+        found = list(pool.map(lambda _: probe.local_rates(2, directory=tmp_path), range(3)))
+    assert asked == [2] and found == [_rates(1.0)] * 3
+
+
+def test_a_lock_that_is_never_given_back_holds_nobody_up_for_long(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(probe, "measure", lambda _ranks: _rates(1.0))
+    monkeypatch.setattr(probe, "_WAIT_S", 0.2)
+    with (tmp_path / "measuring.lock").open("w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        assert probe.local_rates(2, directory=tmp_path) == _rates(1.0)
 
 
 def test_disturbed_figures_are_measured_again_when_they_are_old(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import multiprocessing
 import os
 import signal
 import socket
@@ -37,6 +38,20 @@ def test_results_come_by_rank() -> None:
     results = launch(all_reduced, (10,), ranks=3, threads=1)
     assert [(rank, total) for rank, total, _ in results] == [(0, 30.0), (1, 30.0), (2, 30.0)]
     assert torch.equal(results[2][2], torch.full((3,), 2.0))
+
+
+def launched_from_a_pool(factor: int) -> list[float]:
+    return [total for _, total, _ in launch(all_reduced, (factor,), ranks=2, threads=1)]
+
+
+def test_a_worker_of_a_pool_may_start_ranks() -> None:
+    with multiprocessing.get_context("fork").Pool(1) as pool:
+        assert pool.map(launched_from_a_pool, [1, 10]) == [[1.0, 1.0], [10.0, 10.0]]
+        assert pool.apply(daemonic), "the worker is what it was"
+
+
+def daemonic() -> bool:
+    return multiprocessing.current_process().daemon
 
 
 def test_closures_and_large_results_are_fine() -> None:

@@ -13,12 +13,14 @@ processes disturbed are used for a quarter of an hour, then measured anew; the l
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,6 +41,7 @@ __all__ = ["Budget", "cache_file", "local_rates", "measure"]
 
 _PROBE_VERSION = 8  # raise it when what is measured changes: figures kept by an older probe are then measured anew
 _WAIT_S = 60.0
+_LOOK_EVERY_S = 0.1
 _DISTURBED_FOR_S = 900.0  # how long disturbed figures do
 
 
@@ -58,12 +61,34 @@ def local_rates(ranks: int, *, refresh: bool = False, directory: Path | None = N
     directory: where they are kept, by default the user's cache.
     """
     path = cache_file(ranks, directory or cache_directory())
-    kept = None if refresh else _kept(path)
-    if kept is not None and (not kept.disturbed or rank_environment() or time.time() - path.stat().st_mtime < _DISTURBED_FOR_S):
+    if not refresh and (kept := _kept(path)) and _does(kept, path):
         return kept
-    rates = min(filter(None, (measure(ranks), kept)), key=lambda each: each.contention)
-    _keep(rates, path)
-    return rates
+    with _alone(path.parent):
+        kept = None if refresh else _kept(path)  # another process may just have measured
+        if kept is not None and _does(kept, path):
+            return kept
+        rates = min(filter(None, (measure(ranks), kept)), key=lambda each: each.contention)
+        _keep(rates, path)
+        return rates
+
+
+def _does(kept: Rates, path: Path) -> bool:
+    return not kept.disturbed or rank_environment() is not None or time.time() - path.stat().st_mtime < _DISTURBED_FOR_S
+
+
+@contextmanager
+def _alone(directory: Path) -> Iterator[None]:
+    """One process of the user's measures at a time; the others wait, longer than measuring can take, and then measure all the same."""
+    directory.mkdir(parents=True, exist_ok=True)
+    deadline = time.monotonic() + 2 * _WAIT_S
+    with (directory / "measuring.lock").open("w") as lock:
+        while time.monotonic() < deadline:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                time.sleep(_LOOK_EVERY_S)
+        yield
 
 
 def measure(ranks: int, budget: Budget | None = None) -> Rates:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import multiprocessing
 import os
 import pickle
 import signal
@@ -79,7 +80,13 @@ def launch(
     """
     _check(ranks, port)
     threads = threads_per_rank(ranks) if threads is None else threads
-    with tempfile.TemporaryDirectory(prefix="shardwise-ranks-") as directory, _quiet_agent(), _own_signals(), _frozen_objects():
+    with (
+        tempfile.TemporaryDirectory(prefix="shardwise-ranks-") as directory,
+        _quiet_agent(),
+        _own_signals(),
+        _frozen_objects(),
+        _daemons_too(),
+    ):
         job = _Job(
             function=function,
             args=tuple(args),
@@ -203,6 +210,20 @@ def _frozen_objects() -> Iterator[None]:
         yield
     finally:
         gc.unfreeze()
+
+
+@contextmanager
+def _daemons_too() -> Iterator[None]:
+    """Lets a daemonic process (a worker of a multiprocessing.Pool) start ranks as well: unlike other children, they end with it."""
+    here = multiprocessing.current_process()
+    if not here.daemon:
+        yield
+        return
+    here.daemon = False
+    try:
+        yield
+    finally:
+        here.daemon = True
 
 
 @contextmanager
