@@ -160,15 +160,16 @@ def test_ranks_that_do_not_divide_get_no_empty_part() -> None:
 # -- known splits --------------------------------------------------------------------------------------------------------------------------
 
 
-def types_of(example: Example) -> dict[str, str]:
-    plan = sw.plan(*example, made_up(2), "tp=2")
+def types_of(example: Example, latency_s: float) -> dict[str, str]:
+    plan = sw.plan(*example, made_up(2, latency_s=latency_s), "tp=2")
     assert isinstance(plan, sw.Plan)
     return plan.parameters
 
 
-def test_llama_is_split_by_columns_then_rows() -> None:
+@pytest.mark.parametrize("latency_s", [2e-6, 5e-2])
+def test_llama_is_split_by_columns_then_rows(latency_s: float) -> None:
     """Shoeybi et al., Megatron-LM, 2019, section 3."""
-    found = types_of(llama(hidden=256, sequence=64))
+    found = types_of(llama(hidden=256, sequence=64), latency_s)
     layer = "model.layers.*."
     for column in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.gate_proj", "mlp.up_proj"):
         assert found[f"{layer}{column}.weight"] == "S(0)", column
@@ -176,9 +177,10 @@ def test_llama_is_split_by_columns_then_rows() -> None:
         assert found[f"{layer}{row}.weight"] == "S(1)", row
 
 
-def test_gpt2_is_split_by_columns_then_rows_and_its_fused_projection_by_thirds() -> None:
+@pytest.mark.parametrize("latency_s", [2e-6, 5e-2])
+def test_gpt2_is_split_by_columns_then_rows_and_its_fused_projection_by_thirds(latency_s: float) -> None:
     """Its weights are stored input by output."""
-    found = types_of(gpt2(hidden=256, sequence=64))
+    found = types_of(gpt2(hidden=256, sequence=64), latency_s)
     layer = "transformer.h.*."
     assert found[f"{layer}attn.c_attn.weight"] == "S(1, blocks=3)" and found[f"{layer}attn.c_attn.bias"] == "S(0, blocks=3)"
     assert found[f"{layer}attn.c_proj.weight"] == "S(0)" and found[f"{layer}mlp.c_proj.weight"] == "S(0)"

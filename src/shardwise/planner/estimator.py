@@ -17,7 +17,7 @@ from shardwise.cost.optimizer import optimizer_seconds
 from shardwise.errors import BatchError, LayoutError
 from shardwise.planner.apply import Analysis, Applied, assign
 from shardwise.planner.estimate import context_work, reshard_seconds, ring_seconds, waiting_share
-from shardwise.planner.intra import Costs, representatives, split_tensors
+from shardwise.planner.intra import PREFER_SPLIT, Costs, representatives, split_tensors
 from shardwise.planner.layout import Layout, completions
 from shardwise.planner.op_costs import OpCosts
 from shardwise.planner.plan import Random
@@ -37,7 +37,6 @@ from shardwise.simulate.memory import OPTIMIZER_STATES
 
 __all__ = ["FULL_MEMORY", "MOST_ZERO", "Estimator", "data_ranks"]
 
-_PREFER_SPLIT = 1000.0  # times what it takes: a product or parameter that stays whole where all is to be split; messages may be slow here
 MOST_ZERO = 3  # optimizer states, gradients and parameters divided
 FULL_MEMORY = 0.92  # of a rank's memory that a plan may take; the rest is for the libraries and what is not foreseen
 
@@ -241,7 +240,7 @@ class Estimator:
             update=self._update_s,
             state_bytes=lambda value: self._state_bytes(value, layout),
             limit_bytes=sum(self.limits(layout)),
-            prefer_split=_PREFER_SPLIT if self.pinned.tp or trial.lean else 0.0,
+            prefer_split=PREFER_SPLIT if self.pinned.tp or trial.lean else 0.0,
         )
 
     def _stages(self, assignment: Assignment, layout: Layout) -> dict[Op, int] | None:

@@ -27,8 +27,9 @@ from shardwise.sharding.reshard import collective_of, dual
 from shardwise.sharding.signature import Choice, Variant
 from shardwise.sharding.types import I, P, Placement, R, Shard
 
-__all__ = ["Costs", "Tensor", "split_tensors", "whole_on_one_rank"]
+__all__ = ["PREFER_SPLIT", "Costs", "Tensor", "split_tensors", "whole_on_one_rank"]
 
+PREFER_SPLIT = 100.0
 _MEMORY_S = 1e-3 / 1e9  # seconds that a byte kept on a rank counts for where nothing else decides: a tie-breaker
 
 
@@ -40,8 +41,8 @@ class Costs:
     operator(op): seconds, forward and backward, of the whole call in one microbatch on a rank's share of the batch.
     collective(kind, message bytes, ranks): seconds. update(bytes): seconds of the optimizer on parameters of so many bytes.
     state_bytes(value): of a whole parameter with gradient and optimizer state. limit_bytes: for all states, None without limit.
-    prefer_split: how many times over an unsplit matrix product or parameter counts; > 0 where the user pinned the axis, to split what
-    can be. forbidden: operator → factors of it that are not to be split.
+    prefer_split: how many times over an unsplit matrix product, with the messages of a split one, or parameter counts; > 0 (`PREFER_SPLIT`)
+    where the user pinned the axis, to split what can be. forbidden: operator → factors of it that are not to be split.
     """
 
     operator: Callable[[Op], float]
@@ -131,11 +132,19 @@ class _Intra:
 
     def _operators(self) -> None:
         for op in self.ops:
-            whole = self.costs.operator(op) * self.microbatches * self.count[op]
-            dear = 1 + self.costs.prefer_split * self.costs.heavy(op)
-            costs = [whole / self.ranks if v.choice.mode == "split" else whole * dear for v in self.variants[op]]
+            times = self.microbatches * self.count[op]
+            splits = [v.choice.mode == "split" for v in self.variants[op]]
+            whole, dear = self.costs.operator(op), 0.0
+            if self.costs.prefer_split and self.costs.heavy(op) and any(splits):
+                dear = self.costs.prefer_split * (whole + self._moved_s(op))
+            costs = [times * (whole / self.ranks if split else whole + dear) for split in splits]
             self.choose[op] = [self.problem.variable(cost, integer=True) for cost in costs]
             self.problem.constrain([(x, 1.0) for x in self.choose[op]], 1.0, 1.0)
+
+    def _moved_s(self, op: Op) -> float:
+        """Of summing up all that an operator reads and makes: no reshard that a split may need takes longer."""
+        tensors = [value for value in (*op.inputs, *op.outputs) if value.kind != "parameter"]
+        return sum(self.costs.collective("all_reduce", value.nbytes * self._part(value), self.ranks) for value in tensors)
 
     def _parameters(self) -> None:
         counts: dict[Value, int] = defaultdict(int)
@@ -217,19 +226,20 @@ class _Intra:
             return 0.0
         if target == P and source != P and not value.requires_grad:
             return float(self.costs.prefer_split + 1) * 1e3  # nothing is gained by making summands of a constant
-        whole = value.nbytes * (self.share if value.kind != "parameter" else 1.0) * self._context_share(value)
+        whole = value.nbytes * self._part(value)
         moves = [collective_of(source, target)] + ([collective_of(dual(target), dual(source))] if value.requires_grad else [])
         seconds = sum(
             self.costs.collective(kind, whole / self.ranks if kind == "all_to_all" else whole, self.ranks) for kind in moves if kind
         )
         return seconds + 1e-7
 
-    def _context_share(self, value: Value) -> float:
-        """What the context axis leaves a rank of the value."""
+    def _part(self, value: Value) -> float:
+        """What the data, microbatch and context axes leave a rank of the value."""
+        part = self.share if value.kind != "parameter" else 1.0
         if value.producer is None or self.assignment.mesh["cp"] == 1:
-            return 1.0
+            return part
         made = self.assignment.variants[value.producer]["cp"].outputs[value.producer.outputs.index(value)]
-        return 1 / self.assignment.mesh["cp"] if isinstance(made, Shard) else 1.0
+        return part / self.assignment.mesh["cp"] if isinstance(made, Shard) else part
 
     def _memory(self) -> None:
         if self.costs.limit_bytes is None:

@@ -21,14 +21,13 @@ from shardwise.cost.collectives import collective_cost
 from shardwise.errors import LayoutError
 from shardwise.planner.apply import Analysis, analyse, assign
 from shardwise.planner.compose import Scheme
-from shardwise.planner.intra import Costs, representatives, split_tensors
+from shardwise.planner.intra import PREFER_SPLIT, Costs, representatives, split_tensors
 from shardwise.planner.op_costs import OpCosts
 from shardwise.planner.pieces import Outline, PieceCost, outline, piece_costs_on
 from shardwise.program.trace import Tracer
 
 __all__ = ["Twin", "TwinLayout", "experts_over", "split_twin"]
 
-_PREFER_SPLIT = 100.0  # times what it takes: a product or parameter that stays whole; between devices messages are short beside those
 _DEAR = 3.0  # times its cost: an all-reduce where the sequence is to be split between products, what replaces one where it is not
 
 
@@ -118,7 +117,7 @@ class Twin:
             update=lambda nbytes: nbytes / 1e12,
             state_bytes=lambda value: value.nbytes * 8.0,
             limit_bytes=None,
-            prefer_split=_PREFER_SPLIT,
+            prefer_split=PREFER_SPLIT,
             forbidden=_forbidden(analysis, layout),
         )
         split_tensors(assignment, analysis.batch, analysis.prelude, costs)
