@@ -150,19 +150,20 @@ def compare(rows: Sequence[Row], year: int, budget_s: float | None) -> Compared:
 
 
 def published_step(search: ScaleSearch, row: Row, scheme: Scheme, samples: int) -> Found:
-    """The published layout, simulated, recomputing no more than it must where the row does not say what it recomputed. Raises LeftOut where
-    the space does not have it or it does not fit."""
-    split = Split(tp=scheme.tp, cp=scheme.cp, ep=scheme.ep, samples=samples)
+    """The published layout, simulated, recomputing no more than it must where the row does not say what it recomputed, and with the fastest
+    way of sharing attention among those that fit. Raises LeftOut where the space does not have it or it does not fit."""
+    splits = [split for split in search.space.splits() if split == replace(Split.of(scheme, samples), attention=split.attention)]
     for recompute in (scheme.recompute,) if row.layout.recompute else ("none", "selective", "full"):
-        tried = replace(scheme, recompute=recompute)
-        if split not in set(search.space.splits()) or tried not in set(search.space.schemes(split)):
+        tried = [replace(scheme, recompute=recompute, attention=split.attention) for split in splits]
+        tried = [each for each, split in zip(tried, splits, strict=True) if each in set(search.space.schemes(split))]
+        if not tried:
             raise LeftOut(f"not in the space: {layout_text(scheme, samples)}")
-        found = search.bounded(tried, samples)
-        if found is None:
+        bounded = [search.bounded(each, samples) for each in tried]
+        steps = [search.simulated(found) for found in bounded if found is not None]
+        if not steps:
             raise LeftOut("more stages than the model has parts")
-        step = search.simulated(found)
-        if step.memory_bytes <= search.limit_bytes:
-            return step
+        if fits := [step for step in steps if step.memory_bytes <= search.limit_bytes]:
+            return min(fits, key=lambda step: step.seconds)
     raise LeftOut("does not fit by our count")
 
 

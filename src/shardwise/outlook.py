@@ -194,7 +194,7 @@ class Outlook:
             layout=str(best),
             **{
                 name: getattr(scheme, name)
-                for name in ("dp", "cp", "tp", "ep", "pp", "chunks", "microbatches", "schedule", "zero", "recompute")
+                for name in ("dp", "cp", "attention", "tp", "ep", "pp", "chunks", "microbatches", "schedule", "zero", "recompute")
             },
             microbatch=best.samples,
             stages=blocks,

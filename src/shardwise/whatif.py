@@ -225,7 +225,7 @@ def load_plan(path: Path) -> Plan | Proposal:
 
 
 def _figures(plan: Plan | Proposal) -> dict[str, str]:
-    axes = ("dp", "cp", "tp", "ep", "pp", "chunks", "microbatches", "microbatch", "schedule", "zero", "recompute")
+    axes = ("dp", "cp", "attention", "tp", "ep", "pp", "chunks", "microbatches", "microbatch", "schedule", "zero", "recompute")
     found = {name: str(getattr(plan, name)) for name in ("model", "cluster", "ranks", "global_batch")}
     found |= {name: str(getattr(plan, name)) for name in axes if hasattr(plan, name)}
     predicted = plan.predicted

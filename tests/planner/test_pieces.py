@@ -20,10 +20,12 @@ from shardwise.planner.apply import Analysis, analyse, assign
 from shardwise.planner.compose import Scheme, compose, divide
 from shardwise.planner.intra import Costs, split_tensors
 from shardwise.planner.pieces import Outline, PieceCost, outline, piece_costs
+from shardwise.program.actions import Kind
 from shardwise.program.build import build_programs, rank_of
 from shardwise.program.lower import Cut
 from shardwise.program.trace import Tracer
 from shardwise.sharding.assignment import Assignment
+from shardwise.sharding.context import ATTENTION
 from shardwise.simulate.costs import stage_times
 from shardwise.simulate.memory import memory_use
 
@@ -32,11 +34,11 @@ MODELS: dict[str, Callable[[int], Example]] = {"gpt2": lambda layers: gpt2(layer
 CLUSTER = made_up(8)
 
 
-def assigned(example: Example, tp: int) -> tuple[Graph, Analysis, Assignment]:
+def assigned(example: Example, tp: int, cp: int = 1, attention: str = "gather") -> tuple[Graph, Analysis, Assignment]:
     model, batch = example
     graph = capture(model, batch)
     analysis = analyse(graph, "fast")
-    assignment = assign(analysis, 1, 1, tp)
+    assignment = assign(analysis, 1, 1, tp, cp, attention=attention)
     costs = Costs(
         operator=lambda op: 1e-6 * sum(value.nbytes for value in op.outputs),
         heavy=lambda op: "linear" in op.name or "addmm" in op.name,
@@ -49,10 +51,10 @@ def assigned(example: Example, tp: int) -> tuple[Graph, Analysis, Assignment]:
     return graph, analysis, assignment
 
 
-def pieces(name: str, tp: int) -> tuple[Outline, tuple[PieceCost, ...]]:
-    graph, analysis, assignment = assigned(MODELS[name](THIN), tp)
+def pieces(name: str, tp: int, cp: int = 1, attention: str = "gather") -> tuple[Outline, tuple[PieceCost, ...]]:
+    graph, analysis, assignment = assigned(MODELS[name](THIN), tp, cp, attention)
     shape = outline(graph, analysis.prelude, (DEEP,))
-    return shape, piece_costs(shape, assignment, analysis.prelude, CLUSTER, Tracer(device=torch.device("cpu")))
+    return shape, piece_costs(shape, assignment, analysis.prelude, CLUSTER, Tracer(device=torch.device("cpu")), cp - 1)
 
 
 @pytest.mark.parametrize("tp", [1, 2])
@@ -73,11 +75,23 @@ def test_the_outline_names_every_part(name: str, tp: int) -> None:
 @pytest.mark.parametrize("name", MODELS)
 def test_stages_take_what_their_programs_take(name: str, tp: int, stages: int) -> None:
     """Computing, communicating and parameters of each stage: those of the deep model, lowered whole."""
-    shape, costs = pieces(name, tp)
-    scheme = Scheme(tp=tp, pp=stages, even=True)
+    compare(name, stages, tp)
+
+
+@pytest.mark.parametrize("cp", [2, 4])
+@pytest.mark.parametrize("attention", ATTENTION)
+@pytest.mark.parametrize("name", MODELS)
+def test_attention_over_ranks_takes_what_their_programs_take(name: str, attention: str, cp: int) -> None:
+    """The slowest of the ranks that share sequences, in each way of doing so."""
+    compare(name, 2, 2, cp, attention)
+
+
+def compare(name: str, stages: int, tp: int, cp: int = 1, attention: str = "gather") -> None:
+    shape, costs = pieces(name, tp, cp, attention)
+    scheme = Scheme(tp=tp, cp=cp, attention=attention, pp=stages, even=True)
     parts = divide(shape, costs, scheme)
     profile = compose(shape, costs, scheme, CLUSTER)
-    graph, analysis, assignment = assigned(MODELS[name](DEEP), tp)
+    graph, analysis, assignment = assigned(MODELS[name](DEEP), tp, cp, attention)
     deep = outline(graph, analysis.prelude)
     ends, place = [], 0
     for stage in parts:
@@ -85,15 +99,16 @@ def test_stages_take_what_their_programs_take(name: str, tp: int, stages: int) -
         ends.append(place)
     stage_of = {op: next(i for i, end in enumerate(ends) if part < end) for op, part in deep.stage_of.items()}
     cut = Cut(stage_of=stage_of, prelude=frozenset(analysis.prelude))
-    ranks = [rank_of(stage, 0, 0, 1, tp) for stage in range(stages)]
+    alike = [[rank_of(stage, 0, 0, 1, tp, c=place, cp=cp) for place in range(cp)] for stage in range(stages)]
+    ranks = [rank for group in alike for rank in group]
     programs = build_programs(assignment, cut, "1f1b", lambda *_: "native", device=torch.device("cpu"), ranks=ranks)
-    for number, rank in enumerate(ranks):
-        times = stage_times(programs[rank], CLUSTER, "adamw")[number]
-        for kind in ("forward", "backward"):
-            found, exact = profile.stages[number].seconds[kind], next(times[each] for each in times if each.value == kind)
+    for number, group in enumerate(alike):
+        times = [stage_times(programs[rank], CLUSTER, "adamw")[number] for rank in group]
+        for kind in (Kind.FORWARD, Kind.BACKWARD):
+            found, exact = profile.stages[number].seconds[kind.value], max((each[kind] for each in times), key=lambda each: each.compute_s)
             assert found[0] == pytest.approx(exact.compute_s, rel=0.03), (number, kind)
             assert found[1] == pytest.approx(exact.communicate_s, rel=0.1, abs=1e-6), (number, kind)  # sums may travel with either side
-        saved = memory_use(programs[rank], "adamw").saved
+        saved = max(memory_use(programs[rank], "adamw").saved for rank in group)
         assert profile.stages[number].saved_bytes == pytest.approx(saved, rel=0.05), number
 
 

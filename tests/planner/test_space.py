@@ -9,7 +9,7 @@ import pytest
 
 import shardwise as sw
 from shardwise.cost.routing import Routing
-from shardwise.planner.space import Pins, Space, Split
+from shardwise.planner.space import Pins, Space, Split, layout_text
 from shardwise.program.tables import rank_tables
 
 SPACE = Space(ranks=16, near=8, blocks=12, global_batch=32, most_samples=4)
@@ -52,6 +52,19 @@ def test_experts_are_divided_among_data_ranks() -> None:
         assert all(split.tp * split.cp * dp % split.ep == 0 for dp, _ in space.meshes(split))
 
 
+def test_attention_is_shared_in_each_way_that_is_possible() -> None:
+    space = replace(SPACE, shares=lambda attention, cp, tp: attention != "ulysses" or cp * tp <= 4)
+    ways = {(split.cp, split.tp, split.attention) for split in space.splits()}
+    assert {way for cp, tp, way in ways if (cp, tp) == (2, 2)} == {"gather", "ring", "ulysses"}
+    assert {way for cp, tp, way in ways if (cp, tp) == (4, 2)} == {"gather", "ring"}
+    assert {way for cp, _, way in ways if cp == 1} == {"gather"}
+    pinned = replace(space, pins=Pins.parse("attention=ring"))
+    assert {(split.cp > 1, split.attention) for split in pinned.splits()} == {(True, "ring")}
+    scheme = next(scheme for split in pinned.splits() for scheme in pinned.schemes(split))
+    assert scheme.attention == "ring" and "attention=ring" in layout_text(scheme, 1)
+    assert Split.of(scheme, 2).attention == "ring"
+
+
 @pytest.mark.parametrize(
     ("pins", "names", "why"),
     [
@@ -63,6 +76,8 @@ def test_experts_are_divided_among_data_ranks() -> None:
         ("pp=4,chunks=4", "pp=4 and chunks=4 contradict", "12 blocks"),
         ("tp=8,pp=2,zero=2", "tp=8 and pp=2 and zero=2 contradict", "there is only one"),
         ("ep=4", "ep=4 cannot be", "this model has none"),
+        ("attention=ring", "attention=ring cannot be", "says how the ranks of cp share it"),
+        ("attention=gather,cp=1", "cp=1 and attention=gather contradict", "says how the ranks of cp share it"),
         ("microbatch=3", "microbatch=3 cannot be", "32 samples"),
         ("dp=1,cp=1,tp=2,pp=2", "dp=1 and cp=1 and tp=2 and pp=2 contradict", "they take 4 devices, the cluster has 16"),
     ],

@@ -33,24 +33,21 @@ def perfect(costs: Sequence[PieceCost], samples: int, split: Split) -> tuple[Pie
     """
     ranks = split.tp * split.cp
     part = split.samples / samples / ranks
-    middle = max(1, split.cp // 2) * 2 / split.cp if split.cp > 1 else 1.0  # of attention: the rank that is costed, against the average
 
-    def work(each: Work, least: float = 1.0) -> Work:
-        return Work(compute_s=each.compute_s * part * least)
+    def work(each: Work) -> Work:
+        return Work(compute_s=each.compute_s * part)
 
     found = []
     for cost in costs:
-        light = cost.light.compute_s / max(cost.forward.compute_s, 1e-30)
-        least = 1 - light * (1 - middle)
         experts = cost.experts // (split.tp if split.ep == 1 else 1)  # divided over ep ranks they are whole
         found.append(
             replace(
                 cost,
-                forward=work(cost.forward, least),
-                backward_input=work(cost.backward_input, middle),
+                forward=work(cost.forward),
+                backward_input=work(cost.backward_input),
                 backward_weight=work(cost.backward_weight),
                 prelude=Work(),
-                light=work(cost.light, middle),
+                light=work(cost.light),
                 held=cost.held.share(part),
                 routed=int(cost.routed * part),
                 sent=0,

@@ -23,6 +23,7 @@ from shardwise.cost.routing import Routing, routing_seconds
 from shardwise.errors import LayoutError
 from shardwise.planner.pieces import Outline, PieceCost, Work
 from shardwise.program.tables import placement
+from shardwise.sharding.context import Attention
 from shardwise.simulate.profile import EdgeProfile, Profile, StageProfile
 from shardwise.simulate.simulator import Mesh
 
@@ -51,7 +52,7 @@ _COMMUNICATOR_BYTES = 0.2e9  # NCCL: 4 MiB buffers (NCCL_BUFFSIZE) × 16 channel
 class Scheme:
     """How a step is run.
 
-    dp, cp, tp, pp: ranks; chunks: stages of each pipeline rank.
+    dp, cp, tp, pp: ranks; chunks: stages of each pipeline rank; attention: how the ranks of cp do it together, as of plans.
     ep: over how many consecutive tensor, context and data ranks experts are divided, each whole on one rank (the pieces hold one rank's
     share of them); routing: how tokens get there, wanted where ep > 1.
     zero: 0 to 3; shard: over how many data ranks ZeRO divides, all of them if 0.
@@ -76,6 +77,7 @@ class Scheme:
     tp: int = 1
     pp: int = 1
     cp: int = 1
+    attention: Attention = "gather"
     ep: int = 1
     routing: Routing | None = None
     chunks: int = 1

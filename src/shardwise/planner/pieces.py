@@ -149,21 +149,22 @@ class PieceCost:
     tied: Mapping[int, int]
 
 
-def piece_costs(shape: Outline, assignment: Assignment, prelude: set[Op], cluster: Cluster, tracer: Tracer) -> tuple[PieceCost, ...]:
-    """Of every piece in the assignment, whose mesh has one data rank."""
-    (costs,) = piece_costs_on(shape, assignment, prelude, (cluster,), tracer)
+def piece_costs(
+    shape: Outline, assignment: Assignment, prelude: set[Op], cluster: Cluster, tracer: Tracer, place: int = 0
+) -> tuple[PieceCost, ...]:
+    """Of every piece in the assignment, whose mesh has one data rank. place: of the rank along cp."""
+    (costs,) = piece_costs_on(shape, assignment, prelude, (cluster,), tracer, place)
     return costs
 
 
 def piece_costs_on(
-    shape: Outline, assignment: Assignment, prelude: set[Op], clusters: Sequence[Cluster], tracer: Tracer
+    shape: Outline, assignment: Assignment, prelude: set[Op], clusters: Sequence[Cluster], tracer: Tracer, place: int = 0
 ) -> list[tuple[PieceCost, ...]]:
-    """For each of several clusters the costs of every piece, which are lowered once."""
+    """For each of several clusters the costs of every piece, which are lowered once. place: of the rank along cp."""
     assert assignment.mesh["dp"] == 1
     cut = Cut(stage_of=shape.stage_of, prelude=frozenset(prelude))
     tp, cp = assignment.mesh["tp"], assignment.mesh["cp"]
-    middle = max(0, cp // 2 - 1)  # of a causal model's sequence: what comes before it is half of what the last rank attends to
-    ranks = [rank_of(stage, 0, 0, 1, tp, c=middle, cp=cp) for stage in shape.shown]
+    ranks = [rank_of(stage, 0, 0, 1, tp, c=place, cp=cp) for stage in shape.shown]
     programs = lower_ranks(assignment, cut, ranks, lambda *_: "native", tracer=tracer)
     ties = [_tied([programs[each] for each in ranks[: index + 1]]) for index in range(len(ranks))]
     return [tuple(_cost(programs[rank], tied, cluster) for rank, tied in zip(ranks, ties, strict=True)) for cluster in clusters]

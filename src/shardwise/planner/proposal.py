@@ -108,6 +108,7 @@ class Proposal(_Strict):
     layout: str
     dp: int
     cp: int
+    attention: str = "gather"
     tp: int
     ep: int
     pp: int

@@ -8,12 +8,13 @@ from dataclasses import asdict
 
 from shardwise.planner.proposal import Alternative, Parts, Proposal
 from shardwise.planner.scale import Found, ScaleSearch, Searched
+from shardwise.sharding.context import WORDS
 
 __all__ = ["alternatives", "binds", "explain", "gb", "lost", "seconds"]
 
 _COLUMNS = 96
 _OTHERS = 4
-_DIMS = ("tp", "pp", "dp", "cp", "ep", "zero", "recompute", "schedule", "chunks")
+_DIMS = ("tp", "pp", "dp", "cp", "attention", "ep", "zero", "recompute", "schedule", "chunks")
 _WORDS = {
     "compute": "computing",
     "recompute": "recomputing",
@@ -64,7 +65,7 @@ def alternatives(best: Found, found: Sequence[Found]) -> list[Alternative]:
 
 def _sizes(each: Found) -> tuple[object, ...]:
     scheme = each.scheme
-    return scheme.dp, scheme.cp, scheme.tp, scheme.ep, scheme.pp, each.samples, scheme.schedule, scheme.chunks
+    return scheme.dp, scheme.cp, scheme.attention, scheme.tp, scheme.ep, scheme.pp, each.samples, scheme.schedule, scheme.chunks
 
 
 def binds(search: ScaleSearch, searched: Searched, peak_share: float) -> str:
@@ -114,7 +115,7 @@ def _wrapped(line: str) -> list[str]:
 
 def _mesh(plan: Proposal) -> str:
     parts = [f"{plan.dp} copies of the model (dp)"] if plan.dp > 1 else []
-    parts += [f"{plan.cp} ranks share each sequence (cp)"] if plan.cp > 1 else []
+    parts += [f"{plan.cp} ranks share each sequence (cp): {WORDS[plan.attention]}"] if plan.cp > 1 else []
     parts += [f"{plan.tp} ranks share each operator (tp)"] if plan.tp > 1 else []
     parts += [f"experts on {plan.ep} of the copies (ep)"] if plan.ep > 1 else []
     chunks = f" of {plan.chunks} stages each" if plan.chunks > 1 else ""

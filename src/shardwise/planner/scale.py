@@ -45,6 +45,7 @@ _AHEAD, _AT_ONCE = 30, 1  # schemes put together before the best few of them are
 _HOPELESS = 1.02  # times the best: an estimate is not further off than that
 _ALIKE = 0.005  # of a step: estimates that promise about as much
 _USUAL_TP = 8
+_SEEN = 0.5  # of what goes round in attention: the rest is expected to be hidden by its products
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,7 +104,7 @@ class Found:
     @property
     def split(self) -> Split:
         """What its pieces were lowered for."""
-        return Split(tp=self.scheme.tp, cp=self.scheme.cp, ep=self.scheme.ep, samples=self.samples)
+        return Split.of(self.scheme, self.samples)
 
     def __str__(self) -> str:
         return layout_text(self.scheme, self.samples)
@@ -176,6 +177,7 @@ class ScaleSearch:
             most_samples=self.largest,
             routing=self.routing,
             sequences=bool(self.twin.analysis.sequence_dims),
+            shares=self.twin.shares,
             pins=self.pins,
             runnable=self.only_runnable,
         )
@@ -192,7 +194,7 @@ class ScaleSearch:
 
     def pieces(self, split: Split) -> tuple[Outline, tuple[PieceCost, ...]]:
         """The pieces' costs in a split. Raises LayoutError where the model cannot be split so."""
-        layout = TwinLayout(tp=split.tp, cp=split.cp, sequence_parallel=True, whole_experts=split.ep > 1)
+        layout = TwinLayout(tp=split.tp, cp=split.cp, attention=split.attention, whole_experts=split.ep > 1)
         return self.twin.over(split.ep).split(layout, self.cluster, self.largest // split.samples)
 
     def perfect(self, split: Split) -> tuple[Outline, tuple[PieceCost, ...]]:
@@ -232,7 +234,7 @@ class ScaleSearch:
     def composed(self, scheme: Scheme, samples: int, pieces: tuple[Outline, tuple[PieceCost, ...]] | None = None) -> Profile:
         """What the layout's stages take. Raises LayoutError where there are more stages than parts. pieces: those that it is put
         together of, its split's where not given."""
-        shape, costs = pieces or self.pieces(Split(tp=scheme.tp, cp=scheme.cp, ep=scheme.ep, samples=samples))
+        shape, costs = pieces or self.pieces(Split.of(scheme, samples))
         return compose(shape, costs, scheme, self.cluster, splits_backward=splits_backward(scheme.schedule))
 
     def bounded(self, scheme: Scheme, samples: int, pieces: tuple[Outline, tuple[PieceCost, ...]] | None = None) -> Found | None:
@@ -405,7 +407,16 @@ class _Branching:
 
     def _plain(self, split: Split, dp: int, pp: int) -> Scheme:
         microbatches = self.search.global_batch // (dp * split.samples)
-        return Scheme(dp=dp, tp=split.tp, pp=pp, cp=split.cp, ep=split.ep, routing=self.search.routing, microbatches=microbatches)
+        return Scheme(
+            dp=dp,
+            tp=split.tp,
+            pp=pp,
+            cp=split.cp,
+            attention=split.attention,
+            ep=split.ep,
+            routing=self.search.routing,
+            microbatches=microbatches,
+        )
 
     def _expected(self, guess: _Guess) -> float:
         """Seconds that the best scheme of a split is expected to take; infinite where none of the usual ones fits."""
@@ -439,12 +450,13 @@ class _Branching:
         """How many times as long kernels take as their share of those of the largest microbatch on one rank, from three splits with as few
         experts as can be: reading weights and adding up their gradients take as long for one sample as for many, and each cut of kernels
         into parts makes them slower by as much. first: the one with small kernels."""
-        most = replace(first, tp=1, cp=1, samples=self.search.largest)
-        large, thin, small = (self._computing(split) for split in (most, replace(first, tp=1, cp=1), first))
+        most = replace(first, tp=1, cp=1, attention="gather", samples=self.search.largest)
+        large, thin, small = (self._computing(split) for split in (most, replace(most, samples=first.samples), first))
         times = most.samples - first.samples
         beside = (thin * most.samples - large * first.samples) / times if times else 0.0
         beside = min(max(0.0, beside), 0.5 * large)
-        cut = max(0.0, small * first.tp - thin) / (first.tp - 1) if first.tp > 1 else 0.0
+        parts = first.tp * first.cp
+        cut = max(0.0, small * parts - thin) / (parts - 1) if parts > 1 else 0.0
         each, perfectly = (large - beside) / most.samples, large / most.samples
         return lambda split: (each + (beside + cut * (split.tp - 1)) * split.cp / split.samples) / perfectly
 
@@ -585,9 +597,15 @@ def _likely(cost: PieceCost, slower: float, talk_s: float, beside_s: float) -> P
 
 def _talk(cluster: Cluster, split: Split, sent_bytes: float) -> float:
     """Seconds that a block is expected to communicate in a microbatch: tp gathers and scatters what the block is given four times each way
-    (Korthikanti et al. 2022, section 4.2), cp the keys and values of attention."""
-    part = sent_bytes / split.cp
+    (Korthikanti et al. 2022, section 4.2), cp exchanges what attention needs."""
+    part, kept = sent_bytes / split.cp, sent_bytes / split.tp
     tensor = 4 * sum(collective_cost(kind, part, split.tp, cluster).seconds for kind in ("all_gather", "reduce_scatter"))
-    whole = 2 * sent_bytes / split.tp
-    context = 1.5 * sum(collective_cost(kind, whole, split.cp, cluster, split.tp).seconds for kind in ("all_gather", "reduce_scatter"))
-    return tensor + context
+
+    def context(kind: str, nbytes: float) -> float:
+        return collective_cost(kind, nbytes, split.cp, cluster, split.tp).seconds
+
+    if split.attention == "gather":
+        return tensor + 1.5 * sum(context(kind, 2 * kept) for kind in ("all_gather", "reduce_scatter"))
+    if split.attention == "ulysses":  # queries, keys, values and results, and their gradients
+        return tensor + 8 * context("all_to_all", kept / split.cp)
+    return tensor + _SEEN * 3 * (split.cp - 1) * context("shift", 2 * kept / split.cp)

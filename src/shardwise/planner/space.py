@@ -1,6 +1,6 @@
 """Which layouts there are for a deep model on equal devices, and what a user pins of them.
 
-    Split      tp × cp × ep, samples of a microbatch        each costs a lowering
+    Split      tp × cp × ep, attention, samples             each costs a lowering
       mesh     dp × pp                                       what is left of the devices
         Scheme ZeRO × recomputation × schedule × chunks      the same pieces, put together in another way
 
@@ -10,8 +10,9 @@ out one by one.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from itertools import product
 from typing import Any
 
 from shardwise.cost.routing import Routing
@@ -19,6 +20,7 @@ from shardwise.errors import LayoutError
 from shardwise.planner.compose import Scheme
 from shardwise.planner.lacking import lacking
 from shardwise.program.tables import NAMES
+from shardwise.sharding.context import ATTENTION, Attention
 
 __all__ = ["Pins", "Space", "Split", "layout_text"]
 
@@ -33,12 +35,19 @@ _NUMBERS = ("dp", "cp", "tp", "ep", "pp", "chunks", "zero", "microbatches", "mic
 
 @dataclass(frozen=True, kw_only=True)
 class Split:
-    """What decides the pieces' costs: ranks that share operators, sequences and experts, and the samples of a microbatch."""
+    """What decides the pieces' costs: ranks that share operators, sequences and experts, how they do attention together, and the samples of
+    a microbatch."""
 
     tp: int = 1
     cp: int = 1
+    attention: Attention = "gather"
     ep: int = 1
     samples: int = 1
+
+    @classmethod
+    def of(cls, scheme: Scheme, samples: int) -> Split:
+        """That of a layout."""
+        return cls(tp=scheme.tp, cp=scheme.cp, attention=scheme.attention, ep=scheme.ep, samples=samples)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +66,7 @@ class Pins:
     zero: int | None = None
     microbatches: int | None = None
     microbatch: int | None = None
+    attention: str | None = None
     schedule: str | None = None
     recompute: str | None = None
 
@@ -66,7 +76,7 @@ class Pins:
         if given is None or isinstance(given, Pins):
             return given or cls()
         pairs = dict(given) if isinstance(given, Mapping) else _pairs(given)
-        words = {"schedule": NAMES, "recompute": _RECOMPUTE}
+        words = {"attention": ATTENTION, "schedule": NAMES, "recompute": _RECOMPUTE}
         for name, value in pairs.items():
             if name in words:
                 if value not in words[name]:
@@ -117,6 +127,7 @@ def _number(name: str, value: Any) -> int:
 def layout_text(scheme: Scheme, samples: int) -> str:
     """The layout in the words of `Pins`; what is as usual is left out."""
     words = [f"{name}={getattr(scheme, name)}" for name in ("dp", "cp", "tp", "ep", "pp") if getattr(scheme, name) > 1 or name == "dp"]
+    words += [f"attention={scheme.attention}"] if scheme.cp > 1 else []
     words += [f"microbatches={scheme.microbatches}", f"microbatch={samples}"]
     words += [f"schedule={scheme.schedule}"] if scheme.pp > 1 else []
     words += [f"chunks={scheme.chunks}"] if scheme.chunks > 1 else []
@@ -125,13 +136,18 @@ def layout_text(scheme: Scheme, samples: int) -> str:
     return ",".join(words)
 
 
+def _gathers(attention: str, cp: int, tp: int) -> bool:
+    return attention == "gather"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Space:
     """All layouts of a model on so many ranks.
 
     near: ranks that the links within a node join, beyond which tp does not go unless it is pinned; blocks: of the model, its stages are
     at most as many; most_samples: of the largest microbatch; routing: how tokens get to experts, None where there are none.
-    sequences: whether they can be split; runnable: only what runs today.
+    sequences: whether they can be split; shares: whether attention can be done in a way by so many ranks of cp, and of tp.
+    runnable: only what runs today.
     """
 
     ranks: int
@@ -141,6 +157,7 @@ class Space:
     most_samples: int
     routing: Routing | None = None
     sequences: bool = True
+    shares: Callable[[str, int, int], bool] = _gathers
     pins: Pins = field(default_factory=Pins)
     runnable: bool = False
 
@@ -148,11 +165,10 @@ class Space:
         """Every split that has a mesh."""
         for tp in self._sizes("tp", [size for size in _TP if size <= self.near]):
             for cp in self._sizes("cp", _CP if self.sequences else (1,)):
-                for ep in self._eps():
-                    for samples in self._samples():
-                        split = Split(tp=tp, cp=cp, ep=ep, samples=samples)
-                        if next(self.meshes(split), None) is not None:
-                            yield split
+                for attention, ep, samples in product(self._attentions(cp, tp), self._eps(), self._samples()):
+                    split = Split(tp=tp, cp=cp, attention=attention, ep=ep, samples=samples)
+                    if next(self.meshes(split), None) is not None:
+                        yield split
 
     def meshes(self, split: Split) -> Iterator[tuple[int, int]]:
         """(dp, pp) of a split: all devices are used, and the batch is divided evenly."""
@@ -180,6 +196,7 @@ class Space:
                             tp=split.tp,
                             pp=pp,
                             cp=split.cp,
+                            attention=split.attention,
                             ep=split.ep,
                             routing=self.routing,
                             chunks=chunks,
@@ -223,6 +240,12 @@ class Space:
     def _sizes(self, name: str, usual: Sequence[int]) -> list[int]:
         pinned = getattr(self.pins, name)
         return [size for size in ([pinned] if pinned else usual) if self.ranks % size == 0]
+
+    def _attentions(self, cp: int, tp: int) -> list[Attention]:
+        """In which ways ranks may do it together; none by themselves where one is pinned."""
+        if cp == 1:
+            return [] if self.pins.attention else ["gather"]
+        return [each for each in ATTENTION if self.pins.attention in (None, each) and self.shares(each, cp, tp)]
 
     def _eps(self) -> list[int]:
         sizes = [self.pins.ep] if self.pins.ep else [1, *(size for size in range(2, self.experts + 1) if self.experts % size == 0)]
@@ -285,6 +308,8 @@ class Space:
             return f"ep divides the experts of a block ({self.experts or 'this model has none'}) among tp × cp × dp ranks"
         if pins.pp:
             return f"the model has {self.blocks} blocks for pp={pins.pp} stages on {self.ranks:,} devices"
+        if pins.attention:
+            return f"attention={pins.attention} says how the ranks of cp share it, and none can; leave attention open, or pin another cp"
         if pins.cp and not self.sequences:
             return "the model's inputs have no sequence that could be split"
         return f"no mesh of {self.ranks:,} devices divides a batch of {self.global_batch:,} samples in this way; change the batch"

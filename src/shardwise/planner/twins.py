@@ -25,6 +25,7 @@ from shardwise.planner.intra import PREFER_SPLIT, Costs, representatives, split_
 from shardwise.planner.op_costs import OpCosts
 from shardwise.planner.pieces import Outline, PieceCost, outline, piece_costs_on
 from shardwise.program.trace import Tracer
+from shardwise.sharding.context import Attention
 
 __all__ = ["Twin", "TwinLayout", "experts_over", "split_twin"]
 
@@ -33,13 +34,16 @@ _DEAR = 3.0  # times its cost: an all-reduce where the sequence is to be split b
 
 @dataclass(frozen=True, kw_only=True)
 class TwinLayout:
-    """tp, cp: ranks; sequence_parallel: whether tp splits the sequence where it does not split products, instead of holding it whole.
+    """tp, cp: ranks; attention: how those of cp do it together, the slowest of them being costed; None: keys and values are gathered, and a
+    rank is costed that does the mean, as frameworks of others balance it.
 
+    sequence_parallel: whether tp splits the sequence where it does not split products, instead of holding it whole;
     whole_experts: whether tp leaves the matrices of experts whole and splits their rows.
     """
 
     tp: int = 1
     cp: int = 1
+    attention: Attention | None = None
     sequence_parallel: bool = True
     whole_experts: bool = False
 
@@ -54,6 +58,7 @@ class Twin:
     _known: dict[object, tuple[PieceCost, ...]] = field(default_factory=dict, init=False, repr=False)
     _each: dict[int, OpCosts] = field(default_factory=dict, init=False, repr=False)
     _over: dict[int, Twin] = field(default_factory=dict, init=False, repr=False)
+    _shares: dict[tuple[str, int, int], bool] = field(default_factory=dict, init=False, repr=False)
 
     def over(self, ep: int) -> Twin:
         """With one of ep parts of the experts. LayoutError as of `experts_over`."""
@@ -67,6 +72,13 @@ class Twin:
     def analysis(self) -> Analysis:
         """Rules, batch and sequence of its operators."""
         return analyse(self.graph, "fast")
+
+    def shares(self, attention: str, cp: int, tp: int) -> bool:
+        """Whether some of its attention can be done so by the ranks of cp."""
+        key = attention, cp, tp
+        if key not in self._shares:
+            self._shares[key] = attention == "gather" or bool(self.analysis.shared(attention, cp, tp).choices)
+        return self._shares[key]
 
     @cached_property
     def shape(self) -> Outline:
@@ -108,7 +120,7 @@ class Twin:
             return collective_cost(kind, message, ranks, cluster).seconds * dear.get(kind, 1.0)
 
         each = self._each.setdefault(id(cluster.rates), OpCosts(cluster=cluster, tracer=self.tracer))
-        assignment = assign(analysis, 1, microbatches, layout.tp, layout.cp)
+        assignment = assign(analysis, 1, microbatches, layout.tp, layout.cp, attention=layout.attention or "gather")
         dear = dict.fromkeys(["all_reduce"] if layout.sequence_parallel else ["reduce_scatter", "all_gather"], _DEAR)
         costs = Costs(
             operator=lambda op: each.of(self._first[op])[0] / microbatches,
@@ -121,7 +133,8 @@ class Twin:
             forbidden=_forbidden(analysis, layout),
         )
         split_tensors(assignment, analysis.batch, analysis.prelude, costs)
-        return self.shape, piece_costs_on(self.shape, assignment, analysis.prelude, clusters, self.tracer)
+        place = max(0, layout.cp // 2 - 1) if layout.attention is None else layout.cp - 1  # under a causal mask the last has most to do
+        return self.shape, piece_costs_on(self.shape, assignment, analysis.prelude, clusters, self.tracer, place)
 
 
 def split_twin(

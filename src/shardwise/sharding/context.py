@@ -25,7 +25,7 @@ from shardwise.sharding.signature import Choice, Signature
 __all__ = ["ATTENTION", "WORDS", "Attention", "SharedAttention", "goes_round", "share_attention"]
 
 Attention = Literal["gather", "ring", "ulysses"]
-ATTENTION: tuple[str, ...] = get_args(Attention)
+ATTENTION: tuple[Attention, ...] = get_args(Attention)
 
 WORDS = {
     "gather": "keys and values are gathered",
