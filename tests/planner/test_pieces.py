@@ -109,7 +109,7 @@ def compare(name: str, stages: int, tp: int, cp: int = 1, attention: str = "gath
             assert found[0] == pytest.approx(exact.compute_s, rel=0.03), (number, kind)
             assert found[1] == pytest.approx(exact.communicate_s, rel=0.1, abs=1e-6), (number, kind)  # sums may travel with either side
         saved = max(memory_use(programs[rank], "adamw").saved for rank in group)
-        assert profile.stages[number].saved_bytes == pytest.approx(saved, rel=0.06), number  # a mask that blocks share is in each piece
+        assert profile.stages[number].saved_bytes == pytest.approx(saved, rel=0.05), number
 
 
 def test_recomputation_trades_memory_for_a_second_forward_pass() -> None:

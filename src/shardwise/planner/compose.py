@@ -436,7 +436,8 @@ class _Stage:
     def saved(self) -> int:
         """Bytes that a microbatch keeps for its backward pass."""
         sent = self.costs[self.parts[-1][0]].sent if self.scheme.keeps_sent else 0
-        return sent + sum(kept * count for (_, count, _), (kept, _, _) in zip(self._each(), self._held(), strict=True))
+        shared = sum(self.costs[index].held.shared for index, _ in self.parts)
+        return sent + shared + sum(kept * count for (_, count, _), (kept, _, _) in zip(self._each(), self._held(), strict=True))
 
     def _held(self) -> Iterator[tuple[int, int, int]]:
         """Of each kind of piece what one keeps of a microbatch, the most beside, and what the allocator takes beside both."""

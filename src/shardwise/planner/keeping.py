@@ -21,11 +21,12 @@ from dataclasses import dataclass
 
 from torch import fx
 
+from shardwise.capture.keyed import is_random
 from shardwise.cost.allocator import Block, CachingAllocator
 from shardwise.cost.fusion import fused_traffic, is_fused_kernel
 from shardwise.cost.memory import bases, changes, liveness, tensor_bytes
 from shardwise.cost.operators import name_of
-from shardwise.program.program import StageProgram
+from shardwise.program.program import Binding, StageProgram
 from shardwise.program.recompute import WEIGHED
 from shardwise.sharding.collectives import COLLECTIVES
 from shardwise.simulate.passes import Passed, saved_values
@@ -41,6 +42,7 @@ class Kept:
     """Bytes of one microbatch on a rank.
 
     saved: by what is made again anyhow, what is kept; entered: of it, what other pieces made.
+    shared: kept beside, once for all equal pieces of a stage: masks and the like, made of the batch alone.
     core: of it, what lies inside attention that is not fused. made: what products with weights make; attended: what fused attention makes.
     chosen: what every second of them and
     attention make; needed: of that, what anything that autograd keeps is made from.
@@ -49,6 +51,7 @@ class Kept:
     """
 
     saved: Mapping[str, int]
+    shared: int
     entered: int
     core: int
     made: int
@@ -64,6 +67,7 @@ class Kept:
         nothing = dict.fromkeys(self.working, 0)
         return Kept(
             saved={remade: int(nbytes * part) for remade, nbytes in self.saved.items()},
+            shared=int(self.shared * part),
             entered=int(self.entered * part),
             core=int(self.core * part),
             made=int(self.made * part),
@@ -101,7 +105,9 @@ def kept(stage: StageProgram, weights: Container[fx.Node]) -> Kept:
     returned = graph.output_node().args[0]
     assert isinstance(returned, (list, tuple))
     read = (base[node] for node in returned[len(stage.forward_outputs) :] if isinstance(node, fx.Node))
-    by_autograd = [node for node in dict.fromkeys(read) if node.op == "call_function" or node in arrived]
+    every = [node for node in dict.fromkeys(read) if node.op == "call_function" or node in arrived]
+    common = _of_the_batch(graph, bindings)
+    by_autograd = [node for node in every if node not in common]
     apart = {node for node, binding in bindings.items() if binding.kind in ("edge", "parameter")}
     core = _core(graph, by_autograd, base, apart)
     lasting = {"none": by_autograd, "kernels": [node for node in by_autograd if node in core or not _is_inside(node, base)], "all": []}
@@ -111,10 +117,11 @@ def kept(stage: StageProgram, weights: Container[fx.Node]) -> Kept:
     }
     chosen = _chosen(graph)
     products = [node for node in graph.nodes if name_of(node.target) in WEIGHED]
-    values, made = saved_values(stage), [node for node in by_autograd if node.op == "call_function"]
+    values, made = saved_values(stage), [node for node in every if node.op == "call_function"]
     working, fused = _working(stage, made, values), _working_fused(stage, [node for node in saved["all"] if node.op == "call_function"])
     return Kept(
         saved={level: _bytes(nodes) for level, nodes in saved.items()},
+        shared=_bytes(node for node in every if node in common),
         entered=_bytes({_entrance(node, base) for nodes in saved.values() for node in nodes if _root(node, base) in arrived}),
         core=_bytes(core),
         made=_bytes(products),
@@ -125,6 +132,15 @@ def kept(stage: StageProgram, weights: Container[fx.Node]) -> Kept:
         working=dict.fromkeys(LEVELS, working) | {"all": fused},
         cached=dict.fromkeys(LEVELS, max(0, _reserved(stage, made, values) - working)) | {"all": 0},
     )
+
+
+def _of_the_batch(graph: fx.Graph, bindings: Mapping[fx.Node, Binding]) -> set[fx.Node]:
+    """What is made of nothing but the batch and buffers, random numbers aside."""
+    found = {node for node, binding in bindings.items() if binding.kind in ("crossing", "buffer")}
+    for node in graph.nodes:
+        if node.op == "call_function" and found.issuperset(node.all_input_nodes) and not is_random(node.target):
+            found.add(node)
+    return found
 
 
 def _entrance(node: fx.Node, base: dict[fx.Node, fx.Node]) -> fx.Node:
