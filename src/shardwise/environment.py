@@ -6,7 +6,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["RankEnvironment", "cache_directory", "rank_environment", "tunes_malloc", "use_interface"]
+__all__ = ["RankEnvironment", "cache_directory", "rank_environment", "record_no_messages", "tunes_malloc", "use_interface"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +36,15 @@ def rank_environment() -> RankEnvironment | None:
 def use_interface(name: str) -> None:
     """Has gloo connect ranks over this network interface, unless $GLOO_SOCKET_IFNAME names another."""
     os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
+
+
+def record_no_messages() -> None:
+    """Has torch's flight recorder keep no record of gloo's collectives, unless $TORCH_FR_BUFFER_SIZE asks for some.
+
+    A record that outlasts its step lies between blocks that are freed: no hole is whole again, and the heap grows from step to step.
+    """
+    if "TORCH_NCCL_TRACE_BUFFER_SIZE" not in os.environ:  # its older name
+        os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "0")
 
 
 def tunes_malloc() -> bool:

@@ -18,7 +18,7 @@ import torch.distributed as dist
 
 from shardwise._torch import register_group
 from shardwise.cluster.machine import available_cores
-from shardwise.environment import RankEnvironment, rank_environment, use_interface
+from shardwise.environment import RankEnvironment, rank_environment, record_no_messages, use_interface
 from shardwise.errors import ClusterError
 from shardwise.heap import keep_freed_memory
 from shardwise.sharding.collectives import group_name
@@ -62,7 +62,10 @@ def process_group(*, timeout_s: float, threads: int | None = None, backend: str 
 def join_group(timeout_s: float, *, backend: str = "gloo") -> bool:
     """Join the job that the environment describes unless a group exists already; whether it was joined here. Freed memory is kept."""
     keep_freed_memory()
-    if dist.is_initialized():
+    joined = dist.is_initialized()
+    if (dist.get_backend() if joined else backend) == "gloo":
+        record_no_messages()
+    if joined:
         return False
     _join(_place(), timeout_s=timeout_s, backend=backend)
     return True
