@@ -16,8 +16,7 @@ __all__ = ["dim_of", "leaf_names", "map_tensors", "named_tensors"]
 
 def named_tensors(batch: Mapping[str, Any]) -> dict[str, Tensor]:
     """All tensors of a batch by their names."""
-    leaves = pytree.tree_leaves(dict(batch))
-    return {name: leaf for name, leaf in zip(leaf_names(batch), leaves, strict=True) if isinstance(leaf, Tensor)}
+    return {_name(path): leaf for path, leaf in pytree.tree_flatten_with_path(dict(batch))[0] if isinstance(leaf, Tensor)}
 
 
 def leaf_names(batch: Mapping[str, Any]) -> list[str]:

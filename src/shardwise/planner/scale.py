@@ -399,24 +399,11 @@ class _Branching:
                 for piece, cost in zip(shape.pieces, costs, strict=True)
             )
             least, expected = (SchemeBound(shape=shape, costs=given, cluster=search.cluster) for given in (costs, likely))
-            meshes = [(mesh, self._plain(split, *mesh)) for mesh in search.space.meshes(split)]
+            meshes = [(mesh, search.space.plain(split, *mesh)) for mesh in search.space.meshes(split)]
             promises = sorted((expected.seconds(plain) * (1 + (plain.pp - 1) / plain.microbatches / 3), mesh) for mesh, plain in meshes)
             bound_s = min(least.seconds(plain) for _, plain in meshes)
             found.append(_Guess(split=split, bound_s=bound_s, pieces=(shape, likely), meshes=promises))
         return found
-
-    def _plain(self, split: Split, dp: int, pp: int) -> Scheme:
-        microbatches = self.search.global_batch // (dp * split.samples)
-        return Scheme(
-            dp=dp,
-            tp=split.tp,
-            pp=pp,
-            cp=split.cp,
-            attention=split.attention,
-            ep=split.ep,
-            routing=self.search.routing,
-            microbatches=microbatches,
-        )
 
     def _expected(self, guess: _Guess) -> float:
         """Seconds that the best scheme of a split is expected to take; infinite where none of the usual ones fits."""

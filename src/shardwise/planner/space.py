@@ -184,27 +184,27 @@ class Space:
             if (pins.microbatches or 0) in (0, self.global_batch // (dp * split.samples)):
                 yield dp, pp
 
+    def plain(self, split: Split, dp: int, pp: int) -> Scheme:
+        """The usual scheme of a split on one of its meshes."""
+        return Scheme(
+            dp=dp,
+            tp=split.tp,
+            pp=pp,
+            cp=split.cp,
+            attention=split.attention,
+            ep=split.ep,
+            routing=self.routing,
+            microbatches=self.global_batch // (dp * split.samples),
+        )
+
     def schemes(self, split: Split, mesh: tuple[int, int] | None = None) -> Iterator[Scheme]:
         """Every scheme of a split, on one of its meshes or on all."""
         for dp, pp in self.meshes(split) if mesh is None else [mesh]:
-            microbatches = self.global_batch // (dp * split.samples)
-            for schedule, chunks in self._orders(pp, microbatches):
+            plain = self.plain(split, dp, pp)
+            for schedule, chunks in self._orders(pp, plain.microbatches):
                 for zero in self._zeros(dp * split.cp):
                     for recompute in [self.pins.recompute] if self.pins.recompute else _RECOMPUTE:
-                        scheme = Scheme(
-                            dp=dp,
-                            tp=split.tp,
-                            pp=pp,
-                            cp=split.cp,
-                            attention=split.attention,
-                            ep=split.ep,
-                            routing=self.routing,
-                            chunks=chunks,
-                            microbatches=microbatches,
-                            schedule=schedule,
-                            zero=zero,
-                            recompute=recompute,
-                        )
+                        scheme = replace(plain, chunks=chunks, schedule=schedule, zero=zero, recompute=recompute)
                         if not (self.runnable and lacking(scheme)):
                             yield scheme
 
