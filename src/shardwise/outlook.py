@@ -254,8 +254,8 @@ class Study:
             raise ModelError(f"{preset.name} has no single run of equal layers, which this needs; use --whole with a smaller cluster")
         assert preset.layers is not None and preset.shallow is not None
         layers = min(preset.layers, preset.shallow)
-        model, batch = presets.build(name, layers=layers, batch_size=microbatch or _SAMPLES, sequence=sequence)
-        with young_garbage_alone():
+        with young_garbage_alone():  # importing what builds the model, too
+            model, batch = presets.build(name, layers=layers, batch_size=microbatch or _SAMPLES, sequence=sequence)
             graph = capture(model.to(torch.bfloat16).train(), batch)
         repeated = preset.layers - preset.first_layers
         return cls(

@@ -28,6 +28,7 @@ from shardwise.capture.calls import TakesGradients, followable
 from shardwise.capture.functional import functional
 from shardwise.capture.graph import Check, Graph, Op, Slot, Value, fill, operator_name
 from shardwise.capture.keep import Treatment, keeping
+from shardwise.capture.masks import without_masks
 from shardwise.capture.normalize import NOISE, RANDOM_STATE, is_random, normalize, passes_through
 from shardwise.capture.opaque import EXPECT, OPERATOR, Opaque, Result, opaque_of
 from shardwise.capture.operators import strided
@@ -518,6 +519,7 @@ class _Converter:
             raise CaptureError("the loss depends on no parameter that requires a gradient; there is nothing to train")
         updates = {name: self._made(value) for name, value in updates.items()}
         outputs = outputs if trains else [self._made(value) for value in outputs]
+        self.ops = without_masks(self.ops, self.constants)
         self._drop_unused({*outputs, *updates.values(), *(check.value for check in self.checks)}, set(updates))
         graph = Graph(
             parameters=self.parameters,

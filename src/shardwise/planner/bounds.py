@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache
 
 from shardwise.cluster.model import Cluster
 from shardwise.planner.compose import Scheme, backward_work, divide, forward_work, routed_seconds, stage_memory
@@ -133,8 +134,13 @@ def memory_bound(profile: Profile, scheme: Scheme) -> int:
 
 def least_memory(shape: Outline, costs: Sequence[PieceCost], scheme: Scheme, cluster: Cluster) -> int:
     """The same from the pieces, of which no profile is made for it. Raises LayoutError where there are more stages than parts."""
-    parts = divide(shape, costs, scheme)
-    return _fullest(lambda stage: stage_memory(shape, costs, parts[stage], scheme, cluster), scheme)
+    parts = [tuple(each) for each in divide(shape, costs, scheme)]
+
+    @cache
+    def held(own: tuple[tuple[int, int], ...]) -> _Held:  # most stages of a rank are alike
+        return stage_memory(shape, costs, own, scheme, cluster)
+
+    return _fullest(lambda stage: held(parts[stage]), scheme)
 
 
 def _fullest(held: Callable[[int], _Held], scheme: Scheme) -> int:

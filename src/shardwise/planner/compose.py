@@ -151,11 +151,9 @@ class Scheme:
 
 def divide(shape: Outline, costs: Sequence[PieceCost], scheme: Scheme) -> list[list[tuple[int, int]]]:
     """For each stage its (piece, how many of it), in order. LayoutError where there are more stages than parts."""
-    units = [
-        (index, _seconds(cost, scheme))
-        for index, (piece, cost) in enumerate(zip(shape.pieces, costs, strict=True))
-        for _ in range(piece.count)
-    ]
+    units: list[tuple[int, float]] = []
+    for index, (piece, cost) in enumerate(zip(shape.pieces, costs, strict=True)):
+        units += [(index, _seconds(cost, scheme))] * piece.count
     blocks = [place for place, (index, _) in enumerate(units) if shape.pieces[index].count > 1]
     if scheme.stages > max(len(units), 1):
         raise LayoutError(f"pp={scheme.pp} × {scheme.chunks} chunks are more stages than the {len(units)} parts of the model; use fewer")
