@@ -121,6 +121,10 @@ def _join_group(context: RankContext, port: int) -> None:
     os.environ.update({name: str(value) for name, value in place.items()}, MASTER_ADDR="127.0.0.1")
     if context.host is not None:
         os.environ.update(MASTER_ADDR=context.host.first_address, GLOO_SOCKET_IFNAME=context.host.device)
+    if context.plan_path is not None:  # as it does where it starts the ranks or joins the group itself
+        from shardwise.environment import record_no_messages
+
+        record_no_messages()
     if context.world_size > 1:
         dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=STEP_TIMEOUT_S))
 
