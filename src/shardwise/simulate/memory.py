@@ -27,7 +27,7 @@ __all__ = [
 OPTIMIZER_STATES = {"adamw": 2, "adam": 2, "sgd": 0, "sgd_momentum": 1}
 
 
-# What a process takes beside its tensors: measured peaks less the tensors' own, on a CPU with glibc and gloo (benchmarks/step_time.py: GPT-2,
+# What a process takes beside its tensors: measured peaks less the tensors' own, on a CPU with glibc and gloo (benchmarks/step_time.py: GPT,
 # Llama, ViT, BERT, U-Net and Mixtral steps of 190 to 1,500 MiB at dp=2, tp=2 and pp=2). Its own objects and the transport's buffers; and
 # holes that the allocator has between tensors which passes make and free, too small for the next.
 _RUNTIME_BYTES = 60 * 2**20
