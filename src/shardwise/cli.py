@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -61,7 +62,10 @@ app = typer.Typer(
 
 def main() -> None:
     """The console script `shardwise`."""
-    app()
+    try:
+        app()
+    finally:
+        gc.freeze()  # all that is left goes with the process: looking through it for cycles takes longer than a second after planning
 
 
 @app.command()

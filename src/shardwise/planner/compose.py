@@ -212,11 +212,13 @@ def _seconds(cost: PieceCost, scheme: Scheme) -> float:
 
 def compose(shape: Outline, costs: Sequence[PieceCost], scheme: Scheme, cluster: Cluster, *, splits_backward: bool = False) -> Profile:
     """The profile of a step. splits_backward: whether the schedule runs the weights' part of the backward pass by itself."""
-    stages = divide(shape, costs, scheme)
-    made = [_Stage(shape=shape, costs=costs, parts=parts, scheme=scheme, cluster=cluster) for parts in stages]
-    alike = {tuple(stage.parts): stage for stage in made}
-    each = {parts: stage.profile(splits_backward=splits_backward) for parts, stage in alike.items()}
-    profile = Profile(stages=[each[tuple(stage.parts)] for stage in made], edges=list(_edges(made, scheme, cluster)), cores=None)
+    stages = [tuple(parts) for parts in divide(shape, costs, scheme)]
+    each = {
+        parts: _Stage(shape=shape, costs=costs, parts=parts, scheme=scheme, cluster=cluster).profile(splits_backward=splits_backward)
+        for parts in dict.fromkeys(stages)  # most are alike
+    }
+    sent = [costs[parts[-1][0]].sent for parts in stages[:-1]]
+    profile = Profile(stages=[each[parts] for parts in stages], edges=list(_edges(sent, scheme, cluster)), cores=None)
     return _waiting(profile, scheme) if scheme.waits else profile
 
 
@@ -271,22 +273,20 @@ def hop_seconds(nbytes: float, tp: int, cluster: Cluster, send: Callable[[float]
     return min(send(nbytes), send(nbytes / tp) + collective_cost("all_gather", nbytes, tp, cluster).seconds)
 
 
-def _edges(made: Sequence[_Stage], scheme: Scheme, cluster: Cluster) -> Iterator[EdgeProfile]:
+def _edges(sent: Sequence[int], scheme: Scheme, cluster: Cluster) -> Iterator[EdgeProfile]:
+    """sent: bytes that each stage but the last sends on."""
     stride = scheme.dp * scheme.cp * scheme.tp
-    sent: dict[float, float] = {}
-
     apart = scheme.pp > 1 and cluster.machines is not None and crossing_of(cluster.machines, 2, stride).nodes > 1
 
     def send(nbytes: float) -> float:
         seconds = collective_cost("send_recv", nbytes, 2, cluster, stride).seconds
         return max(seconds, nbytes / scheme.peer_bytes_per_s) if apart else seconds
 
-    for number, stage in enumerate(made[:-1]):
-        nbytes = stage.costs[stage.parts[-1][0]].sent
-        if nbytes not in sent:
-            sent[nbytes] = 0.0 if scheme.pp == 1 else hop_seconds(nbytes, 1 if scheme.whole_messages else scheme.tp, cluster, send)
-        seconds = sent[nbytes]
-        yield EdgeProfile(name=f"h→{number + 1}", source=number, target=number + 1, nbytes=nbytes, transfer_s=seconds, requires_grad=True)
+    whole = 1 if scheme.whole_messages else scheme.tp
+    hops = {nbytes: 0.0 if scheme.pp == 1 else hop_seconds(nbytes, whole, cluster, send) for nbytes in set(sent)}
+    for number, nbytes in enumerate(sent):
+        hop_s = hops[nbytes]
+        yield EdgeProfile(name=f"h→{number + 1}", source=number, target=number + 1, nbytes=nbytes, transfer_s=hop_s, requires_grad=True)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -27,7 +27,7 @@ from shardwise.planner.pieces import Outline, PieceCost, outline, piece_costs_on
 from shardwise.program.trace import Tracer
 from shardwise.sharding.context import Attention
 
-__all__ = ["Twin", "TwinLayout", "experts_over", "split_twin"]
+__all__ = ["Twin", "TwinLayout", "costed_place", "experts_over", "split_twin"]
 
 _DEAR = 3.0  # times its cost: an all-reduce where the sequence is to be split between products, what replaces one where it is not
 
@@ -133,8 +133,16 @@ class Twin:
             forbidden=_forbidden(analysis, layout),
         )
         split_tensors(assignment, analysis.batch, analysis.prelude, costs)
-        place = max(0, layout.cp // 2 - 1) if layout.attention is None else layout.cp - 1  # under a causal mask the last has most to do
-        return self.shape, piece_costs_on(self.shape, assignment, analysis.prelude, clusters, self.tracer, place)
+        return self.shape, piece_costs_on(
+            self.shape, assignment, analysis.prelude, clusters, self.tracer, costed_place(layout.attention, layout.cp)
+        )
+
+
+def costed_place(attention: Attention | None, cp: int) -> int:
+    """Of the rank along cp that is costed: the one with most to do under a causal mask, a middle one where no way is said."""
+    if attention is None:
+        return max(0, cp // 2 - 1)
+    return 0 if attention == "ring" else cp - 1
 
 
 def split_twin(
