@@ -48,6 +48,7 @@ ROUTINGS = {
 SPACES = [
     ("llama", "a100-80g:1x4", 6, "cp=1,microbatch=1"),
     ("gpt2", "rtx4090:2x2, 25 GbE", 4, "microbatch=1,recompute=none"),
+    ("gpt2", "rtx4090:2x1, 25 GbE", 4, "microbatch=1"),
     ("bert", "h100:2x4", 8, "tp=2,cp=1,recompute=none"),
     ("mixtral", "h100:2x2", 4, "cp=1,microbatch=1,recompute=none"),
     ("mixtral, launched", "h100:2x2", 4, "cp=1,tp=1"),
