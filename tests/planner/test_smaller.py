@@ -16,7 +16,7 @@ from shardwise.runtime.exhausted import explained, wanted_bytes
 @pytest.mark.parametrize(
     ("make", "ranks", "layout", "expected"),
     [
-        (lambda: mlp(hidden=256), 2, "dp=2,microbatches=1,zero=0", "microbatches=1,schedule=1f1b,zero=1"),
+        (lambda: mlp(hidden=512), 2, "dp=2,microbatches=1,zero=0", "microbatches=1,schedule=1f1b,zero=1"),
         (lambda: mlp(samples=16384), 1, "dp=1,microbatches=1", "microbatches=2,schedule=1f1b"),
     ],
 )
