@@ -44,8 +44,9 @@ class _Known(Enum):
 _Found = Tensor | _Known | None
 _AND = ("__and__", "bitwise_and", "logical_and")
 _KEPT = ("alias", "clone", "expand", "reshape", "unsqueeze", "view")  # an operator of these keeps what the last two dims hold
-_ORDER = {"le": operator.le, "lt": operator.lt, "ge": operator.ge, "gt": operator.gt, "eq": operator.eq}
-_MIRRORED = {"le": "ge", "lt": "gt", "ge": "le", "gt": "lt"}
+_SEES = {"le": operator.le, "lt": operator.lt}  # a column's position, a row's
+_MIRRORED = {"ge": "le", "gt": "lt"}
+_COMPARISONS = ("eq", *_SEES, *_MIRRORED)
 
 
 def without_masks(ops: Sequence[Op], constants: Mapping[str, Tensor], small: int = _SMALL) -> list[Op]:
@@ -130,7 +131,7 @@ class _Constants:
             return result
         if name in _AND and len(given) == 2 and value.dtype == torch.bool:
             return _both(*(_whole(each) for each in given))
-        if name in _ORDER and len(tensors) == len(given):
+        if name in _COMPARISONS and len(tensors) == len(given):
             left, right = (tensors[each.index] if isinstance(each, Slot) else torch.as_tensor(each) for each in op.args[:2])
             return _compared(name, left, right, value.shape)
         if name in _KEPT and len(given) == 1 and isinstance(op.args[0], Slot):
@@ -160,19 +161,18 @@ def _compared(name: str, left: Tensor, right: Tensor, shape: Sequence[int]) -> _
     """A comparison too large to be computed, of results that are broadcast."""
     if not left.numel() or not right.numel():
         return None
-    ends = (left.max(), right.min()) if name in ("le", "lt") else (left.min(), right.max())
     if name == "eq":
         return _Known.ALL if bool((left == left.flatten()[0]).all() & (right == left.flatten()[0]).all()) else None
-    if bool(_ORDER[name](*ends)):
+    if name in _MIRRORED:
+        left, right, name = right, left, _MIRRORED[name]
+    if bool(_SEES[name](left.max(), right.min())):
         return _Known.ALL
     if len(shape) < 2 or shape[-1] != shape[-2] or shape[-1] < 2:
         return None
-    if name in ("ge", "gt"):
-        left, right, name = right, left, _MIRRORED[name]
     columns, rows = _along(left, -1), _along(right, -2)
     if columns is None or rows is None or len(columns) != shape[-1] or len(rows) != shape[-2]:
         return None
-    return _Known.CAUSAL if _each_up_to_its_own(columns, rows, _ORDER[name]) else None
+    return _Known.CAUSAL if _each_up_to_its_own(columns, rows, _SEES[name]) else None
 
 
 def _along(x: Tensor, dim: int) -> Tensor | None:
