@@ -124,6 +124,7 @@ def grow(by: str, model: str, cluster: str) -> Grown:
     machine = Cluster.parse(cluster)
     start_s = time.process_time()
     study = Study.of(model)
+    twin = study.twin()
     captured_s = time.process_time()
     found = study.outlook(machine, Wish())
     end_s = time.process_time()
@@ -131,9 +132,9 @@ def grow(by: str, model: str, cluster: str) -> Grown:
         by=by,
         model=model,
         cluster=cluster,
-        layers=sum(study.twin.counts),
+        layers=sum(twin.counts),
         devices=machine.ranks,
-        operators=len(study.twin.graph.ops),
+        operators=len(twin.graph.ops),
         capture_s=captured_s - start_s,
         search_s=end_s - captured_s,
         simulated=0 if isinstance(found, Infeasible) else found.searched.simulated,

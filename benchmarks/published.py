@@ -229,6 +229,7 @@ def _scheme(row: Row, year: int, software: Software, recompute: str, own: Holdin
         zero=3 if layout.zero == "hybrid" else software.zero if layout.zero is None else int(layout.zero),
         shard=(layout.shard_devices or 0) * (layout.cp if own.over_context else 1),
         recompute=recompute,
+        precision="float32" if layout.precision in ("fp32", "tf32") else "bf16",
         remade=own.remade,
         gradient_bytes=own.gradient_bytes,
         copied=own.copied,

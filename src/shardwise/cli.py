@@ -31,6 +31,7 @@ from shardwise.commands.options import (
     RecomputeOption,
     RunnableOption,
     ScheduleOption,
+    SearchedPrecisionOption,
     SequenceOption,
     SlowLinkOption,
     SlowRankOption,
@@ -78,7 +79,7 @@ def plan(
     global_batch: GlobalBatchOption = None,
     sequence: SequenceOption = None,
     random: RandomOption = None,
-    precision: PrecisionOption = None,
+    precision: SearchedPrecisionOption = None,
     recompute: RecomputeOption = None,
     out: Annotated[Path, typer.Option("--out", help="Where the plan goes.")] = Path("plan.json"),
     runnable: RunnableOption = False,
@@ -118,8 +119,8 @@ def plan(
     wished: Any = {"runnable": runnable, "budget": budget, "objective": objective, "within": within, "price": price}
     chosen: Plan | Proposal
     unlike = False
-    if _proposes(model, cluster, whole=whole, chosen=random or precision):
-        found = _outlook(required(model), cluster, pinned, global_batch, sequence, **wished)
+    if _proposes(model, cluster, whole=whole, chosen=random):
+        found = _outlook(required(model), cluster, pinned, global_batch, sequence, precision=precision, **wished)
         from shardwise.whatif import usual_changes, with_what_ifs
 
         changes = [each for text in what_if or [] for each in (usual_changes(found.cluster) if text == "usual" else [text])]
@@ -288,6 +289,7 @@ def layouts(
     global_batch: GlobalBatchOption = None,
     sequence: SequenceOption = None,
     layout: LayoutOption = None,
+    precision: SearchedPrecisionOption = None,
     runnable: RunnableOption = False,
     budget: BudgetOption = None,
     objective: ObjectiveOption = "throughput",
@@ -307,7 +309,7 @@ def layouts(
     shardwise layouts --model gpt3-175b --cluster a100-80g:128x8 --report layouts.html
     """
     wished: Any = {"runnable": runnable, "budget": budget, "objective": objective, "within": within, "price": price}
-    found = _outlook(model, cluster, layout, global_batch, sequence, unlike=True, **wished)
+    found = _outlook(model, cluster, layout, global_batch, sequence, precision=precision, unlike=True, **wished)
     if report is not None:
         from shardwise.report.outlook import prospect_of
         from shardwise.report.prospect import write_prospect
@@ -317,7 +319,8 @@ def layouts(
     if as_json:
         typer.echo(json.dumps(found.as_json(), indent=2))
     else:
-        typer.echo(f"{found.study.preset.name} on {found.cluster.name}: {found.search.global_batch} samples a step, bfloat16")
+        precisions = " or ".join(found.search.space.precisions)
+        typer.echo(f"{found.study.preset.name} on {found.cluster.name}: {found.search.global_batch} samples a step, {precisions}")
         Console().print(found.table())
         if found.places():
             typer.echo(f"\nThe first, by device:\n{found.places()}")
@@ -466,11 +469,13 @@ def _plan(
     global_batch: int | None,
     sequence: int | None,
     random: Literal["keyed", "fast"] | None = None,
-    precision: Literal["float32", "bf16", "fp16"] | None = None,
+    precision: Literal["float32", "bf16", "fp16", "any"] | None = None,
 ) -> Plan:
     import shardwise as sw
     from shardwise.models import load_model
 
+    if precision == "any":
+        raise ShardwiseError("--precision any is for a known model (gpt3-175b) on devices of the catalog, without --whole; name one")
     module, batch = load_model(required(model), batch_size=global_batch, sequence=sequence, device="meta")
     return feasible(
         sw.plan(
@@ -528,6 +533,7 @@ def _outlook(
     global_batch: int | None,
     sequence: int | None,
     *,
+    precision: str | None = None,
     runnable: bool = False,
     budget: float | None = None,
     objective: str = "throughput",
@@ -542,6 +548,7 @@ def _outlook(
     wish = Wish(
         global_batch=global_batch,
         pins=Pins.parse(layout),
+        precision=precision,  # type: ignore[arg-type]
         runnable=runnable,
         budget_s=budget,
         objective=objective,  # type: ignore[arg-type]

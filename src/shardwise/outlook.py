@@ -1,13 +1,13 @@
 """The best layout of a known model on devices that one need not have, costed from a few of its blocks.
 
-Study     a model, captured once
+Study     a model, captured once in each precision
   Wish    what is asked for: batch, pins, objective, time to search
     Outlook   what was found on one cluster ──▶ table, Proposal (plan.json)
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -18,6 +18,7 @@ from rich.table import Table
 
 from shardwise import presets
 from shardwise.capture.export import capture
+from shardwise.capture.precision import PRECISIONS, Precision, dtype_of
 from shardwise.cluster.catalog import catalog
 from shardwise.cluster.machine_files import is_machine_file
 from shardwise.cluster.model import Cluster, cluster_of
@@ -53,7 +54,8 @@ class Wish:
     global_batch: samples of a step, the published ones where None. runnable: only what runs today. budget_s: of searching.
     objective: "throughput", the fastest step on all devices; "latency", on all or fewer; "cost", the cheapest step on all or fewer;
     "devices", the fewest nodes on which a step fits, and takes no longer than within_s.
-    price_per_hour: of one device, dollars, the catalog's where None.
+    price_per_hour: of one device, dollars, the catalog's where None. precision: that of the layouts, of `PRECISIONS`, or "any" of these;
+    None for 16 bits, in the format whose products the devices compute faster, bf16 where they are alike.
     """
 
     global_batch: int | None = None
@@ -63,6 +65,7 @@ class Wish:
     objective: Objective = "throughput"
     within_s: float | None = None
     price_per_hour: float | None = None
+    precision: Precision | Literal["any"] | None = None
 
     def __post_init__(self) -> None:
         if self.objective not in OBJECTIVES:
@@ -71,6 +74,8 @@ class Wish:
             raise LayoutError(
                 f"a step within {self.within_s:g} s is asked for, which objective {self.objective!r} does not use; use 'devices'"
             )
+        if self.precision not in (None, "any", *PRECISIONS):
+            raise LayoutError(f"precision {self.precision!r} is unknown; there are {', '.join(PRECISIONS)}, any")
         for name in ("budget_s", "within_s", "price_per_hour"):
             if (value := getattr(self, name)) is not None and value <= 0:
                 raise LayoutError(f"{name}={value:g} is not above 0")
@@ -78,15 +83,15 @@ class Wish:
 
 @dataclass(frozen=True, kw_only=True)
 class Outlook:
-    """searched: layouts that fit, fastest first; flops: of a step, forward and backward, without recomputation; peak: of all devices,
-    flop/s; price_per_hour: of one device, dollars."""
+    """searched: layouts that fit, fastest first; flops: of a step, forward and backward, without recomputation; peaks: of all devices, flop/s
+    in each precision; price_per_hour: of one device, dollars."""
 
     study: Study
     search: ScaleSearch
     searched: Searched
     wish: Wish
     flops: float
-    peak: float
+    peaks: Mapping[Precision, float]
     price_per_hour: float | None
 
     @property
@@ -117,17 +122,19 @@ class Outlook:
 
     def use(self, each: Found) -> float:
         """Share of the devices' peak that the model's own arithmetic takes (model flops utilisation)."""
-        return self.flops / (each.seconds * self.peak)
+        return self.flops / (each.seconds * self.peaks[each.scheme.precision])
 
     def dollars(self, each: Found) -> float | None:
         """Of a step."""
         return None if self.price_per_hour is None else self.price_per_hour * self.cluster.ranks * each.seconds / 3600
 
     def table(self, shown: int = 10) -> Table:
-        """The first layouts. batches: microbatches × samples; 1f1b×4: interleaved, 4 stages a rank; again: what the backward pass
+        """The first layouts. in: their precision, where there are several; batches: microbatches × samples; 1f1b×4: interleaved, 4 stages a rank; again: what the backward pass
         recomputes; peak: share of the devices' that the model's arithmetic takes; parts: on devices that are not alike."""
+        mixed = len({each.scheme.precision for each in self.ranked[:shown]}) > 1
         axes = ["dp", *(name for name in ("cp", "ep") if any(getattr(each.scheme, name) > 1 for each in self.ranked[:shown])), "tp", "pp"]
         table = Table(
+            *(["in"] if mixed else []),
             *axes,
             "batches",
             "order",
@@ -143,6 +150,7 @@ class Outlook:
         for each in self.ranked[:shown]:
             scheme = each.scheme
             table.add_row(
+                *([scheme.precision] if mixed else []),
                 *(str(getattr(scheme, name)) for name in axes),
                 f"{scheme.microbatches}×{each.samples}",
                 scheme.schedule if scheme.schedule != "interleaved" else f"1f1b×{scheme.chunks}",
@@ -166,6 +174,7 @@ class Outlook:
             "layouts": [
                 {
                     "layout": str(each),
+                    "precision": each.scheme.precision,
                     "step_time_s": each.seconds,
                     "model_flops_utilisation": self.use(each),
                     "memory_bytes": each.memory_bytes,
@@ -194,7 +203,7 @@ class Outlook:
             layout=str(best),
             **{
                 name: getattr(scheme, name)
-                for name in ("dp", "cp", "attention", "tp", "ep", "pp", "chunks", "microbatches", "schedule", "zero", "recompute")
+                for name in ("precision", "dp", "cp", "attention", "tp", "ep", "pp", "chunks", "microbatches", "schedule", "zero", "recompute")
             },
             microbatch=best.samples,
             stages=blocks,
@@ -236,39 +245,49 @@ class Outlook:
 
 @dataclass(kw_only=True)
 class Study:
-    """A known model, captured once, to be planned on any cluster."""
+    """A known model to be planned on any cluster, captured once in each precision that is asked for; gradients and states are float32.
+
+    samples: of the captured batch.
+    """
 
     preset: Preset
     sequence: int | None
-    twin: Twin
+    samples: int
     routing: Routing | None
+    twins: dict[Precision, Twin] = field(default_factory=dict, repr=False)
 
     @classmethod
     def of(cls, name: str, sequence: int | None = None, microbatch: int | None = None) -> Study:
-        """A preset in bfloat16, with float32 gradients and states. microbatch: the one that is pinned.
+        """A preset. microbatch: the one that is pinned.
 
         ModelError for a model that is no preset or whose layers are not all alike.
         """
         preset = presets.describe(name)
         if not _is_one_run(preset):
             raise ModelError(f"{preset.name} has no single run of equal layers, which this needs; use --whole with a smaller cluster")
-        assert preset.layers is not None and preset.shallow is not None
-        layers = min(preset.layers, preset.shallow)
-        with young_garbage_alone():  # importing what builds the model, too
-            model, batch = presets.build(name, layers=layers, batch_size=microbatch or _SAMPLES, sequence=sequence)
-            graph = capture(model.to(torch.bfloat16).train(), batch)
-        repeated = preset.layers - preset.first_layers
-        return cls(
-            preset=preset,
-            sequence=sequence or preset.sequence,
-            twin=Twin(graph=graph, counts=(preset.first_layers, repeated) if preset.first_layers > 1 else (repeated,)),
-            routing=_routing(preset),
-        )
+        return cls(preset=preset, sequence=sequence or preset.sequence, samples=microbatch or _SAMPLES, routing=_routing(preset))
+
+    def twin(self, precision: Precision = "bf16") -> Twin:
+        """A few of its layers, in a precision."""
+        if precision not in self.twins:
+            preset = self.preset
+            assert preset.layers is not None and preset.shallow is not None
+            layers = min(preset.layers, preset.shallow)
+            with young_garbage_alone():  # importing what builds the model, too
+                model, batch = presets.build(preset.name, layers=layers, batch_size=self.samples, sequence=self.sequence)
+                graph = capture(model.to(_dtype(precision)).train(), batch)
+            repeated = preset.layers - preset.first_layers
+            counts = (preset.first_layers, repeated) if preset.first_layers > 1 else (repeated,)
+            self.twins[precision] = Twin(graph=graph, counts=counts)
+        return self.twins[precision]
 
     def search(self, cluster: Cluster, wish: Wish) -> ScaleSearch:
         """A search that shares what was costed before on such devices."""
+        first, *others = _precisions(cluster, wish)
         return ScaleSearch(
-            twin=self.twin,
+            twin=self.twin(first),
+            precision=first,
+            others={precision: self.twin(precision) for precision in others},
             cluster=cluster,
             global_batch=wish.global_batch or self.preset.batch_size,
             pins=wish.pins,
@@ -321,7 +340,10 @@ class Study:
         search = self.search(cluster, wish)
         searched = search.search()
         machines = cluster.machines
-        peak = machines.peak_flops("bfloat16") if machines else cluster.ranks * cluster.rates.matmul_of("bfloat16").cubes_flops.values[-1]
+        peaks: dict[Precision, float] = {
+            each: machines.peak_flops(_name(each)) if machines else cluster.ranks * _rate(cluster, each)
+            for each in search.space.precisions
+        }
         listed = machines.price_per_hour if machines else None
         price = wish.price_per_hour if wish.price_per_hour is not None else None if listed is None else listed / cluster.ranks
         if price is None and wish.objective == "cost":
@@ -333,9 +355,30 @@ class Study:
             searched=searched,
             wish=wish,
             flops=flops,
-            peak=peak,
+            peaks=peaks,
             price_per_hour=price,
         )
+
+
+def _precisions(cluster: Cluster, wish: Wish) -> tuple[Precision, ...]:
+    """Those that are searched: one 16-bit format takes no more than the other of anything if its products are no slower."""
+    if wish.precision is not None and wish.precision != "any":
+        return (wish.precision,)
+    low: Precision = "fp16" if _rate(cluster, "fp16") > _rate(cluster, "bf16") else "bf16"
+    return (low,) if wish.precision is None else (low, "float32")
+
+
+def _rate(cluster: Cluster, precision: Precision) -> float:
+    """Flop/s of a device's large products."""
+    return cluster.rates.matmul_of(_name(precision)).cubes_flops.values[-1]
+
+
+def _dtype(precision: Precision) -> torch.dtype:
+    return dtype_of(precision) or torch.float32
+
+
+def _name(precision: Precision) -> str:
+    return str(_dtype(precision)).removeprefix("torch.")
 
 
 def _routing(preset: Preset) -> Routing | None:

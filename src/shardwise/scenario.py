@@ -171,8 +171,9 @@ _PINNED = ("dp", "cp", "tp", "ep", "pp", "chunks", "zero", "microbatches", "micr
 
 def layout_of(study: Study, plan: Proposal) -> Outlook:
     """A proposal's layout, costed again; the study is of its model. Raises PlanError where it fits no more."""
-    pins = Pins(**{name: getattr(plan, name) for name in _PINNED})
-    wish = Wish(global_batch=plan.global_batch, pins=pins, price_per_hour=plan.price_per_hour)
+    names = (*_PINNED, "attention") if plan.cp > 1 else _PINNED
+    pins = Pins(**{name: getattr(plan, name) for name in names})
+    wish = Wish(global_batch=plan.global_batch, pins=pins, price_per_hour=plan.price_per_hour, precision=plan.precision)
     found = study.outlook(Cluster.parse(plan.cluster), wish)
     if isinstance(found, Infeasible):
         raise PlanError(f"the plan's layout {plan.layout} no longer fits {plan.cluster}: {found.reasons[0]}; make the plan again")

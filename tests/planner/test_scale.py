@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 
 import shardwise as sw
 from shardwise.capture.export import capture
+from shardwise.capture.precision import Precision
 from shardwise.cli import app
 from shardwise.cluster.model import Cluster
 from shardwise.cost.routing import Routing
@@ -37,6 +38,7 @@ from shardwise.simulate.simulator import peak_memory
 MODELS: dict[str, Callable[[], Example]] = {
     "llama": lambda: llama(layers=3, hidden=256, samples=2, sequence=128),
     "gpt2": lambda: gpt2(layers=3, samples=2),
+    "gpt2, any precision": lambda: gpt2(layers=3, samples=2),
     "bert": lambda: bert(layers=3, hidden=128),
     "mixtral": lambda: mixtral(layers=3, samples=2, experts=4),
     "mixtral, launched": lambda: mixtral(layers=3, samples=2, experts=4),
@@ -49,6 +51,7 @@ SPACES = [
     ("llama", "a100-80g:1x4", 6, "cp=1,microbatch=1"),
     ("gpt2", "rtx4090:2x2, 25 GbE", 4, "microbatch=1,recompute=none"),
     ("gpt2", "rtx4090:2x1, 25 GbE", 4, "microbatch=1"),
+    ("gpt2, any precision", "rtx4090:2x1, 25 GbE", 4, "recompute=none"),
     ("bert", "h100:2x4", 8, "tp=2,cp=1,recompute=none"),
     ("mixtral", "h100:2x2", 4, "cp=1,microbatch=1,recompute=none"),
     ("mixtral, launched", "h100:2x2", 4, "cp=1,tp=1"),
@@ -59,11 +62,15 @@ Space = tuple[str, str, int, str]
 @cache
 def made(space: Space) -> ScaleSearch:
     model, line, blocks, pins = space
+    twin, whole = (_twin(model, dtype, blocks) for dtype in (torch.bfloat16, torch.float32))
+    others: dict[Precision, Twin] = {"float32": whole} if model.endswith("any precision") else {}
+    cluster, pinned, routing = Cluster.parse(line), Pins.parse(pins), ROUTINGS.get(model)
+    return ScaleSearch(twin=twin, others=others, cluster=cluster, global_batch=8, budget_s=1e9, pins=pinned, routing=routing)
+
+
+def _twin(model: str, dtype: torch.dtype, blocks: int) -> Twin:
     module, batch = MODELS[model]()
-    graph = capture(module.to(torch.bfloat16), batch)
-    cluster = Cluster.parse(line)
-    pinned, routing, twin = Pins.parse(pins), ROUTINGS.get(model), Twin(graph=graph, counts=(blocks,))
-    return ScaleSearch(twin=twin, cluster=cluster, global_batch=8, budget_s=1e9, pins=pinned, routing=routing)
+    return Twin(graph=capture(module.to(dtype), batch), counts=(blocks,))
 
 
 @cache
@@ -215,6 +222,52 @@ def test_parameters_decide_the_flops() -> None:
     assert looked("a100-80g:8", pins=Pins(pp=1)).flops == pytest.approx(6 * parameters * tokens, rel=0.4)
 
 
+@pytest.mark.parametrize(
+    ("line", "precision", "searched"),
+    [
+        ("a100-80g:8", None, ("bf16",)),
+        ("v100-32g:8", None, ("fp16",)),  # it has no fast products in bfloat16
+        ("v100-32g:8", "any", ("fp16", "float32")),
+        ("a100-80g:8", "any", ("bf16", "float32")),
+        ("v100-32g:8", "bf16", ("bf16",)),
+        ("a100-80g:8", "float32", ("float32",)),
+    ],
+)
+def test_the_faster_16_bit_format_is_taken(line: str, precision: Any, searched: tuple[str, ...]) -> None:
+    """The other could be no better at anything; float32 where it is asked for."""
+    assert study().search(Cluster.parse(line), Wish(precision=precision)).space.precisions == searched
+
+
+def test_a_slower_format_takes_longer() -> None:
+    steps = {precision: looked("v100-32g:8", precision=precision).found[0] for precision in ("bf16", "fp16", "float32")}
+    assert steps["fp16"].seconds < 0.7 * min(steps["bf16"].seconds, steps["float32"].seconds)
+    assert steps["fp16"].memory_bytes < steps["float32"].memory_bytes
+    best = looked("v100-32g:8", precision="any").found[0]
+    assert best.scheme.precision == "fp16" and best.seconds == steps["fp16"].seconds
+
+
+def test_a_model_that_fits_in_one_precision_alone() -> None:
+    """A parameter, its gradient and its states take 16 bytes in float32 and 18 in mixed precision; activations twice as many."""
+    short, line = Study.of("gpt3-125m", sequence=64), "rtx4090:1x1"
+
+    def held(precision: Any) -> Found:
+        found = short.outlook(Cluster.parse(line), Wish(global_batch=1, precision=precision))
+        assert isinstance(found, Outlook)
+        return found.found[0]
+
+    numbers, kinds = {}, ("parameters", "gradients", "optimizer")
+    for precision, nbytes in (("bf16", 18), ("float32", 16)):
+        numbers[precision] = sum(held(precision).memory[kind] for kind in kinds) / nbytes
+    assert numbers["bf16"] == pytest.approx(numbers["float32"], rel=1e-6) and 120e6 < numbers["bf16"] < 170e6
+    most, least = held("bf16").memory_bytes, held("float32").memory_bytes
+    assert least < most
+    between = replace(Cluster.parse(line), memory_bytes=int((most + least) / 2 / FULL_MEMORY))
+    assert isinstance(short.outlook(between, Wish(global_batch=1, pins=Pins(recompute="none"))), Infeasible)
+    found = short.outlook(between, Wish(global_batch=1, precision="any", pins=Pins(recompute="none")))
+    assert isinstance(found, Outlook) and found.found[0].scheme.precision == "float32"
+    assert found.proposal().precision == "float32" and "float32" in found.proposal().explanation[0]
+
+
 def test_objectives() -> None:
     throughput, cost = looked("a100-80g:4x8"), looked("a100-80g:4x8", objective="cost")
     assert throughput.cluster.ranks == 32
@@ -240,6 +293,8 @@ def test_wishes_that_mean_nothing_are_refused() -> None:
         Wish(objective="fame")  # type: ignore[arg-type]
     with pytest.raises(sw.LayoutError, match=r"within 3 s is asked for, which objective 'throughput' does not use"):
         Wish(within_s=3.0)
+    with pytest.raises(sw.LayoutError, match=r"precision 'half' is unknown; there are float32, bf16, fp16, any"):
+        Wish(precision="half")  # type: ignore[arg-type]
     with pytest.raises(sw.LayoutError, match="budget_s=-1 is not above 0"):
         Wish(budget_s=-1.0)
 
@@ -279,7 +334,7 @@ def test_what_does_not_fit_is_known_from_little_work(pins: str, memory_gb: float
     counted(twins, "piece_costs_on")
     counted(twins, "analyse")
     counted(unfit, "_fits")
-    fresh = replace(study(), twin=Twin(graph=study().twin.graph, counts=study().twin.counts))
+    fresh = replace(study(), twins={"bf16": Twin(graph=study().twin().graph, counts=study().twin().counts)})
     cluster = replace(Cluster.parse("rtx4090:1x2"), memory_bytes=int(memory_gb * 1e9))
     found = fresh.outlook(cluster, Wish(global_batch=8, pins=Pins.parse(pins)))
     assert isinstance(found, Infeasible) and "the leanest layout, dp=" in found.reasons[0]
@@ -320,7 +375,8 @@ def test_a_known_model_in_the_command_line(tmp_path: Path) -> None:
         sw.Plan.load(out)
     table = CliRunner().invoke(app, ["layouts", *command, "--json"])
     first = json.loads(table.stdout)["layouts"][0]
-    assert first["layout"] == plan["layout"] and first["step_time_s"] == pytest.approx(plan["predicted"]["step_time_s"])
+    assert first["precision"] == plan["precision"] == "bf16" and first["layout"] == plan["layout"]
+    assert first["step_time_s"] == pytest.approx(plan["predicted"]["step_time_s"])
 
 
 def test_what_another_cluster_would_change() -> None:
@@ -356,6 +412,8 @@ def test_a_model_that_fits_nowhere_says_so() -> None:
 def test_options_without_effect_are_refused(tmp_path: Path) -> None:
     run = CliRunner().invoke(app, ["plan", "--model", "hf:x.json", "--cluster", "local:2", "--objective", "cost"])
     assert run.exit_code == 2 and "--objective has no effect here" in run.stderr
+    run = CliRunner().invoke(app, ["plan", "--model", "hf:x.json", "--cluster", "local:2", "--precision", "any"])
+    assert run.exit_code == 2 and "--precision any is for a known model" in run.stderr
 
 
 @pytest.mark.parametrize(

@@ -27,6 +27,7 @@ __all__ = [
     "RecomputeOption",
     "RunnableOption",
     "ScheduleOption",
+    "SearchedPrecisionOption",
     "SequenceOption",
     "SlowLinkOption",
     "SlowRankOption",
@@ -70,6 +71,14 @@ RandomOption = Annotated[
 PrecisionOption = Annotated[
     Literal["float32", "bf16", "fp16"] | None,
     typer.Option("--precision", help="float32: the model's own dtypes; bf16, fp16: in 16 bits, updated in float32. Default: float32."),
+]
+SearchedPrecisionOption = Annotated[
+    Literal["float32", "bf16", "fp16", "any"] | None,
+    typer.Option(
+        "--precision",
+        help="float32: the model's own dtypes; bf16, fp16: in 16 bits, updated in float32; any: whichever is best. Default: float32; of "
+        "layouts that are proposed the faster 16-bit format.",
+    ),
 ]
 PlannedClusterOption = Annotated[
     str | None,

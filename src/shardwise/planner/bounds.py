@@ -49,6 +49,7 @@ def perfect(costs: Sequence[PieceCost], samples: int, split: Split) -> tuple[Pie
                 backward_weight=work(cost.backward_weight),
                 prelude=Work(),
                 light=work(cost.light),
+                shared=Work(),
                 held=cost.held.share(part),
                 routed=int(cost.routed * part),
                 sent=0,

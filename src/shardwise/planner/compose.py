@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from math import inf
 
+from shardwise.capture.precision import Precision
 from shardwise.cluster.model import Cluster
 from shardwise.cost.collectives import collective_cost, crossing_of
 from shardwise.cost.routing import Routing, routing_seconds
@@ -42,7 +43,7 @@ __all__ = [
 ]
 
 _COPYING = 0.15  # of a device computes nothing while rows are copied: DeepEP's 20 of 132 multiprocessors of an H100
-_UPDATE_BYTES = 30  # read and written by the update of one number: gradient 4, states 24, new 16-bit parameter 2
+_UPDATE_BYTES = 28  # read and written by the update of one number: gradient 4, float32 value and moments 24; beside: a 16-bit value
 CONTEXT_BYTES = 1.65e9  # CUDA context and kernels: 1,573 MiB on an A100 (BigScience, tr11-176B-ml/chronicles-prequel.md, 2022)
 _RESTART_S = 100e-6  # from a device's rest to its first kernels: the host returns, launches a message and then the next pass
 _COMMUNICATOR_BYTES = 0.2e9  # NCCL: 4 MiB buffers (NCCL_BUFFSIZE) × 16 channels × ring, tree up and tree down
@@ -58,8 +59,8 @@ class Scheme:
     zero: 0 to 3; shard: over how many data ranks ZeRO divides, all of them if 0.
     recompute: what a block computes again, a policy of `planner/keeping.py`; remade: what is made again anyhow, as said
     there, and "blocks" for all within blocks alone; None for what the cluster's rates say of fused kernels.
-    gradient_bytes: of a number's gradient in memory and on the link. state_bytes: of its float32 value and the optimizer's states; copied:
-    whether a 16-bit value is held beside the float32 one; step_bytes: that the update takes beside, of the numbers that the rank updates.
+    precision: in which operators compute, as of plans; the pieces are of a model in it. gradient_bytes: of a number's gradient in memory and
+    on the link. copied: whether a 16-bit value is held beside the float32 one; step_bytes: that the update takes beside, of the numbers that the rank updates.
     bucket_bytes: at most, of gradients that are put together to be reduced. keeps_sent: whether a stage's result is held until its backward
     pass, though nothing of that reads it (Korthikanti et al. 2022, appendix B).
     even: stages of equally many blocks, the first and last with what stands before and after them, which count as a block each where only
@@ -87,8 +88,8 @@ class Scheme:
     shard: int = 0
     recompute: str = "none"
     remade: str | None = None
+    precision: Precision = "bf16"
     gradient_bytes: int = 4
-    state_bytes: int = 12  # Adam in mixed precision: a float32 parameter and two moments
     copied: bool = True
     step_bytes: int = 0
     bucket_bytes: int = 0
@@ -106,6 +107,11 @@ class Scheme:
         if self.ep > 1 and (self.routing is None or self.tp * self.replicas % self.ep):
             missing = "without its routing" if self.routing is None else f"does not divide tp·cp·dp = {self.tp * self.replicas}"
             raise LayoutError(f"ep={self.ep} {missing}: give the experts of a layer and how many a token has, and a divisor of the ranks")
+
+    @property
+    def state_bytes(self) -> int:
+        """Of a number, beside what operators read: Adam's two moments, and in mixed precision its float32 value."""
+        return 8 if self.precision == "float32" else 12
 
     @property
     def stages(self) -> int:
@@ -329,6 +335,7 @@ class _Stage:
         prelude = Work()
         for cost, _, _ in self._each():
             prelude += cost.prelude
+            forward += cost.shared
         seconds = {
             "prelude": prelude,
             "forward": forward,
@@ -413,8 +420,8 @@ class _Stage:
         return max((cost.item for cost, _, _ in self._each()), default=2)
 
     def _update(self) -> float:
-        numbers = self._states()
-        return numbers * _UPDATE_BYTES / self.cluster.rates.read_bytes_per_s.at(1e9)
+        numbers, written = self._states(), 0 if self.scheme.precision == "float32" else 2
+        return numbers * (_UPDATE_BYTES + written) / self.cluster.rates.read_bytes_per_s.at(1e9)
 
     def _states(self) -> float:
         """Numbers whose states a rank has."""

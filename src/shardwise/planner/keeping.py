@@ -31,7 +31,7 @@ from shardwise.program.recompute import WEIGHED
 from shardwise.sharding.collectives import COLLECTIVES
 from shardwise.simulate.passes import Passed, saved_values
 
-__all__ = ["LEVELS", "Kept", "kept"]
+__all__ = ["LEVELS", "Kept", "kept", "of_the_batch"]
 
 LEVELS = ("none", "kernels", "all")
 _ATTENTION = "scaled_dot_product"  # begins, after underscores, the names of fused attention
@@ -100,13 +100,13 @@ class Kept:
 def kept(stage: StageProgram, weights: Container[fx.Node]) -> Kept:
     """What a rank's program of one piece holds. weights: the nodes of its backward graph that only gradients of parameters need."""
     graph, base = stage.forward, bases(stage.forward, {})
-    bindings = dict(zip((node for node in graph.nodes if node.op == "placeholder"), stage.forward_inputs, strict=True))
+    bindings = _bindings(stage)
     arrived = {node for node, binding in bindings.items() if binding.kind == "edge"}
     returned = graph.output_node().args[0]
     assert isinstance(returned, (list, tuple))
     read = (base[node] for node in returned[len(stage.forward_outputs) :] if isinstance(node, fx.Node))
     every = [node for node in dict.fromkeys(read) if node.op == "call_function" or node in arrived]
-    common = _of_the_batch(graph, bindings)
+    common = of_the_batch(stage)
     by_autograd = [node for node in every if node not in common]
     apart = {node for node, binding in bindings.items() if binding.kind in ("edge", "parameter")}
     core = _core(graph, by_autograd, base, apart)
@@ -134,10 +134,14 @@ def kept(stage: StageProgram, weights: Container[fx.Node]) -> Kept:
     )
 
 
-def _of_the_batch(graph: fx.Graph, bindings: Mapping[fx.Node, Binding]) -> set[fx.Node]:
-    """What is made of nothing but the batch and buffers, random numbers aside."""
-    found = {node for node, binding in bindings.items() if binding.kind in ("crossing", "buffer")}
-    for node in graph.nodes:
+def _bindings(stage: StageProgram) -> dict[fx.Node, Binding]:
+    return dict(zip((node for node in stage.forward.nodes if node.op == "placeholder"), stage.forward_inputs, strict=True))
+
+
+def of_the_batch(stage: StageProgram) -> set[fx.Node]:
+    """The forward graph's nodes that are made of nothing but the batch and buffers, random numbers aside: equal pieces share them."""
+    found = {node for node, binding in _bindings(stage).items() if binding.kind in ("crossing", "buffer")}
+    for node in stage.forward.nodes:
         if node.op == "call_function" and found.issuperset(node.all_input_nodes) and not is_random(node.target):
             found.add(node)
     return found

@@ -20,7 +20,7 @@ from shardwise.cluster.model import Cluster
 from shardwise.cost.compute import op_flops
 from shardwise.cost.operators import name_of
 from shardwise.errors import PlanError
-from shardwise.planner.keeping import Kept, kept
+from shardwise.planner.keeping import Kept, kept, of_the_batch
 from shardwise.program.build import lower_ranks, rank_of
 from shardwise.program.lower import Cut
 from shardwise.program.program import ParameterPart, Program, StageProgram
@@ -122,6 +122,7 @@ class PieceCost:
     backward_input, backward_weight: the backward pass in two, what its predecessor waits for and the rest. held: bytes kept for the
     backward pass; sent: bytes that go on to the next piece; flops: of products and attention, both passes.
     light: of the forward pass what is no product with weights; pointwise: of that what is neither attention nor communication.
+    shared: of a forward pass, beside, once for all equal pieces of a stage: masks and the like, made of the batch alone.
     routed, row: rows that go to experts and come back from them, and numbers of one; experts: numbers of their weights.
     parameters: numbers that the rank holds, nearly all in so many matrices; frozen: of them, without gradient; item: bytes of one.
     pending: numbers whose gradients are summed over the tensor axis once a step; pending_experts: of them, those of experts.
@@ -134,6 +135,7 @@ class PieceCost:
     prelude: Work
     light: Work
     pointwise: Work
+    shared: Work
     held: Kept
     routed: int
     row: int
@@ -180,7 +182,9 @@ def _tied(programs: Sequence[Program]) -> dict[int, int]:
 def _cost(program: Program, tied: Mapping[int, int], cluster: Cluster) -> PieceCost:
     (stage,) = program.stages.values()
     weights = _only_for_weights(stage)
-    forward, backward = node_seconds(stage.forward, cluster), node_seconds(stage.backward, cluster)
+    ahead, backward = node_seconds(stage.forward, cluster), node_seconds(stage.backward, cluster)
+    common = of_the_batch(stage)
+    forward = {node: each for node, each in ahead.items() if node not in common}
     trained = [part for part in stage.parameters if part.requires_grad]
     sizes = [prod(part.local) for part in stage.parameters]
     experts, (routed, row) = _expert_parameters(stage), _routed(stage.forward)
@@ -192,12 +196,13 @@ def _cost(program: Program, tied: Mapping[int, int], cluster: Cluster) -> PieceC
         prelude=_work(node_seconds(stage.prelude, cluster)),
         light=_work({node: seconds for node, seconds in forward.items() if name_of(node.target) not in WEIGHED}),
         pointwise=Work(compute_s=sum(seconds for node, seconds in forward.items() if node.target not in COLLECTIVES and not _flops(node))),
+        shared=_work({node: each for node, each in ahead.items() if node in common}),
         held=kept(stage, weights),
         routed=routed,
         row=row,
         experts=sum(prod(part.local) for part in experts),
         sent=sum(edge.nbytes for edge in program.edges if edge.source == stage.stage and edge.target == stage.stage + 1),
-        flops=sum(_flops(node) for node in (*forward, *backward)),
+        flops=sum(_flops(node) for node in (*ahead, *backward)),
         parameters=sum(sizes),
         matrices=sum(len(part.local) > 1 for part in stage.parameters),
         frozen=sum(sizes) - sum(prod(part.local) for part in trained),

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from shardwise.capture.precision import Precision
 from shardwise.errors import PlanError
 
 __all__ = ["Alternative", "Forecast", "Parts", "Proposal", "Search", "WhatIf"]
@@ -57,6 +58,7 @@ class Alternative(_Strict):
     """Another layout that fits. more: seconds that each part takes more than the chosen one's."""
 
     layout: str
+    precision: Precision
     step_time_s: float
     memory_bytes: int
     more: Parts
@@ -65,7 +67,7 @@ class Alternative(_Strict):
 
 class Search(_Strict):
     """How sure it is. lower_bound_s: nothing that was left out takes less; gap: the share of the step that may be lost by that;
-    splits, lowered: sizes of tp, cp, ep and microbatches, and how many were examined; composed, simulated: layouts; seconds: of searching.
+    splits, lowered: sizes of tp, cp, ep and microbatches, and precisions, and how many were examined; composed, simulated: layouts; seconds: of searching.
     """
 
     lower_bound_s: float
@@ -102,7 +104,7 @@ class Proposal(_Strict):
     ranks: int
     global_batch: int
     sequence: int | None
-    precision: str = "bfloat16"
+    precision: Precision
     objective: str
     price_per_hour: float | None
     layout: str

@@ -14,7 +14,7 @@ __all__ = ["alternatives", "binds", "explain", "gb", "lost", "seconds"]
 
 _COLUMNS = 96
 _OTHERS = 4
-_DIMS = ("tp", "pp", "dp", "cp", "attention", "ep", "zero", "recompute", "schedule", "chunks")
+_DIMS = ("tp", "pp", "dp", "cp", "attention", "ep", "zero", "recompute", "schedule", "chunks", "precision")
 _WORDS = {
     "compute": "computing",
     "recompute": "recomputing",
@@ -58,14 +58,21 @@ def alternatives(best: Found, found: Sequence[Found]) -> list[Alternative]:
         mine, theirs = asdict(best.parts), asdict(each.parts)
         more = Parts(**{name: theirs[name] - mine[name] for name in mine})
         others.append(
-            Alternative(layout=str(each), step_time_s=each.seconds, memory_bytes=each.memory_bytes, more=more, runnable=each.runs)
+            Alternative(
+                layout=str(each),
+                precision=each.scheme.precision,
+                step_time_s=each.seconds,
+                memory_bytes=each.memory_bytes,
+                more=more,
+                runnable=each.runs,
+            )
         )
     return others[:_OTHERS]
 
 
 def _sizes(each: Found) -> tuple[object, ...]:
     scheme = each.scheme
-    return scheme.dp, scheme.cp, scheme.attention, scheme.tp, scheme.ep, scheme.pp, each.samples, scheme.schedule, scheme.chunks
+    return each.split, scheme.dp, scheme.pp, scheme.schedule, scheme.chunks
 
 
 def binds(search: ScaleSearch, searched: Searched, peak_share: float) -> str:
@@ -166,7 +173,8 @@ def _next(plan: Proposal) -> Iterator[str]:
         yield "Next best"
     for each in plan.others:
         longer = each.step_time_s / plan.predicted.step_time_s - 1
-        yield f"  +{longer:.1%}  {each.layout}, {gb(each.memory_bytes)}: {lost(each.more, plan.predicted.step_time_s)}"
+        layout = each.layout if each.precision == plan.precision else f"{each.layout} in {each.precision}"
+        yield f"  +{longer:.1%}  {layout}, {gb(each.memory_bytes)}: {lost(each.more, plan.predicted.step_time_s)}"
 
 
 def _sure(plan: Proposal) -> Iterator[str]:

@@ -2,7 +2,7 @@
 
     splits, the most promising first ──lower──▶ pieces ──every scheme's bound──▶ stages ──their bound──▶ simulator ──▶ best, gap
 
-    a split     tp × cp × ep and the samples of a microbatch: about half a second to lower
+    a split     tp × cp × ep, the samples of a microbatch, and a precision: about half a second to lower
     a scheme    of a split: its stages are put together of the same pieces in a millisecond
     a step      simulated, in a tenth of a second and more
 
@@ -13,13 +13,14 @@ done so much work, or when its time is over; the smallest bound of what was not 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from heapq import heapify, heappop, heappush
 from math import log
 
+from shardwise.capture.precision import Precision
 from shardwise.cluster.model import Cluster
 from shardwise.cost.collectives import collective_cost
 from shardwise.cost.routing import Routing
@@ -146,7 +147,8 @@ class Searched:
 
 @dataclass(kw_only=True)
 class ScaleSearch:
-    """twin: of the model, whose batch is the largest microbatch that is tried; searches that share one share what was lowered.
+    """twin: of the model in a precision, whose batch is the largest microbatch that is tried; searches that share one share what was
+    lowered. others: of the same model and batch in other precisions, which are searched, too.
 
     global_batch: samples of a step; only_runnable: leaves out what the runtime cannot run yet; routing: how tokens get to experts.
     budget_s: how long to search; without it, as long as a fixed amount of work takes.
@@ -159,6 +161,8 @@ class ScaleSearch:
     only_runnable: bool = False
     routing: Routing | None = None
     budget_s: float | None = None
+    precision: Precision = "bf16"
+    others: Mapping[Precision, Twin] = field(default_factory=dict)
 
     def search(self) -> Searched:
         """The layouts that fit, fastest first. Raises LayoutError where pins contradict each other."""
@@ -178,6 +182,7 @@ class ScaleSearch:
             routing=self.routing,
             sequences=bool(self.twin.analysis.sequence_dims),
             shares=self.twin.shares,
+            precisions=(self.precision, *self.others),
             pins=self.pins,
             runnable=self.only_runnable,
         )
@@ -195,7 +200,11 @@ class ScaleSearch:
     def pieces(self, split: Split) -> tuple[Outline, tuple[PieceCost, ...]]:
         """The pieces' costs in a split. Raises LayoutError where the model cannot be split so."""
         layout = TwinLayout(tp=split.tp, cp=split.cp, attention=split.attention, whole_experts=split.ep > 1)
-        return self.twin.over(split.ep).split(layout, self.cluster, self.largest // split.samples)
+        return self.twin_in(split.precision).over(split.ep).split(layout, self.cluster, self.largest // split.samples)
+
+    def twin_in(self, precision: Precision) -> Twin:
+        """The one of those that are searched."""
+        return self.twin if precision == self.precision else self.others[precision]
 
     def perfect(self, split: Split) -> tuple[Outline, tuple[PieceCost, ...]]:
         """The pieces of a split as if all of the whole model's work and memory were divided evenly.
@@ -203,8 +212,12 @@ class ScaleSearch:
         Nothing is lowered for it but the whole model, with as few experts as a rank may have: as many rows take the least time so.
         """
         most = self.largest
-        shape, whole = self.pieces(Split(samples=most, ep=self.most_ep))
+        shape, whole = self.pieces(self.undivided(split.precision))
         return shape, perfect([_with_experts(cost, self.most_ep / split.ep) for cost in whole], most, split)
+
+    def undivided(self, precision: Precision) -> Split:
+        """The largest microbatch on one rank, with as few experts as a rank may have."""
+        return Split(samples=self.largest, ep=self.most_ep, precision=precision)
 
     @cached_property
     def most_ep(self) -> int:
@@ -213,7 +226,7 @@ class ScaleSearch:
 
     def may_fit(self, split: Split) -> bool:
         """Whether its leanest schemes would fit if all memory were divided evenly; nothing is lowered for it but the whole model."""
-        if not self.has_room:
+        if not self.has_room(split.precision):
             return False
         shape, costs = self.perfect(split)
         for mesh in self.space.meshes(split):
@@ -226,10 +239,10 @@ class ScaleSearch:
                         return True
         return False
 
-    @property
-    def has_room(self) -> bool:
+    def has_room(self, precision: Precision) -> bool:
         """Whether the devices would hold parameters, gradients and states if nothing else were there and nothing twice."""
-        return self.twin.state_bytes(Scheme()) <= self.cluster.ranks * (self.limit_bytes - CONTEXT_BYTES)
+        held = self.twin_in(precision).state_bytes(Scheme(precision=precision))
+        return held <= self.cluster.ranks * (self.limit_bytes - CONTEXT_BYTES)
 
     def composed(self, scheme: Scheme, samples: int, pieces: tuple[Outline, tuple[PieceCost, ...]] | None = None) -> Profile:
         """What the layout's stages take. Raises LayoutError where there are more stages than parts. pieces: those that it is put
@@ -269,7 +282,7 @@ class ScaleSearch:
 
     def flops(self) -> float:
         """Of products, convolutions and attention in a step, forward and backward."""
-        shape, costs = self.pieces(Split(samples=self.largest))
+        shape, costs = self.pieces(Split(samples=self.largest, precision=self.precision))
         each = sum(cost.flops * piece.count for piece, cost in zip(shape.pieces, costs, strict=True))
         return self.global_batch / self.largest * each
 
@@ -348,12 +361,7 @@ class _Branching:
             self.end_s = start_s + self.search.budget_s
         splits = list(self.search.space.splits())
         result.splits = len(splits)
-        usual = sorted(splits, key=lambda each: (each.tp <= _USUAL_TP, -each.samples, -each.cp, -each.ep, each.tp), reverse=True)
-        fewest = min(each.samples for each in splits)
-        first = next((each for each in usual if each.samples == fewest and self.search.may_fit(each)), None)
-        if first is None:  # more samples take no less
-            return result
-        guesses = self._guesses(self._lowered(replace(first, ep=self.search.most_ep)), splits)
+        guesses = [guess for precision in self.search.space.precisions for guess in self._guesses_in(precision, splits)]
         waiting = [(guess.expected_s, False, number) for number, guess in enumerate(guesses)]
         heapify(waiting)
         while waiting:
@@ -376,20 +384,27 @@ class _Branching:
 
     # -- which splits ------------------------------------------------------------------------------------------------------------------
 
+    def _guesses_in(self, precision: Precision, splits: Sequence[Split]) -> list[_Guess]:
+        """What is expected of the splits of a precision; none where nothing can fit in it."""
+        own = [each for each in splits if each.precision == precision]
+        usual = sorted(own, key=lambda each: (each.tp <= _USUAL_TP, -each.samples, -each.cp, -each.ep, each.tp), reverse=True)
+        fewest = min(each.samples for each in own)  # more samples take no less
+        first = next((each for each in usual if each.samples == fewest and self.search.may_fit(each)), None)
+        return [] if first is None else self._guesses(self._lowered(replace(first, ep=self.search.most_ep)), own)
+
     def _lowered(self, first: Split) -> Split:
         """A split with small kernels that can be lowered."""
         with suppress(LayoutError):
             self.search.pieces(first)
             return first
-        return Split(samples=self.search.largest, ep=self.search.most_ep)
+        return self.search.undivided(first.precision)
 
     def _guesses(self, first: Split, splits: Sequence[Split]) -> list[_Guess]:
         """What is expected of splits that are not lowered. first: one whose kernels are small, with as few experts as can be."""
         search = self.search
-        most = Split(samples=search.largest, ep=search.most_ep)
-        _, whole = search.pieces(most)
+        _, whole = search.pieces(search.undivided(first.precision))
         slower = self._slower(first)
-        sent_bytes = max(cost.sent for cost in whole) / most.samples
+        sent_bytes = max(cost.sent for cost in whole) / search.largest
         found = []
         for split in splits:
             shape, costs = search.perfect(split)
@@ -429,7 +444,7 @@ class _Branching:
         """Seconds that a microbatch takes longer for each number of experts that a rank holds, with as many rows: it reads them, adds up
         their gradients, and their products are thinner."""
         samples = self.search.largest
-        all_of, fewest = (Split(samples=samples, ep=ep) for ep in (1, self.search.most_ep))
+        all_of, fewest = (Split(samples=samples, ep=ep, precision=self.search.precision) for ep in (1, self.search.most_ep))
         more = _experts(*self.search.pieces(all_of)) - _experts(*self.search.pieces(fewest))
         return max(0.0, self._computing(all_of) - self._computing(fewest)) / more if more else 0.0
 
@@ -458,6 +473,7 @@ class _Branching:
         if self.search.budget_s is not None:
             return bool(result.found) and time.monotonic() > self.end_s
         lowered = _LOWERED * (1 if self.search.most_ep == 1 else 2)  # of models with experts there are as many times more
+        lowered *= len(self.search.space.precisions)
         return bool(result.found) and (result.lowered >= lowered or result.simulated >= _SIMULATED or result.slots >= _SLOTS)
 
     # -- the schemes of one ------------------------------------------------------------------------------------------------------------

@@ -1,6 +1,6 @@
 """Which layouts there are for a deep model on equal devices, and what a user pins of them.
 
-    Split      tp × cp × ep, attention, samples             each costs a lowering
+    Split      tp × cp × ep, attention, samples, precision  each costs a lowering
       mesh     dp × pp                                       what is left of the devices
         Scheme ZeRO × recomputation × schedule × chunks      the same pieces, put together in another way
 
@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, fields, replace
 from itertools import product
 from typing import Any
 
+from shardwise.capture.precision import Precision
 from shardwise.cost.routing import Routing
 from shardwise.errors import LayoutError
 from shardwise.planner.compose import Scheme
@@ -35,19 +36,21 @@ _NUMBERS = ("dp", "cp", "tp", "ep", "pp", "chunks", "zero", "microbatches", "mic
 
 @dataclass(frozen=True, kw_only=True)
 class Split:
-    """What decides the pieces' costs: ranks that share operators, sequences and experts, how they do attention together, and the samples of
-    a microbatch."""
+    """What decides the pieces' costs: ranks that share operators, sequences and experts, how they do attention together, the samples of a
+    microbatch, and in which precision."""
 
     tp: int = 1
     cp: int = 1
     attention: Attention = "gather"
     ep: int = 1
     samples: int = 1
+    precision: Precision = "bf16"
 
     @classmethod
     def of(cls, scheme: Scheme, samples: int) -> Split:
         """That of a layout."""
-        return cls(tp=scheme.tp, cp=scheme.cp, attention=scheme.attention, ep=scheme.ep, samples=samples)
+        sizes = {name: getattr(scheme, name) for name in ("tp", "cp", "attention", "ep", "precision")}
+        return cls(**sizes, samples=samples)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,7 +128,7 @@ def _number(name: str, value: Any) -> int:
 
 
 def layout_text(scheme: Scheme, samples: int) -> str:
-    """The layout in the words of `Pins`; what is as usual is left out."""
+    """The layout in the words of `Pins`; what is as usual is left out, and its precision."""
     words = [f"{name}={getattr(scheme, name)}" for name in ("dp", "cp", "tp", "ep", "pp") if getattr(scheme, name) > 1 or name == "dp"]
     words += [f"attention={scheme.attention}"] if scheme.cp > 1 else []
     words += [f"microbatches={scheme.microbatches}", f"microbatch={samples}"]
@@ -147,7 +150,7 @@ class Space:
     near: ranks that the links within a node join, beyond which tp does not go unless it is pinned; blocks: of the model, its stages are
     at most as many; most_samples: of the largest microbatch; routing: how tokens get to experts, None where there are none.
     sequences: whether they can be split; shares: whether attention can be done in a way by so many ranks of cp, and of tp.
-    runnable: only what runs today.
+    precisions: those that are tried. runnable: only what runs today.
     """
 
     ranks: int
@@ -158,17 +161,18 @@ class Space:
     routing: Routing | None = None
     sequences: bool = True
     shares: Callable[[str, int, int], bool] = _gathers
+    precisions: Sequence[Precision] = ("bf16",)
     pins: Pins = field(default_factory=Pins)
     runnable: bool = False
 
     def splits(self) -> Iterator[Split]:
         """Every split that has a mesh."""
-        for tp in self._sizes("tp", [size for size in _TP if size <= self.near]):
-            for cp in self._sizes("cp", _CP if self.sequences else (1,)):
-                for attention, ep, samples in product(self._attentions(cp, tp), self._eps(), self._samples()):
-                    split = Split(tp=tp, cp=cp, attention=attention, ep=ep, samples=samples)
-                    if next(self.meshes(split), None) is not None:
-                        yield split
+        sizes = self._sizes("tp", [size for size in _TP if size <= self.near]), self._sizes("cp", _CP if self.sequences else (1,))
+        for precision, tp, cp in product(self.precisions, *sizes):
+            for attention, ep, samples in product(self._attentions(cp, tp), self._eps(), self._samples()):
+                split = Split(tp=tp, cp=cp, attention=attention, ep=ep, samples=samples, precision=precision)
+                if next(self.meshes(split), None) is not None:
+                    yield split
 
     def meshes(self, split: Split) -> Iterator[tuple[int, int]]:
         """(dp, pp) of a split: all devices are used, and the batch is divided evenly."""
@@ -195,6 +199,7 @@ class Space:
             ep=split.ep,
             routing=self.routing,
             microbatches=self.global_batch // (dp * split.samples),
+            precision=split.precision,
         )
 
     def schemes(self, split: Split, mesh: tuple[int, int] | None = None) -> Iterator[Scheme]:

@@ -19,6 +19,7 @@ from math import gcd
 
 import numpy as np
 
+from shardwise.capture.precision import Precision
 from shardwise.cluster.model import Cluster, cluster_of
 from shardwise.cost.links import link_seconds
 from shardwise.planner.compose import Scheme, hop_seconds, stage_profile
@@ -150,7 +151,7 @@ class _Try:
 class UnevenSearch:
     """pieces: (ranks of tp, samples of a microbatch) → the model's outline and what its pieces cost on each of `kinds`, in their order.
 
-    largest: samples of a microbatch, at most. only_runnable: leaves out what the runtime cannot run yet.
+    precision: the pieces'. largest: samples of a microbatch, at most. only_runnable: leaves out what the runtime cannot run yet.
     """
 
     cluster: Cluster
@@ -158,6 +159,7 @@ class UnevenSearch:
     pieces: Callable[[int, int], tuple[Outline, Sequence[Costs]]]
     global_batch: int
     largest: int
+    precision: Precision = "bf16"
     only_runnable: bool = False
     known: dict[tuple[object, ...], _Ranges] = field(default_factory=dict)
 
@@ -209,7 +211,7 @@ class UnevenSearch:
         for size in (size for size in samples if self.global_batch % (dp * size) == 0 and pp <= blocks):
             for zero, recompute in self._ways((0,) if dp == 1 else (0, 1)):
                 count = self.global_batch // dp // size
-                scheme = Scheme(dp=dp, tp=tp, pp=pp, microbatches=count, zero=zero, recompute=recompute)
+                scheme = Scheme(dp=dp, tp=tp, pp=pp, microbatches=count, zero=zero, recompute=recompute, precision=self.precision)
                 yield from self._worth(team, scheme, (size,) * len(team.kinds), stages=True)
 
     def _copy_tries(self, team: Team, tp: int, pp: int, samples: Sequence[int]) -> Iterator[_Try]:
@@ -218,7 +220,7 @@ class UnevenSearch:
             for sizes in (each for each in product(samples, repeat=len(team.kinds)) if len(samples) == 1 or max(each) > samples[0]):
                 together = sum(number * size for number, size in zip(copies, sizes, strict=True))
                 alike = len(set(sizes)) == 1
-                scheme = Scheme(dp=sum(copies), tp=tp, pp=pp, zero=zero, recompute=recompute)
+                scheme = Scheme(dp=sum(copies), tp=tp, pp=pp, zero=zero, recompute=recompute, precision=self.precision)
                 if alike and zero < 3 and not self.only_runnable and self.global_batch % sizes[0] == 0 and together <= self.global_batch:
                     yield from self._worth(team, scheme, sizes, stages=False)
                 elif self.global_batch % together == 0 and not (self.only_runnable and pp > 1):
@@ -552,6 +554,7 @@ def search_unlike(search: ScaleSearch, equal: Searched) -> list[Found]:
         pieces=pieces,
         global_batch=search.global_batch,
         largest=search.largest,
+        precision=search.precision,
         only_runnable=search.only_runnable,
     )
     together = uneven.search()

@@ -28,7 +28,8 @@ def report_file(plan_file: Path, out: Path) -> None:
         write_report(out, plan, simulate(plan))
         return
     study = Study.of(plan.model, plan.sequence)
-    searched = study.outlook(Cluster.parse(plan.cluster), Wish(global_batch=plan.global_batch, price_per_hour=plan.price_per_hour))
+    wish = Wish(global_batch=plan.global_batch, price_per_hour=plan.price_per_hour, precision=plan.precision)
+    searched = study.outlook(Cluster.parse(plan.cluster), wish)
     chosen = layout_of(study, plan).found[0]
     if isinstance(searched, Infeasible):
         raise PlanError(f"no layout of {plan.model} fits {plan.cluster} any more: {searched.reasons[0]}; make the plan again")

@@ -41,7 +41,7 @@ def prospect_of(outlook: Outlook, chosen: Found | None = None, explanation: Sequ
     return Prospect(
         model=outlook.study.preset.name,
         machines=machines,
-        words=[*_words(scheme, chosen.samples), f"global batch {search.global_batch:,}", "bfloat16"],
+        words=[*_words(scheme, chosen.samples), f"global batch {search.global_batch:,}", scheme.precision],
         sizes=Sizes(dp=scheme.dp, cp=scheme.cp, tp=scheme.tp, pp=scheme.pp, ep=scheme.ep, chunks=scheme.chunks),
         mesh=scheme.mesh,
         profile=search.composed(scheme, chosen.samples),
