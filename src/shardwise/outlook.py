@@ -54,8 +54,9 @@ class Wish:
     global_batch: samples of a step, the published ones where None. runnable: only what runs today. budget_s: of searching.
     objective: "throughput", the fastest step on all devices; "latency", on all or fewer; "cost", the cheapest step on all or fewer;
     "devices", the fewest nodes on which a step fits, and takes no longer than within_s.
-    price_per_hour: of one device, dollars, the catalog's where None. precision: that of the layouts, of `PRECISIONS`, or "any" of these;
-    None for 16 bits, in the format whose products the devices compute faster, bf16 where they are alike.
+    price_per_hour: of one device, dollars, the catalog's where None.
+    precision: that of the layouts, of `PRECISIONS`, or "any" of these; None for 16 bits, in the format whose products the devices compute
+    faster, bf16 where they are alike.
     """
 
     global_batch: int | None = None
@@ -83,8 +84,8 @@ class Wish:
 
 @dataclass(frozen=True, kw_only=True)
 class Outlook:
-    """searched: layouts that fit, fastest first; flops: of a step, forward and backward, without recomputation; peaks: of all devices, flop/s
-    in each precision; price_per_hour: of one device, dollars."""
+    """searched: layouts that fit, fastest first; flops: of a step, forward and backward, without recomputation; peaks: of all devices, in
+    each precision, flop/s; price_per_hour: of one device, dollars."""
 
     study: Study
     search: ScaleSearch
@@ -129,8 +130,9 @@ class Outlook:
         return None if self.price_per_hour is None else self.price_per_hour * self.cluster.ranks * each.seconds / 3600
 
     def table(self, shown: int = 10) -> Table:
-        """The first layouts. in: their precision, where there are several; batches: microbatches × samples; 1f1b×4: interleaved, 4 stages a rank; again: what the backward pass
-        recomputes; peak: share of the devices' that the model's arithmetic takes; parts: on devices that are not alike."""
+        """The first layouts. in: their precision, where there are several; batches: microbatches × samples; 1f1b×4: interleaved, 4 stages a
+        rank; again: what the backward pass recomputes; peak: share of the devices' that the model's arithmetic takes; parts: on devices
+        that are not alike."""
         mixed = len({each.scheme.precision for each in self.ranked[:shown]}) > 1
         axes = ["dp", *(name for name in ("cp", "ep") if any(getattr(each.scheme, name) > 1 for each in self.ranked[:shown])), "tp", "pp"]
         table = Table(
@@ -203,7 +205,20 @@ class Outlook:
             layout=str(best),
             **{
                 name: getattr(scheme, name)
-                for name in ("precision", "dp", "cp", "attention", "tp", "ep", "pp", "chunks", "microbatches", "schedule", "zero", "recompute")
+                for name in (
+                    "precision",
+                    "dp",
+                    "cp",
+                    "attention",
+                    "tp",
+                    "ep",
+                    "pp",
+                    "chunks",
+                    "microbatches",
+                    "schedule",
+                    "zero",
+                    "recompute",
+                )
             },
             microbatch=best.samples,
             stages=blocks,
@@ -341,8 +356,7 @@ class Study:
         searched = search.search()
         machines = cluster.machines
         peaks: dict[Precision, float] = {
-            each: machines.peak_flops(_name(each)) if machines else cluster.ranks * _rate(cluster, each)
-            for each in search.space.precisions
+            each: machines.peak_flops(_name(each)) if machines else cluster.ranks * _rate(cluster, each) for each in search.space.precisions
         }
         listed = machines.price_per_hour if machines else None
         price = wish.price_per_hour if wish.price_per_hour is not None else None if listed is None else listed / cluster.ranks

@@ -7,8 +7,9 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
+import torch
 from tests.clusters import made_up
-from tests.models import Example, gpt2, llama, mlp, unet, vit
+from tests.models import Example, gpt2, llama, mixtral, mlp, unet, vit
 
 import shardwise as sw
 from shardwise.capture.export import capture
@@ -172,3 +173,42 @@ def test_states_are_divided_where_that_is_faster(speed: float, zero: int) -> Non
         assert isinstance(plan, sw.Plan) and plan.zero == number
         assert chosen.predicted.step_time_s <= (1.0 if zero else 1.03) * plan.predicted.step_time_s
     assert any("zero=1" in each.layout for each in chosen.considered) == bool(zero)
+
+
+def test_one_long_sequence_is_shared_by_ranks() -> None:
+    """Where there can be no more copies, sharing it is compared with all else, and taken where it is faster; the numbers stay."""
+    long = llama(layers=2, samples=2, sequence=512)
+    plan, without = planned(long, 4, "tp=1"), planned(long, 4, "tp=1,cp=1")
+    assert any(each.layout.startswith("dp=2,cp=2,") for each in planned(long, 4).considered)
+    assert plan.cp > 1 and plan.predicted.step_time_s < without.predicted.step_time_s
+    assert not any("cp=" in each.layout for each in planned(llama(samples=4, sequence=512), 4).considered), "as many copies as ranks"
+    report = sw.verify(*llama(samples=2), cluster=made_up(4), layout="tp=1,pp=1", dtype=torch.float64)
+    assert report.ok and "dp=2,cp=2," in report.layout, str(report)
+
+
+def test_a_layout_that_leaves_no_axis_open_is_taken_as_it_is() -> None:
+    assert planned(llama(samples=2), 4, "dp=2,tp=1,pp=1").ranks == 2
+
+
+@pytest.mark.parametrize(("other", "taken"), [("dp=2", "dp=2"), ("cp=2", "dp=1,cp=2")])
+def test_a_memory_limit_makes_microbatches_small_and_sequences_shared(other: str, taken: str) -> None:
+    """Two samples at once, then one, then half of one on each rank."""
+    example, thin = llama(layers=2, samples=4, sequence=1024), "tp=1,pp=1,zero=3,recompute=full"
+    held = [
+        max(planned(example, 2, f"{mesh},{thin}").predicted.memory_bytes)
+        for mesh in ("dp=2,microbatches=1", "dp=2,microbatches=2", "cp=2,microbatches=4")
+    ]
+    place = {"dp=2": 0, "cp=2": 1}[other]
+    most, least = held[place : place + 2]
+    assert least < most
+    chosen = planned(example, 2, "tp=1,pp=1", memory_gb=(most + least) / 2 / FULL_MEMORY / 1e9)
+    assert chosen.layout.startswith(f"{taken},tp=1") and max(chosen.predicted.memory_bytes) < (most + least) / 2
+
+
+def test_a_memory_limit_makes_experts_divided() -> None:
+    example = mixtral(hidden=256, samples=2, sequence=16, experts=8)
+    pins = "tp=1,pp=1,microbatches=1,zero=0,recompute=none"
+    whole, divided = (planned(example, 2, f"dp=2,{pins}{more}") for more in ("", ",ep=2"))
+    most, least = (max(plan.predicted.memory_bytes) for plan in (whole, divided))
+    assert least < 0.95 * most
+    assert planned(example, 2, pins, memory_gb=(most + least) / 2 / FULL_MEMORY / 1e9).ep == 2

@@ -59,8 +59,9 @@ class Scheme:
     zero: 0 to 3; shard: over how many data ranks ZeRO divides, all of them if 0.
     recompute: what a block computes again, a policy of `planner/keeping.py`; remade: what is made again anyhow, as said
     there, and "blocks" for all within blocks alone; None for what the cluster's rates say of fused kernels.
-    precision: in which operators compute, as of plans; the pieces are of a model in it. gradient_bytes: of a number's gradient in memory and
-    on the link. copied: whether a 16-bit value is held beside the float32 one; step_bytes: that the update takes beside, of the numbers that the rank updates.
+    precision: in which operators compute, as of plans; the pieces are of a model in it. gradient_bytes: of a number's gradient in memory
+    and on the link. copied: whether a 16-bit value is held beside the float32 one; step_bytes: that the update takes beside, of the numbers
+    that the rank updates.
     bucket_bytes: at most, of gradients that are put together to be reduced. keeps_sent: whether a stage's result is held until its backward
     pass, though nothing of that reads it (Korthikanti et al. 2022, appendix B).
     even: stages of equally many blocks, the first and last with what stands before and after them, which count as a block each where only

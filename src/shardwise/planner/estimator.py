@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import torch
 
@@ -38,6 +39,7 @@ from shardwise.simulate.memory import OPTIMIZER_STATES
 __all__ = ["FULL_MEMORY", "MOST_ZERO", "Estimator", "data_ranks"]
 
 MOST_ZERO = 3  # optimizer states, gradients and parameters divided
+_LAST = 24  # layouts that are tried where nothing else fits
 FULL_MEMORY = 0.92  # of a rank's memory that a plan may take; the rest is for the libraries and what is not foreseen
 
 
@@ -63,12 +65,58 @@ class Estimator:
             refuse_experts(self.graph, self.analysis.experts, self.pinned.ep or 1)
 
     def trials(self) -> list[Trial]:
-        """All complete layouts, in the usual schedule where none is pinned."""
-        obstacle = microbatch_obstacle(self.graph, self.analysis.signatures, self.analysis.batch, self.analysis.prelude)
-        self.obstacle = obstacle
-        layouts = self._attended(completions(self.pinned, self.cluster.ranks, self.graph.global_batch, obstacle))
+        """All complete layouts, in the usual schedule where none is pinned. Ranks share sequences where that is pinned, or where each copy
+        has one sample and there are more ranks than copies."""
+        obstacle, samples = self.obstacle, self.graph.global_batch
+        along = [layout for layout in self._completed(self._along_sequences(self.pinned)) if layout.dp == samples]
+        layouts: list[Layout] = []
+        try:
+            layouts = self._attended(completions(self.pinned, self.cluster.ranks, samples, obstacle))
+        except (BatchError, LayoutError):
+            if not along:
+                raise
         shared = [] if self.pinned.shares is not None or self.pinned.ep or not self.cluster.unlike else self._shared(layouts, obstacle)
-        return [Trial(layout=layout) for layout in (*layouts, *shared)]
+        return [Trial(layout=layout) for layout in (*layouts, *along, *shared)]
+
+    def last_trials(self) -> list[Trial]:
+        """A few that are tried where nothing else fits: in microbatches of one sample a copy, also with sequences shared, also with experts
+        divided; of these the ones that leave a rank the smallest part of a sample."""
+        samples = self.graph.global_batch
+        counts = [count for count in range(1, samples + 1) if samples % count == 0]
+        thin = [replace(self.pinned, microbatches=count) for count in counts] if self.pinned.microbatches is None else [self.pinned]
+        pinned = [each for pins in thin for each in (pins, *self._along_sequences(pins), *self._over_experts(pins))]
+        found = [
+            layout
+            for layout in self._completed(pinned)
+            if self.pinned.microbatches is not None or (layout.dp or 1) * (layout.microbatches or 1) == samples
+        ]
+        return [Trial(layout=layout) for layout in sorted(found, key=lambda each: -(each.cp or 1) * (each.tp or 1))[:_LAST]]
+
+    @cached_property
+    def obstacle(self) -> str:
+        """Why the batch must not be cut into microbatches, "" when it may be."""
+        return microbatch_obstacle(self.graph, self.analysis.signatures, self.analysis.batch, self.analysis.prelude)
+
+    def _along_sequences(self, pinned: Layout) -> list[Layout]:
+        """With ranks that share sequences, where nothing is pinned of that or against it."""
+        free = pinned.cp is None and not pinned.ep and not pinned.shares and None in (pinned.dp, pinned.tp, pinned.pp)
+        longest = max(_sequences(self.analysis).values(), default=1)
+        return [replace(pinned, cp=cp) for cp in range(2, min(longest, self.cluster.ranks) + 1)] if free else []
+
+    def _over_experts(self, pinned: Layout) -> list[Layout]:
+        """With experts divided, where nothing is pinned of that or against it."""
+        counts = set(self.analysis.experts.counts.values())
+        if not counts or pinned.ep is not None or pinned.shares or pinned.shard:
+            return []
+        return [replace(pinned, ep=ep) for ep in range(2, min(counts) + 1) if not any(count % ep for count in counts)]
+
+    def _completed(self, pinned: Iterable[Layout]) -> list[Layout]:
+        """Those complete layouts that there are."""
+        found: list[Layout] = []
+        for each in pinned:
+            with suppress(LayoutError, BatchError):  # it takes more ranks than there are, or leaves no even parts
+                found += completions(each, self.cluster.ranks, self.graph.global_batch, self.obstacle)
+        return self._attended(found)
 
     def _attended(self, layouts: Sequence[Layout]) -> list[Layout]:
         """Each layout with cp in the ways in which its ranks can do attention together."""
@@ -333,8 +381,13 @@ def _waiting(layout: Layout) -> float:
     return waiting_share(layout.schedule or "", layout.chunks or 1)
 
 
+def _sequences(analysis: Analysis) -> dict[str, int]:
+    """Input → elements of its sequences."""
+    return {name: analysis.graph.inputs[name].shape[dim] for name, dim in analysis.sequence_dims.items()}
+
+
 def _check_sequence(analysis: Analysis, pinned: Layout) -> None:
-    sizes = {name: analysis.graph.inputs[name].shape[dim] for name, dim in analysis.sequence_dims.items()}
+    sizes = _sequences(analysis)
     if max(sizes.values(), default=0) < (pinned.cp or 1):
         shapes = ", ".join(f"{name} {list(analysis.graph.inputs[name].shape)}" for name in analysis.graph.batch_dims)
         longest = max(sizes.values(), default=1)

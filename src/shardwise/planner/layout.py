@@ -24,8 +24,8 @@ _MOST_ZERO = 3
 @dataclass(frozen=True, kw_only=True)
 class Layout:
     """dp × cp × tp × pp ranks: copies of the model on parts of the batch, ranks that share each sequence, ranks that share each operator,
-    ranks of the pipeline; None: not pinned. ep: how many of the data ranks divide the experts. cp and ep are not searched: they are 1 where
-    they are not pinned.
+    ranks of the pipeline; None: not pinned. ep: how many of the data ranks divide the experts. Where they are not pinned, cp is searched
+    where each copy has one sample, or nothing else fits, ep where nothing else fits.
 
     attention: how the ranks of cp do it together (`shardwise.sharding.context`); all ways are tried where it is not pinned.
 

@@ -67,7 +67,8 @@ class Alternative(_Strict):
 
 class Search(_Strict):
     """How sure it is. lower_bound_s: nothing that was left out takes less; gap: the share of the step that may be lost by that;
-    splits, lowered: sizes of tp, cp, ep and microbatches, and precisions, and how many were examined; composed, simulated: layouts; seconds: of searching.
+    splits, lowered: sizes of tp, cp, ep and microbatches, and precisions, and how many were examined; composed, simulated: layouts;
+    seconds: of searching.
     """
 
     lower_bound_s: float

@@ -65,14 +65,25 @@ def search(
 
 
 def _search(run: Estimator, model: str, start: float) -> Plan | Infeasible:
-    trials = run.trials()
+    trials = _tried(run, run.trials())
+    if _best(trials) is None:
+        trials += _tried(run, run.last_trials())
+    best = _best(trials)
+    return no_plan(run, trials) if best is None else make_plan(run, best, trials, time.perf_counter() - start, model)
+
+
+def _best(trials: Iterable[Trial]) -> Trial | None:
+    """The fastest that fits."""
+    return min((trial for trial in trials if trial.simulation and not trial.note), key=lambda trial: trial.simulated_s, default=None)
+
+
+def _tried(run: Estimator, trials: list[Trial]) -> list[Trial]:
+    """All of them estimated, the best simulated, and other ways to do these that promise to be faster."""
     for trial in trials:
         run.estimate(trial)
     ranked = sorted((trial for trial in trials if trial.applied), key=lambda trial: trial.estimate_s)
     _simulate_best(run, ranked)
-    trials += other_ways(run, ranked)
-    best = min((trial for trial in trials if trial.simulation and not trial.note), key=lambda trial: trial.simulated_s, default=None)
-    return no_plan(run, trials) if best is None else make_plan(run, best, trials, time.perf_counter() - start, model)
+    return [*trials, *other_ways(run, ranked)]
 
 
 def _simulate_best(run: Estimator, ranked: list[Trial]) -> None:
