@@ -226,7 +226,7 @@ def load_plan(path: Path) -> Plan | Proposal:
 
 def _figures(plan: Plan | Proposal) -> dict[str, str]:
     axes = ("dp", "cp", "attention", "tp", "ep", "pp", "chunks", "microbatches", "microbatch", "schedule", "zero", "recompute")
-    found = {name: str(getattr(plan, name)) for name in ("model", "cluster", "ranks", "global_batch")}
+    found = {name: str(getattr(plan, name)) for name in ("model", "cluster", "ranks", "global_batch", "precision")}
     found |= {name: str(getattr(plan, name)) for name in axes if hasattr(plan, name)}
     predicted = plan.predicted
     if isinstance(plan, Proposal):

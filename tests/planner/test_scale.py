@@ -398,7 +398,8 @@ def test_plans_side_by_side(tmp_path: Path) -> None:
     shown = CliRunner().invoke(app, ["compare", *map(str, paths)])
     assert shown.exit_code == 0 and f"{paths[0]} is" in shown.stdout.replace("\n", ""), shown.output
     document = json.loads(CliRunner().invoke(app, ["compare", *map(str, paths), "--json"]).stdout)
-    assert document["differs"]["tp"] == [str(plans[0].tp), "8"] and document["same"]["model"] == "gpt3-125m"
+    assert document["differs"]["tp"] == [str(plans[0].tp), "8"]
+    assert document["same"]["model"] == "gpt3-125m" and document["same"]["precision"] == "bf16"
     more = sum(document["seconds_more"].values())
     assert more == pytest.approx(plans[1].predicted.step_time_s - plans[0].predicted.step_time_s, rel=1e-6)
 
