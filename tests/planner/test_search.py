@@ -13,6 +13,7 @@ from tests.models import Example, gpt2, llama, mixtral, mlp, unet, vit
 
 import shardwise as sw
 from shardwise.capture.export import capture
+from shardwise.planner import estimator
 from shardwise.planner.estimator import FULL_MEMORY
 from shardwise.planner.layout import Layout
 from shardwise.planner.search import search
@@ -125,6 +126,17 @@ def test_nothing_fits() -> None:
     assert "instead of 0.0005 GB" in found.remedy
     needed_gb = float(found.remedy.split("ranks with ")[1].split(" GB")[0])
     assert isinstance(sw.plan(*mlp(), made_up(4, memory_gb=1.02 * needed_gb), ""), sw.Plan), "the remedy that is named is one"
+
+
+def test_what_cannot_fit_is_not_lowered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a rank could not even hold its part of the states nothing is split or lowered; only what would fit is looked for."""
+    done: list[int] = []
+    real = estimator.split_tensors
+    monkeypatch.setattr(estimator, "split_tensors", lambda *args: (done.append(1), real(*args))[1])
+    roomy, tight = (sw.plan(*mlp(), made_up(4, memory_gb=memory_gb)) for memory_gb in (8.0, 0.0005))
+    assert isinstance(roomy, sw.Plan) and isinstance(tight, sw.Infeasible)
+    assert len(done) - len(roomy.considered) <= 8
+    assert all(" a rank at least, 0.00046 GB may be used" in reason for reason in tight.reasons)
 
 
 def test_the_batch_may_be_another_than_the_example() -> None:

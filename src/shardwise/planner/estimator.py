@@ -34,7 +34,7 @@ from shardwise.sharding.context import ATTENTION
 from shardwise.sharding.data import microbatch_obstacle
 from shardwise.sharding.experts import refuse_experts
 from shardwise.sharding.types import Shard
-from shardwise.simulate.memory import OPTIMIZER_STATES
+from shardwise.simulate.memory import OPTIMIZER_STATES, RUNTIME_BYTES
 
 __all__ = ["FULL_MEMORY", "MOST_ZERO", "Estimator", "data_ranks"]
 
@@ -68,7 +68,7 @@ class Estimator:
         """All complete layouts, in the usual schedule where none is pinned. Ranks share sequences where that is pinned, or where each copy
         has one sample and there are more ranks than copies."""
         obstacle, samples = self.obstacle, self.graph.global_batch
-        along = [layout for layout in self._completed(self._along_sequences(self.pinned)) if layout.dp == samples]
+        along = self._attended([layout for layout in self._completed(self._along_sequences(self.pinned)) if layout.dp == samples])
         layouts: list[Layout] = []
         try:
             layouts = self._attended(completions(self.pinned, self.cluster.ranks, samples, obstacle))
@@ -90,7 +90,8 @@ class Estimator:
             for layout in self._completed(pinned)
             if self.pinned.microbatches is not None or (layout.dp or 1) * (layout.microbatches or 1) == samples
         ]
-        return [Trial(layout=layout) for layout in sorted(found, key=lambda each: -(each.cp or 1) * (each.tp or 1))[:_LAST]]
+        thinnest = sorted(found, key=lambda each: -(each.cp or 1) * (each.tp or 1))[:_LAST]
+        return [Trial(layout=layout) for layout in self._attended(thinnest)[:_LAST]]
 
     @cached_property
     def obstacle(self) -> str:
@@ -116,7 +117,7 @@ class Estimator:
         for each in pinned:
             with suppress(LayoutError, BatchError):  # it takes more ranks than there are, or leaves no even parts
                 found += completions(each, self.cluster.ranks, self.graph.global_batch, self.obstacle)
-        return self._attended(found)
+        return found
 
     def _attended(self, layouts: Sequence[Layout]) -> list[Layout]:
         """Each layout with cp in the ways in which its ranks can do attention together."""
@@ -152,8 +153,12 @@ class Estimator:
 
     def estimate(self, trial: Trial) -> None:
         """Decides the tensor axis and the stages of a layout and estimates its step; where its parameters and their state do not fit, with
-        as much of these divided over data ranks as they must be."""
+        as much of these divided over data ranks as they must be. Nothing is decided where even so no rank would hold its part."""
         given = trial.layout
+        limit, least = max(self.limits(given)), self.least_bytes(self.thriftiest(given))
+        if least > limit:
+            trial.memory_binds, trial.note = True, f"needs {gigabytes(least)} a rank at least, {gigabytes(limit)} may be used"
+            return
         most = MOST_ZERO if self.pinned.zero is None and data_ranks(given) > 1 else 0
         for zero in dict.fromkeys((given.zero, *range((given.zero or 0) + 1, most + 1))):
             trial.layout, trial.note = replace(given, zero=zero), ""
@@ -209,6 +214,17 @@ class Estimator:
         except LayoutError:
             return float("inf")
         return float("inf") if stage_of is None else self._estimate(base.applied.assignment, layout, stage_of)
+
+    def thriftiest(self, layout: Layout) -> Layout:
+        """With all divided and computed again that is not pinned otherwise."""
+        zero = MOST_ZERO if self.pinned.zero is None and data_ranks(layout) > 1 else layout.zero
+        return replace(layout, zero=zero, recompute="full" if self.pinned.recompute is None else layout.recompute)
+
+    def least_bytes(self, layout: Layout) -> float:
+        """What the fullest rank holds at least: parameters, gradients and states as if tp and pp divided all of them evenly, and what a
+        process takes beside."""
+        states = sum(self._state_bytes(value, layout) for value in self.graph.parameters.values())
+        return states / ((layout.tp or 1) * (layout.pp or 1)) + RUNTIME_BYTES
 
     def limits(self, layout: Layout) -> list[float]:
         """Of a rank at each place of the pipeline."""

@@ -17,7 +17,7 @@ from shardwise.simulate.memory import memory_use
 from shardwise.simulate.profile import computing_ranks, profile_programs
 from shardwise.simulate.simulator import simulate_profile
 
-__all__ = ["fit", "simulate", "thriftiest"]
+__all__ = ["fit", "simulate"]
 
 _THRIFTS = 5  # layouts that divide or compute again more, tried where one does not fit
 
@@ -38,12 +38,6 @@ def fit(run: Estimator, trial: Trial) -> None:
         if not other.note:
             trial.become(other)
             return
-
-
-def thriftiest(run: Estimator, layout: Layout) -> Layout:
-    """With all divided and computed again that is not pinned otherwise."""
-    zero = MOST_ZERO if run.pinned.zero is None and data_ranks(layout) > 1 else layout.zero
-    return replace(layout, zero=zero, recompute="full" if run.pinned.recompute is None else layout.recompute)
 
 
 def _thriftier(run: Estimator, trial: Trial) -> list[Layout]:

@@ -8,7 +8,7 @@ from dataclasses import replace
 from shardwise.planner.choices import layout_choices
 from shardwise.planner.estimator import FULL_MEMORY, Estimator
 from shardwise.planner.explain import explain
-from shardwise.planner.fitting import fit, thriftiest
+from shardwise.planner.fitting import fit
 from shardwise.planner.plan import Infeasible, Plan, Prediction, by_pattern, choice_text
 from shardwise.planner.trial import Trial, first_of_each, gigabytes
 
@@ -30,7 +30,7 @@ def _least_bytes(run: Estimator, trials: Sequence[Trial]) -> float:
     """What a rank needs in the layouts that spread the model most thinly, found with memory enough."""
     roomy = replace(run, cluster=run.cluster.with_memory(1 << 62))
     thin = sorted(trials, key=lambda trial: (trial.mesh.dp, -trial.mesh.microbatches))
-    again = [Trial(layout=thriftiest(run, trial.layout), lean=True) for trial in first_of_each(thin)[:_THIN]]
+    again = [Trial(layout=run.thriftiest(trial.layout), lean=True) for trial in first_of_each(thin)[:_THIN]]
     for trial in again:
         roomy.estimate(trial)
         if trial.applied:

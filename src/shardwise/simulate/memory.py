@@ -17,6 +17,7 @@ from shardwise.simulate.passes import Passes
 
 __all__ = [
     "OPTIMIZER_STATES",
+    "RUNTIME_BYTES",
     "MemoryUse",
     "StageMemory",
     "memory_use",
@@ -30,7 +31,7 @@ OPTIMIZER_STATES = {"adamw": 2, "adam": 2, "sgd": 0, "sgd_momentum": 1}
 # What a process takes beside its tensors: measured peaks less the tensors' own, on a CPU with glibc and gloo (benchmarks/step_time.py: GPT,
 # Llama, ViT, BERT, U-Net and Mixtral steps of 190 to 1,500 MiB at dp=2, tp=2 and pp=2). Its own objects and the transport's buffers; and
 # holes that the allocator has between tensors which passes make and free, too small for the next.
-_RUNTIME_BYTES = 60 * 2**20
+RUNTIME_BYTES = 60 * 2**20
 _HOLES = 0.08  # of what passes hold
 
 
@@ -111,7 +112,7 @@ def _with_messages(program: Program, stages: dict[int, StageMemory], passes: Map
     flying = _flying_bytes(program, stages)
     late = max(reducing_bytes(program, passes), regathering_bytes(program)) - flying
     transient = {number: max(stage.use.transient, late) for number, stage in stages.items()}
-    runtime = _RUNTIME_BYTES + int(_HOLES * (flying + max(transient.values())))
+    runtime = RUNTIME_BYTES + int(_HOLES * (flying + max(transient.values())))
     return {
         number: replace(stage, use=replace(stage.use, transient=transient[number], runtime=runtime)) for number, stage in stages.items()
     }
