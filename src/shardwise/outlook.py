@@ -202,23 +202,11 @@ class Outlook:
             sequence=self.study.sequence,
             objective=self.wish.objective,
             price_per_hour=self.price_per_hour,
+            precision=scheme.precision,
             layout=str(best),
             **{
                 name: getattr(scheme, name)
-                for name in (
-                    "precision",
-                    "dp",
-                    "cp",
-                    "attention",
-                    "tp",
-                    "ep",
-                    "pp",
-                    "chunks",
-                    "microbatches",
-                    "schedule",
-                    "zero",
-                    "recompute",
-                )
+                for name in ("dp", "cp", "attention", "tp", "ep", "pp", "chunks", "microbatches", "schedule", "zero", "recompute")
             },
             microbatch=best.samples,
             stages=blocks,

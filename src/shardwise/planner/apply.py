@@ -44,6 +44,11 @@ class Analysis:
         """What there is for the expert axis to divide."""
         return experts_of(self.graph, self.signatures, self.batch)
 
+    @cached_property
+    def obstacle(self) -> str:
+        """Why the batch must not be cut into microbatches, "" when it may be."""
+        return microbatch_obstacle(self.graph, self.signatures, self.batch, self.prelude)
+
     def shared(self, attention: str, cp: int, tp: int) -> SharedAttention:
         """Which attention the ranks of cp can do together in this way."""
         return share_attention(attention, self.signatures, self.sequence, self.batch, cp=cp, tp=tp)
@@ -130,8 +135,8 @@ def apply_plan(plan: Plan, graph: Graph, *, same_fingerprint: bool = True) -> Ap
     _check_names("operator", plan.operators, (op.key for op in graph.ops))
     _check_names("parameter", plan.parameters, graph.parameters)
     analysis = analyse(graph, plan.random, _sequence_dims(plan, graph))
-    if plan.microbatches > 1 and (obstacle := microbatch_obstacle(graph, analysis.signatures, analysis.batch, analysis.prelude)):
-        raise PlanError(f"microbatches={plan.microbatches} would change the numbers: {obstacle}; use microbatches=1")
+    if plan.microbatches > 1 and analysis.obstacle:
+        raise PlanError(f"microbatches={plan.microbatches} would change the numbers: {analysis.obstacle}; use microbatches=1")
     assignment = assign(
         analysis,
         plan.dp,

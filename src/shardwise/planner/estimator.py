@@ -6,7 +6,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 
 import torch
 
@@ -31,7 +30,6 @@ from shardwise.program.tables import placed
 from shardwise.program.trace import Tracer
 from shardwise.sharding.assignment import Assignment
 from shardwise.sharding.context import ATTENTION
-from shardwise.sharding.data import microbatch_obstacle
 from shardwise.sharding.experts import refuse_experts
 from shardwise.sharding.types import Shard
 from shardwise.simulate.memory import OPTIMIZER_STATES, RUNTIME_BYTES
@@ -67,7 +65,7 @@ class Estimator:
     def trials(self) -> list[Trial]:
         """All complete layouts, in the usual schedule where none is pinned. Ranks share sequences where that is pinned, or where each copy
         has one sample and there are more ranks than copies."""
-        obstacle, samples = self.obstacle, self.graph.global_batch
+        obstacle, samples = self.analysis.obstacle, self.graph.global_batch
         along = self._attended([layout for layout in self._completed(self._along_sequences(self.pinned)) if layout.dp == samples])
         layouts: list[Layout] = []
         try:
@@ -93,11 +91,6 @@ class Estimator:
         thinnest = sorted(found, key=lambda each: -(each.cp or 1) * (each.tp or 1))[:_LAST]
         return [Trial(layout=layout) for layout in self._attended(thinnest)[:_LAST]]
 
-    @cached_property
-    def obstacle(self) -> str:
-        """Why the batch must not be cut into microbatches, "" when it may be."""
-        return microbatch_obstacle(self.graph, self.analysis.signatures, self.analysis.batch, self.analysis.prelude)
-
     def _along_sequences(self, pinned: Layout) -> list[Layout]:
         """With ranks that share sequences, where nothing is pinned of that or against it."""
         free = pinned.cp is None and not pinned.ep and not pinned.shares and None in (pinned.dp, pinned.tp, pinned.pp)
@@ -116,7 +109,7 @@ class Estimator:
         found: list[Layout] = []
         for each in pinned:
             with suppress(LayoutError, BatchError):  # it takes more ranks than there are, or leaves no even parts
-                found += completions(each, self.cluster.ranks, self.graph.global_batch, self.obstacle)
+                found += completions(each, self.cluster.ranks, self.graph.global_batch, self.analysis.obstacle)
         return found
 
     def _attended(self, layouts: Sequence[Layout]) -> list[Layout]:

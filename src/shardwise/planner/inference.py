@@ -22,7 +22,6 @@ from shardwise.program.actions import Kind
 from shardwise.program.lower import Cut
 from shardwise.program.tables import Tables
 from shardwise.sharding.assignment import Assignment, possible, set_choice
-from shardwise.sharding.data import microbatch_obstacle
 from shardwise.sharding.signature import Choice
 from shardwise.sharding.types import I, R, Shard, lengths
 
@@ -81,7 +80,7 @@ def _parts(samples: int, ranks: int, shares: tuple[int, ...]) -> list[int]:
 def _assigned(plan: Plan, analysis: Analysis, parts: list[int], shares: tuple[int, ...]) -> Assignment | None:
     """With the samples divided among the data ranks; None where an operator does not take such parts."""
     count = 1
-    if not microbatch_obstacle(analysis.graph, analysis.signatures, analysis.batch, analysis.prelude):
+    if not analysis.obstacle:
         count = max(each for each in range(1, plan.microbatches + 1) if not any(part % each for part in parts))
     found = _assign(plan, analysis, count, shares)
     choices = [(op, found.variants[op]["dp"].choice) for op in analysis.graph.ops]

@@ -93,4 +93,6 @@ def make_plan(run: Estimator, best: Trial, trials: Sequence[Trial], seconds: flo
         gap=best.gap,
         considered=[trial.candidate() for trial in sorted(trials, key=lambda t: t.estimate_s)],
     )
-    return plan.model_copy(update={"explanation": explain(plan, best.applied, run.graph, run.cluster, run.obstacle, seconds, run.whole_s)})
+    return plan.model_copy(
+        update={"explanation": explain(plan, best.applied, run.graph, run.cluster, run.analysis.obstacle, seconds, run.whole_s)}
+    )

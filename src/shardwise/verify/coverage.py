@@ -19,7 +19,6 @@ from shardwise.planner.layout import Layout
 from shardwise.planner.plan import Infeasible, Plan
 from shardwise.planner.search import search
 from shardwise.program.trace import Tracer
-from shardwise.sharding.data import microbatch_obstacle
 from shardwise.verify.one_device import Reference, prepare
 from shardwise.verify.verify import Lowered, check_lowered, lowered
 from shardwise.verify.work_share import block_flops, block_shares
@@ -182,8 +181,7 @@ class _Trial:
         if layout.microbatches:
             return layout
         if self.obstacle is None:
-            analysis = analyse(self.reference.graph)
-            self.obstacle = microbatch_obstacle(analysis.graph, analysis.signatures, analysis.batch, analysis.prelude)
+            self.obstacle = analyse(self.reference.graph).obstacle
         stages = layout.pp or 1
         samples = self.reference.graph.global_batch
         if samples < (layout.dp or 1):
