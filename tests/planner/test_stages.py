@@ -16,10 +16,12 @@ from shardwise.planner.stages import StageCosts, cut_stages
 SECONDS_PER_BYTE = 0.01
 
 
-def chain(sizes: list[int], skips: list[tuple[int, int]], touched: tuple[int, int] | None = None) -> Graph:
+def chain(
+    sizes: list[int], skips: list[tuple[int, int]], touched: tuple[int, int] | None = None, modules: list[str] | None = None
+) -> Graph:
     """Operators in modules of their own, one after the other, each with a parameter; `skips`: who else reads whose result.
 
-    touched: which operator reads a buffer and which one makes its new value.
+    touched: which operator reads a buffer and which one makes its new value. modules: of the operators, else each is in one near the root.
     """
     state = Value(name="state", shape=(1,), dtype=torch.float32, kind="buffer")
     x = Value(name="x", shape=(4,), dtype=torch.float32, kind="input")
@@ -36,7 +38,7 @@ def chain(sizes: list[int], skips: list[tuple[int, int]], touched: tuple[int, in
             kwargs={},
             inputs=tuple(read),
             outputs=(out,),
-            module=f"block{number}",
+            module=modules[number] if modules else f"block{number}",
             key=f"block{number}:add:0",
         )
         out.producer, last = op, out
@@ -116,3 +118,16 @@ def test_more_stages_than_parts() -> None:
     costs = StageCosts(seconds=lambda op, stage: 1.0, transfer=lambda nbytes: 0.0, state_bytes=lambda value: 0.0)
     with pytest.raises(LayoutError, match=r"5 stages are more than the 4 parts that the model can be cut into; use 4 or fewer"):
         cut_stages(chain([1, 1, 1, 1], []), set(), 5, costs)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.tuples(st.integers(1, 3), st.integers(0, 60)), min_size=6, max_size=9), st.integers(2, 4))
+def test_what_is_heavy_is_cut_inside(shape: list[tuple[int, int]], stages: int) -> None:
+    """Of modules near the root some are deep, as a list of blocks is, and take nearly all of the time: these are cut where they can be."""
+    modules = [f"root{number}" + ".list" * depth + f".{block}" for number, (depth, count) in enumerate(shape) for block in range(1 + count)]
+    graph = chain([1] * len(modules), [], modules=modules)
+    costs = StageCosts(seconds=lambda op, stage: 1.0, transfer=lambda nbytes: 0.0, state_bytes=lambda value: 0.0)
+    cut = cut_stages(graph, set(), stages, costs)
+    assert cut is not None
+    fair = len(modules) / stages
+    assert max(cut.count(stage) for stage in range(stages)) <= fair + max(1.0, fair / 8)

@@ -7,16 +7,20 @@ Stages may be on unlike devices: each has its own seconds and its own limit.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from itertools import accumulate
+from itertools import accumulate, pairwise
+from statistics import fmean
 
 from shardwise.capture.graph import Graph, Op, Value
 from shardwise.errors import LayoutError
 from shardwise.program.buffers import buffer_spans
 
 __all__ = ["StageCosts", "cut_stages"]
+
+_DEEPEST = 12  # of the paths of modules that are looked at
+_PARTS = 8  # that a stage is made of at least, as far as modules divide
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,12 +46,13 @@ def cut_stages(
     for name, ops in (together or {}).items():
         inside = [index for index, op in enumerate(body) if op in ops]
         apart |= dict.fromkeys(range(inside[0] + 1, inside[-1] + 1), f"{name} must be in one stage")
-    places = _places(body, stages, apart)
+    seconds = [[costs.seconds(op, stage) for op in body] for stage in range(stages)]
+    places = _places(body, [fmean(each) for each in zip(*seconds, strict=True)], stages, apart)
     if len(places) - 1 < stages:
         parts = len(places) - 1
         why = f" ({next(iter(apart.values()))})" if apart else ""
         raise LayoutError(f"{stages} stages are more than the {parts} parts that the model can be cut into{why}; use {parts} or fewer")
-    segments = _Segments(graph, body, places, costs, stages)
+    segments = _Segments(graph, body, places, costs, seconds)
     ends = _best(len(places) - 1, stages, segments)
     if ends is None:
         return None
@@ -57,25 +62,44 @@ def cut_stages(
     return stage_of
 
 
-def _places(body: Sequence[Op], stages: int, apart: Container[int]) -> list[int]:
-    """Indices in the body where it may be cut, its ends included: where the path of the module changes at the least depth that suffices.
+def _places(body: Sequence[Op], seconds: Sequence[float], stages: int, apart: Container[int]) -> list[int]:
+    """Indices in the body where it may be cut, its ends included: where the path of the module changes, at the least depth that gives some
+    parts for each stage, and deeper in parts that take more of the `seconds` than a fraction of a stage.
 
     apart: where it may not be.
     """
-    for depth in range(1, 12):
-        paths = [".".join(op.module.split(".")[:depth]) for op in body]
-        places = [0, *(i for i in range(1, len(body)) if paths[i] != paths[i - 1] and i not in apart), len(body)]
+    for depth in range(1, _DEEPEST):
+        places = [*_changes(body, 0, len(body), depth, apart), len(body)]
         if len(places) - 1 >= 2 * stages + 2:
-            return places
+            most_s = sum(seconds) / stages / _PARTS
+            return [*_divided(body, places, depth + 1, [0.0, *accumulate(seconds)], most_s, apart), len(body)]
     return [0, *(i for i in range(1, len(body)) if i not in apart), len(body)] if len(body) <= 200 else places
+
+
+def _changes(body: Sequence[Op], start: int, end: int, depth: int, apart: Container[int]) -> list[int]:
+    """The start, and where the path of the module changes before the end, looked at to a depth."""
+    paths = [".".join(op.module.split(".")[:depth]) for op in body[start:end]]
+    return [start, *(start + i for i in range(1, end - start) if paths[i] != paths[i - 1] and start + i not in apart)]
+
+
+def _divided(
+    body: Sequence[Op], places: Sequence[int], depth: int, until_s: Sequence[float], most_s: float, apart: Container[int]
+) -> Iterator[int]:
+    """Where the parts between the places start, those of them cut deeper that take longer than `most_s`. until_s: before each operator."""
+    for start, end in pairwise(places):
+        if depth < _DEEPEST and until_s[end] - until_s[start] > most_s:
+            finer = [*_changes(body, start, end, depth, apart), end]
+            yield from _divided(body, finer, depth + 1, until_s, most_s, apart)
+        else:
+            yield start
 
 
 class _Segments:
     """Cost of running places[i] … places[j] as one of the stages."""
 
-    def __init__(self, graph: Graph, body: Sequence[Op], places: Sequence[int], costs: StageCosts, stages: int) -> None:
+    def __init__(self, graph: Graph, body: Sequence[Op], places: Sequence[int], costs: StageCosts, seconds: Sequence[Sequence[float]]) -> None:
         self.costs, self.places = costs, places
-        sums = [list(accumulate((costs.seconds(op, stage) for op in body), initial=0.0)) for stage in range(stages)]
+        sums = [list(accumulate(each, initial=0.0)) for each in seconds]
         self.seconds = [[each[place] for place in places] for each in sums]
         self.crossing = _crossing_bytes(graph, body, places)
         index = {op: i for i, op in enumerate(body)}
