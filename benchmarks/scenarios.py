@@ -1,9 +1,9 @@
 """Where the layout matters: races under conditions that make an obvious layout a bad one.
 
-wide-vocabulary  a narrow model of 65,536 tokens: tables and logits outweigh its layers
+wide-vocabulary  a narrow model of 131,072 tokens, few of them in a batch: its table outweighs its layers, and its gradients a step's work
 memory-limit     each rank's data may grow by 1.5 GiB (RLIMIT_DATA): less than the state of the model, which one process cannot train then
 slow-rank        the last rank has half the speed (see throttle.py)
-shaped-link      the ranks are on two hosts (see hosts.py), with 1 Gbit/s between them
+shaped-link      the ranks are on two hosts (see hosts.py), with 1 Gbit/s between them, and a batch so small that gradients take long
 
 Of gpt2's peers on two ranks the limit leaves FSDP2, tensor parallelism and 1F1B with a batch of 8, 1F1B with 12, none with 16; DDP and one
 process cannot train with any. A batch of 8 is raced, which is not chosen for who runs.
@@ -77,10 +77,10 @@ def host_of(rank: int, ranks: int, hosts: Hosts | None) -> Host | None:
 
 PLAIN = Scenario()
 FULL = {
-    "wide-vocabulary": Scenario(width=0.5, shape={"layers": 4, "vocabulary": 65536, "sequence": 128}, families=_TEXT),
+    "wide-vocabulary": Scenario(width=0.5, shape={"layers": 4, "vocabulary": 131072, "sequence": 64, "batch_size": 4}, families=_TEXT),
     "memory-limit": Scenario(width=2, shape={"sequence": 128, "batch_size": 8}, families=_TEXT, data_bytes=3 << 29),
     "slow-rank": Scenario(last_speed=0.5),
-    "shaped-link": Scenario(link_bytes_per_s=125e6),
+    "shaped-link": Scenario(shape={"sequence": 128, "batch_size": 8}, link_bytes_per_s=125e6),
 }
 SMALL = {
     "wide-vocabulary": Scenario(shape={"vocabulary": 4096}, families=_TEXT),
