@@ -80,7 +80,7 @@ FULL = {
     "wide-vocabulary": Scenario(width=0.5, shape={"layers": 4, "vocabulary": 131072, "sequence": 64, "batch_size": 4}, families=_TEXT),
     "memory-limit": Scenario(width=2, shape={"sequence": 128, "batch_size": 8}, families=_TEXT, data_bytes=3 << 29),
     "slow-rank": Scenario(last_speed=0.5),
-    "shaped-link": Scenario(shape={"sequence": 128, "batch_size": 8}, link_bytes_per_s=125e6),
+    "shaped-link": Scenario(shape={"sequence": 128, "batch_size": 4}, link_bytes_per_s=125e6),
 }
 SMALL = {
     "wide-vocabulary": Scenario(shape={"vocabulary": 4096}, families=_TEXT),
