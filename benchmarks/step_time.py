@@ -3,6 +3,7 @@
     python benchmarks/step_time.py --workload gpt2 [--ranks 2] [--steps 8] [--json out.json] [--check]
     python benchmarks/step_time.py --workload gpt2 --layout tp=2 --check     our tp=2 against torch's tensor parallelism alone
     python benchmarks/step_time.py --workload gpt2 --compiled ours,ddp       these two also with torch.compile; `all`: everyone
+    python benchmarks/step_time.py --workload gpt2 --ranks 4 --batch-size 8  all contestants are in memory at once: a smaller batch
     python benchmarks/step_time.py --workload gpt2 --scenario slow-rank      where the layout matters (see scenarios.py)
 
 Runs our chosen layout, DDP, FSDP2, tensor parallelism, 1F1B and interleaved pipelining (with four ranks FSDP2 × tensor parallelism and
@@ -21,6 +22,7 @@ import signal
 import sys
 import tempfile
 from collections.abc import Sequence
+from dataclasses import replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -77,6 +79,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--workload", choices=sorted(FULL), required=True)
     parser.add_argument("--ranks", type=int, choices=(2, 4), default=2, help="of every contestant (default %(default)s)")
     parser.add_argument("--steps", type=int, default=8, help="quiet steps wanted of each contestant (default %(default)s)")
+    parser.add_argument("--batch-size", type=int, metavar="N", help="samples of the global batch (default: as many as the workload has)")
     parser.add_argument("--only", type=_names, default=list(CONTESTANTS), help=f"comma-separated, of {', '.join(CONTESTANTS)}")
     parser.add_argument("--compiled", type=_names, default=[], help="contestants that take part a second time, with torch.compile")
     parser.add_argument(
@@ -107,6 +110,8 @@ def _refuse_useless(parser: argparse.ArgumentParser, options: argparse.Namespace
         parser.error("--check compares with all contestants: leave out --only")
     if options.check and options.steps < MIN_QUIET_STEPS:
         parser.error(f"--check needs at least {MIN_QUIET_STEPS} quiet steps: --steps {options.steps} cannot suffice")
+    if options.batch_size is not None and (options.batch_size < 1 or options.batch_size % options.ranks):
+        parser.error(f"--batch-size {options.batch_size} cannot be divided over {options.ranks} ranks")
     if options.scenario and (families := _scenario(options).families) and options.workload not in families:
         parser.error(f"--scenario {options.scenario} is for the workloads {', '.join(families)}, not for {options.workload}")
     if options.scenario and options.layout and options.check:
@@ -127,6 +132,8 @@ def run(options: argparse.Namespace, console: Console) -> Result:
     """Plan, start all contestants, race them, end them."""
     scenario = _scenario(options)
     workload = scenario.of((SMALL if options.small else FULL)[options.workload])
+    if options.batch_size:
+        workload = replace(workload, batch_size=options.batch_size)
     field = _field(workload, options)
     records = {name: Record() for name in field}
     teams: dict[str, Team] = {}

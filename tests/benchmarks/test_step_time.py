@@ -116,6 +116,7 @@ class TestWhereTheLayoutMatters:
             (["--workload", "unet", "--scenario", "wide-vocabulary"], "is for the workloads gpt2, llama, bert, not for unet"),
             (["--workload", "gpt2", "--scenario", "slow-rank", "--layout", "tp=2", "--check"], "leave out --layout"),
             (["--workload", "gpt2", "--scenario", "sunshine"], "invalid choice"),
+            (["--workload", "gpt2", "--ranks", "4", "--batch-size", "6"], "--batch-size 6 cannot be divided over 4 ranks"),
         ],
     )
     def test_options_that_cannot_work_are_refused(self, arguments, message, capsys):

@@ -288,7 +288,7 @@ def _useful_counts(samples: int, stages: int) -> list[int]:
     """Without stages one microbatch is fastest, and more only save memory; with them, from as many as stages to four times that."""
     divisors = [count for count in range(1, samples + 1) if samples % count == 0]
     if stages == 1:
-        return [count for count in divisors if count in (1, 4, 16)]
+        return [count for count in divisors if count in (1, 2, 4, 16)]
     return [count for count in divisors if stages <= count <= 4 * stages] or divisors
 
 

@@ -7,6 +7,7 @@ Stages may be on unlike devices: each has its own seconds and its own limit.
 
 from __future__ import annotations
 
+from bisect import bisect, bisect_left
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -97,28 +98,42 @@ def _divided(
 class _Segments:
     """Cost of running places[i] … places[j] as one of the stages."""
 
-    def __init__(self, graph: Graph, body: Sequence[Op], places: Sequence[int], costs: StageCosts, seconds: Sequence[Sequence[float]]) -> None:
-        self.costs, self.places = costs, places
+    def __init__(
+        self, graph: Graph, body: Sequence[Op], places: Sequence[int], costs: StageCosts, seconds: Sequence[Sequence[float]]
+    ) -> None:
         sums = [list(accumulate(each, initial=0.0)) for each in seconds]
         self.seconds = [[each[place] for place in places] for each in sums]
-        self.crossing = _crossing_bytes(graph, body, places)
-        index = {op: i for i, op in enumerate(body)}
-        self.parameters = [
-            (sorted({index[op] for op, _ in readers if op in index}), value)
-            for value, readers in graph.consumers().items()
-            if value.kind == "parameter"
-        ]
+        self.sent_s = [costs.transfer(nbytes) for nbytes in _crossing_bytes(graph, body, places)]
+        self.limit_bytes = costs.limit_bytes
+        self.held_bytes = None if costs.limit_bytes is None else _held_bytes(graph, body, places, costs.state_bytes)
+
+    def computing_s(self, start: int, end: int, stage: int) -> float:
+        return self.seconds[stage][end] - self.seconds[stage][start]
 
     def cost(self, start: int, end: int, stage: int) -> float:
-        sent = self.costs.transfer(self.crossing[start]) + self.costs.transfer(self.crossing[end])
-        return self.seconds[stage][end] - self.seconds[stage][start] + sent
+        return self.computing_s(start, end, stage) + self.sent_s[start] + self.sent_s[end]
 
     def fits(self, start: int, end: int, stage: int) -> bool:
-        if self.costs.limit_bytes is None:
-            return True
-        low, high = self.places[start], self.places[end]
-        held = sum(self.costs.state_bytes(value) for readers, value in self.parameters if any(low <= reader < high for reader in readers))
-        return held <= self.costs.limit_bytes[stage]
+        return self.held_bytes is None or self.limit_bytes is None or self.held_bytes[start][end] <= self.limit_bytes[stage]
+
+
+def _held_bytes(graph: Graph, body: Sequence[Op], places: Sequence[int], state_bytes: Callable[[Value], float]) -> list[list[float]]:
+    """[start][end] → bytes of the states of all parameters that are read between two places."""
+    index = {op: i for i, op in enumerate(body)}
+    parameters = [
+        (sorted({bisect(places, index[op]) - 1 for op, _ in readers if op in index}), state_bytes(value))
+        for value, readers in graph.consumers().items()
+        if value.kind == "parameter"
+    ]
+    found = []
+    for start in range(len(places)):
+        new = [0.0] * (len(places) + 1)  # by the part that reads it first, of those from the start on
+        for parts, nbytes in parameters:
+            after = bisect_left(parts, start)
+            if after < len(parts):
+                new[parts[after] + 1] += nbytes
+        found.append(list(accumulate(new[: len(places)])))
+    return found
 
 
 def _crossing_bytes(graph: Graph, body: Sequence[Op], places: Sequence[int]) -> list[float]:
@@ -145,7 +160,9 @@ def _best(parts: int, stages: int, segments: _Segments) -> list[int] | None:
             return (seconds, seconds, (parts,)) if segments.fits(start, parts, stage) else None
         best = None
         for end in range(start + 1, parts - left + 2):
-            if segments.fits(start, end, stage) and (rest := solve(end, left - 1)) is not None:
+            if not segments.fits(start, end, stage) or (best is not None and segments.computing_s(start, end, stage) > best[0]):
+                break  # further ones hold more and take longer
+            if (rest := solve(end, left - 1)) is not None:
                 here = segments.cost(start, end, stage)
                 found = (max(here, rest[0]), here + rest[1], (end, *rest[2]))
                 if best is None or found[:2] < best[:2]:

@@ -9,6 +9,7 @@ from math import prod
 import torch
 
 from shardwise.cost.memory import tensor_bytes
+from shardwise.cost.operators import name_of
 from shardwise.program.actions import COMPUTES
 from shardwise.program.program import ParameterPart, Program, StageProgram
 from shardwise.program.tables import Slot, in_flight
@@ -29,10 +30,13 @@ OPTIMIZER_STATES = {"adamw": 2, "adam": 2, "sgd": 0, "sgd_momentum": 1}
 
 
 # What a process takes beside its tensors: measured peaks less the tensors' own, on a CPU with glibc and gloo (benchmarks/step_time.py: GPT,
-# Llama, ViT, BERT, U-Net and Mixtral steps of 190 to 1,500 MiB at dp=2, tp=2 and pp=2). Its own objects and the transport's buffers; and
-# holes that the allocator has between tensors which passes make and free, too small for the next.
-RUNTIME_BYTES = 60 * 2**20
+# Llama, ViT, BERT, U-Net and Mixtral steps of 190 to 2,000 MiB at dp=2, tp=2 and pp=2, one or several microbatches, in six schedules). Its
+# own objects and the transport's buffers; and holes that the allocator has between tensors which passes make and free, too small for the
+# next: more of them where passes of several microbatches and what is received take turns, and where routing gives tensors a new size in
+# every step.
+RUNTIME_BYTES = 40 * 2**20
 _HOLES = 0.08  # of what passes hold
+_HOLES_IN_TURNS = 0.4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,10 +116,15 @@ def _with_messages(program: Program, stages: dict[int, StageMemory], passes: Map
     flying = _flying_bytes(program, stages)
     late = max(reducing_bytes(program, passes), regathering_bytes(program)) - flying
     transient = {number: max(stage.use.transient, late) for number, stage in stages.items()}
-    runtime = RUNTIME_BYTES + int(_HOLES * (flying + max(transient.values())))
+    holes = _HOLES_IN_TURNS if len(program.placement) > 1 or _routes(program) else _HOLES
+    runtime = RUNTIME_BYTES + int(holes * (flying + max(transient.values())))
     return {
         number: replace(stage, use=replace(stage.use, transient=transient[number], runtime=runtime)) for number, stage in stages.items()
     }
+
+
+def _routes(program: Program) -> bool:
+    return any(name_of(node.target) == "expert_mm" for stage in program.stages.values() for node in stage.forward.nodes)
 
 
 def _crossing_bytes(stage: StageProgram) -> int:
