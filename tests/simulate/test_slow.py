@@ -212,7 +212,8 @@ def test_a_slow_edge() -> None:
 
 
 def plan_on(cluster: Cluster, layout: str) -> sw.Plan:
-    model, batch = llama(layers=2, samples=4)
+    """Of a model with so many blocks that none is cut in two, however fast the links are."""
+    model, batch = llama(layers=18, samples=4)
     plan = sw.plan(model, batch, cluster, layout=layout)
     assert isinstance(plan, sw.Plan)
     return plan
