@@ -9,7 +9,7 @@ row alone does not care where the row stands: so what lies between the sorting a
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -53,27 +53,33 @@ class _ExpertMM(torch.autograd.Function):
         return for_x, for_weight, None
 
 
-def _rows_of(expert: Tensor, experts: int) -> Iterator[tuple[int, Tensor]]:
-    """Each expert that has rows, and which."""
+def _by_expert(expert: Tensor, experts: int) -> tuple[Tensor, list[int]]:
+    """The rows in the order of their experts, those of none at the end; and how many each expert has."""
     known = torch.where((expert >= 0) & (expert < experts), expert, experts)
-    counts = torch.bincount(known, minlength=experts + 1).tolist()
-    for number, rows in enumerate(torch.argsort(known, stable=True).split(counts)[:experts]):
-        if len(rows):
-            yield number, rows
+    counts: list[int] = torch.bincount(known, minlength=experts + 1).tolist()
+    return torch.argsort(known, stable=True), counts[:experts]
 
 
 def _expert_mm(x: Tensor, weight: Tensor, expert: Tensor) -> Tensor:
-    result = x.new_zeros(x.shape[0], weight.shape[2])
-    for number, rows in _rows_of(expert, weight.shape[0]):
-        result.index_copy_(0, rows, x[rows] @ weight[number])
-    return result
+    order, counts = _by_expert(expert, weight.shape[0])
+    given, made = x.index_select(0, order), x.new_empty(x.shape[0], weight.shape[2])
+    done = sum(counts)
+    for each, rows, result in zip(weight, given[:done].split(counts), made[:done].split(counts), strict=True):
+        torch.mm(rows, each, out=result)
+    made[done:] = 0
+    place = torch.empty_like(order)
+    place[order] = torch.arange(len(order), device=order.device)
+    return made.index_select(0, place)  # faster than scattering each expert's rows
 
 
 def _expert_outer(x: Tensor, gradient: Tensor, expert: Tensor, experts: int) -> Tensor:
     """For each expert the sum over its rows of x[s]ᵀ gradient[s], [e, k, n]."""
-    result = x.new_zeros(experts, x.shape[1], gradient.shape[1])
-    for number, rows in _rows_of(expert, experts):
-        torch.mm(x[rows].T, gradient[rows], out=result[number])
+    order, counts = _by_expert(expert, experts)
+    known = order[: sum(counts)]
+    result = x.new_empty(experts, x.shape[1], gradient.shape[1])
+    parts = (each.index_select(0, known).split(counts) for each in (x, gradient))
+    for number, (rows, gradients) in enumerate(zip(*parts, strict=True)):
+        torch.mm(rows.T, gradients, out=result[number])
     return result
 
 

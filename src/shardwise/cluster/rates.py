@@ -212,7 +212,7 @@ class Rates(_Figures):
     overlaps_memory: bool = False
     fuses: bool = False
     copies_inner: bool = False
-    groups: bool = True
+    groups: bool = False
     cast_bytes: float = 0.0
 
     @property

@@ -98,6 +98,7 @@ def device_rates(device: DeviceSpec, attention: str = "", fitted: bool = True) -
         overlaps_memory=True,
         fuses=True,
         copies_inner=True,
+        groups=True,
     )
 
 

@@ -97,13 +97,16 @@ def _expert_seconds(name: str, args: _Args, _kwargs: _Kwargs, output: Tensor, ra
     """Rows, each times the matrix of its expert: a product for each expert that has rows, all of one shape on average.
 
     As one grouped kernel (Gale et al., MegaBlocks, 2022), starting, ending and uneven waves cost what they do in a product as large as all
-    of them, thin tiles what they do in each. Gradients of weights take rows that were cast already.
+    of them, thin tiles what they do in each. Gradients of weights take rows that were cast already. As products of their own they take rows
+    that were brought into the order of the experts before, and their results go back from there.
     """
     flops, shape = _expert_flops(name, args, output), _expert_shape(name, args, output)
     rate = rates.matmul_of(dtype_name([args[0]]))
     together = flops if rates.groups else 2.0 * math.prod(shape)
     cast = rates.cast_bytes * args[0].numel() if name == "expert_mm" else 0.0
-    return flops / (rate.cubes_flops.at(together) * rate.thinness.at(min(shape))) + cast / rates.read_bytes_per_s.at(cast)
+    moved = 0 if rates.groups else sum(map(touched_bytes, (args[0], output if name == "expert_mm" else args[1])))
+    products_s = flops / (rate.cubes_flops.at(together) * rate.thinness.at(min(shape)))
+    return products_s + cast / rates.read_bytes_per_s.at(cast) + _memory_seconds(moved, moved, rates)
 
 
 def _expert_flops(name: str, args: Sequence[Any], output: Tensor) -> float:
