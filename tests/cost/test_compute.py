@@ -249,7 +249,6 @@ def test_products_with_experts(cluster: Cluster, groups: bool, cast: float) -> N
     x, weight, expert = meta(1024, 512), meta(8, 512, 256), meta(1024, dtype=torch.int64)
     found = seconds(replace(cluster, rates=rates), torch.ops.shardwise.expert_mm.default, x, weight, expert)
     memory = traffic_s(4.0 * (1024 * 512 + 8 * 512 * 256) + 8 * 1024, 4.0 * 1024 * 256)
-    if not groups:  # rows are brought together for each expert, and results back
-        moved = 4.0 * (1024 * 512 + 1024 * 256)
-        memory += traffic_s(moved, moved)
+    moved = 4.0 * (1024 * 512 + 1024 * 256)  # rows are brought together for each expert, and results back
+    memory += traffic_s(moved, moved)
     assert found == pytest.approx(8 * one / (1e11 if groups else 1e10) + cast * 1024 * 512 / 1e10 + memory + CALL_S)
