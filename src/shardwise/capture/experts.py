@@ -53,33 +53,30 @@ class _ExpertMM(torch.autograd.Function):
         return for_x, for_weight, None
 
 
-def _by_expert(expert: Tensor, experts: int) -> tuple[Tensor, list[int]]:
-    """The rows in the order of their experts, those of none at the end; and how many each expert has."""
+def _by_expert(expert: Tensor, experts: int) -> tuple[Tensor, ...]:
+    """The rows of each expert, and at the end those of none."""
     known = torch.where((expert >= 0) & (expert < experts), expert, experts)
-    counts: list[int] = torch.bincount(known, minlength=experts + 1).tolist()
-    return torch.argsort(known, stable=True), counts[:experts]
+    counts = torch.bincount(known, minlength=experts + 1).tolist()
+    return torch.argsort(known, stable=True).split(counts)
+
+
+# One expert after the other, not all rows at once: what is brought together for one is still in the cache when it is multiplied.
 
 
 def _expert_mm(x: Tensor, weight: Tensor, expert: Tensor) -> Tensor:
-    order, counts = _by_expert(expert, weight.shape[0])
-    given, made = x.index_select(0, order), x.new_empty(x.shape[0], weight.shape[2])
-    done = sum(counts)
-    for each, rows, result in zip(weight, given[:done].split(counts), made[:done].split(counts), strict=True):
-        torch.mm(rows, each, out=result)
-    made[done:] = 0
-    place = torch.empty_like(order)
-    place[order] = torch.arange(len(order), device=order.device)
-    return made.index_select(0, place)  # faster than scattering each expert's rows
+    *rows_of, others = _by_expert(expert, weight.shape[0])
+    result = x.new_empty(x.shape[0], weight.shape[2]).index_fill_(0, others, 0)
+    for rows, matrix in zip(rows_of, weight, strict=True):
+        result.index_copy_(0, rows, x.index_select(0, rows) @ matrix)
+    return result
 
 
 def _expert_outer(x: Tensor, gradient: Tensor, expert: Tensor, experts: int) -> Tensor:
     """For each expert the sum over its rows of x[s]ᵀ gradient[s], [e, k, n]."""
-    order, counts = _by_expert(expert, experts)
-    known = order[: sum(counts)]
     result = x.new_empty(experts, x.shape[1], gradient.shape[1])
-    parts = (each.index_select(0, known).split(counts) for each in (x, gradient))
-    for number, (rows, gradients) in enumerate(zip(*parts, strict=True)):
-        torch.mm(rows.T, gradients, out=result[number])
+    *rows_of, _ = _by_expert(expert, experts)
+    for rows, each in zip(rows_of, result, strict=True):
+        torch.mm(x.index_select(0, rows).T, gradient.index_select(0, rows), out=each)
     return result
 
 
