@@ -1,17 +1,20 @@
-"""What a step computes from its batch alone: equal in every step, whatever memory the step before wrote over."""
+"""What a step computes from its batch alone: equal in every step, whatever memory the step before wrote over; and gradients that products
+compute straight into their buffers."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import fx
 
+from shardwise.capture.experts import expert_mm
 from shardwise.program.program import Binding, Crossing, StageProgram
 from shardwise.program.reuse import reuse_memory
-from shardwise.runtime.graphs import Prelude
+from shardwise.runtime.graphs import Function, Prelude, accumulating, callable_of
 
 aten = torch.ops.aten
 OPERATORS = (aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor)
@@ -63,3 +66,36 @@ def test_a_prelude_gives_the_same_every_time(recipe: list[tuple[int, int, int]])
     for _ in range(3):
         torch.testing.assert_close(prelude.run({"batch": batch})["result"], values[-1], rtol=0, atol=0)
     assert torch.equal(batch, torch.tensor([1.0, -2.0, 3.0]))
+
+
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("experts", [0, 4])
+def test_products_are_computed_straight_into_their_buffers(experts: int, turned: bool) -> None:
+    """A product of matrices and one of rows at their experts (of which the third has none), whatever the buffer held; later ones add."""
+    x, gradient, expert = torch.randn(9, 3).double(), torch.randn(9, 5).double(), torch.tensor([3, 0, -1, 3, 1, 4, 0, 9, 3])
+    graph = fx.Graph()
+    inputs = [graph.placeholder(name) for name in ("x", "gradient", "expert")]
+    if experts:
+        weight = torch.zeros(experts, 3, 5, dtype=torch.float64, requires_grad=True)
+        (wanted,) = torch.autograd.grad(expert_mm(x, weight, expert), weight, gradient)
+        product = graph.call_function(torch.ops.shardwise.expert_outer.default, (*inputs, experts))
+    else:
+        wanted = x.T @ gradient
+        product = graph.call_function(aten.mm.default, (graph.call_function(aten.t.default, (inputs[0],)), inputs[1]))
+    if turned:
+        wanted = wanted.transpose(-2, -1)
+        product.meta["val"] = wanted
+        product = graph.call_function(aten.transpose.int, (product, -1, -2))
+    product.meta["val"] = wanted
+    graph.output([product])
+    made: list[fx.Graph] = []
+
+    def make(each: fx.Graph) -> Function:
+        made.append(each)
+        return callable_of(each)
+
+    buffer = torch.full_like(wanted, float("nan")).contiguous()
+    for times, first in enumerate(({"w"}, set[str]()), start=1):
+        accumulating(graph, [Binding(kind="parameter", name="w")], first=first, make=make)([x, gradient, expert, buffer])
+        torch.testing.assert_close(buffer, times * wanted)
+    assert not any(node.target in (aten.copy_.default, aten.add_.Tensor) for each in made for node in each.nodes)

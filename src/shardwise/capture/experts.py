@@ -26,6 +26,7 @@ aten = torch.ops.aten
 _LIBRARY = torch.library.Library("shardwise", "FRAGMENT")
 _LIBRARY.define("expert_mm(Tensor x, Tensor weight, Tensor expert) -> Tensor")
 _LIBRARY.define("expert_outer(Tensor x, Tensor gradient, Tensor expert, int experts) -> Tensor")
+_LIBRARY.define("expert_outer_into(Tensor(a!) into, Tensor x, Tensor gradient, Tensor expert, bool add) -> ()")
 _ops = torch.ops.shardwise
 
 
@@ -74,14 +75,20 @@ def _expert_mm(x: Tensor, weight: Tensor, expert: Tensor) -> Tensor:
 def _expert_outer(x: Tensor, gradient: Tensor, expert: Tensor, experts: int) -> Tensor:
     """For each expert the sum over its rows of x[s]ᵀ gradient[s], [e, k, n]."""
     result = x.new_empty(experts, x.shape[1], gradient.shape[1])
-    *rows_of, _ = _by_expert(expert, experts)
-    for rows, each in zip(rows_of, result, strict=True):
-        torch.mm(x.index_select(0, rows).T, gradient.index_select(0, rows), out=each)
+    _expert_outer_into(result, x, gradient, expert, False)
     return result
+
+
+def _expert_outer_into(into: Tensor, x: Tensor, gradient: Tensor, expert: Tensor, add: bool) -> None:
+    """The same, written or added to a tensor."""
+    *rows_of, _ = _by_expert(expert, into.shape[0])
+    for rows, each in zip(rows_of, into, strict=True):
+        each.addmm_(x.index_select(0, rows).T, gradient.index_select(0, rows), beta=int(add))
 
 
 _LIBRARY.impl("expert_mm", _expert_mm, "CompositeExplicitAutograd")
 _LIBRARY.impl("expert_outer", _expert_outer, "CompositeExplicitAutograd")
+_LIBRARY.impl("expert_outer_into", _expert_outer_into, "CompositeExplicitAutograd")
 
 
 @torch.library.register_fake("shardwise::expert_mm", lib=_LIBRARY)

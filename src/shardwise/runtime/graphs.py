@@ -12,7 +12,7 @@ from torch import Tensor, fx
 from shardwise._torch import BoxedCodeGen
 from shardwise.program.program import Binding, StageProgram
 from shardwise.program.reuse import into_fresh_memory
-from shardwise.program.sinks import product_of
+from shardwise.program.sinks import into_buffer, product_of
 
 __all__ = ["Prelude", "accumulating", "callable_of"]
 
@@ -130,11 +130,7 @@ def _sink(
     if found is not None:
         product, turned = found
         with graph.inserting_before(product):
-            place = graph.call_function(aten.t.default, (buffer,)) if turned else buffer
-            if first:
-                done = graph.call_function(aten.mm.out, product.args, {"out": place})
-            else:
-                done = graph.call_function(aten.addmm_.default, (place, *product.args))
+            done = into_buffer(graph, buffer, product, turned=turned, first=first)
         while gradient is not product:
             gradient, gone = gradient.args[0], gradient  # type: ignore[assignment]
             graph.erase_node(gone)

@@ -9,7 +9,6 @@ from math import prod
 import torch
 
 from shardwise.cost.memory import tensor_bytes
-from shardwise.cost.operators import name_of
 from shardwise.program.actions import COMPUTES
 from shardwise.program.program import ParameterPart, Program, StageProgram
 from shardwise.program.tables import Slot, in_flight
@@ -32,8 +31,7 @@ OPTIMIZER_STATES = {"adamw": 2, "adam": 2, "sgd": 0, "sgd_momentum": 1}
 # What a process takes beside its tensors: measured peaks less the tensors' own, on a CPU with glibc and gloo (benchmarks/step_time.py: GPT,
 # Llama, ViT, BERT, U-Net and Mixtral steps of 190 to 2,000 MiB at dp=2, tp=2 and pp=2, one or several microbatches, in six schedules). Its
 # own objects and the transport's buffers; and holes that the allocator has between tensors which passes make and free, too small for the
-# next: more of them where passes of several microbatches and what is received take turns, and where routing gives tensors a new size in
-# every step.
+# next: more of them where passes of several microbatches and what is received take turns.
 RUNTIME_BYTES = 40 * 2**20
 _HOLES = 0.08  # of what passes hold
 _HOLES_IN_TURNS = 0.4
@@ -116,15 +114,11 @@ def _with_messages(program: Program, stages: dict[int, StageMemory], passes: Map
     flying = _flying_bytes(program, stages)
     late = max(reducing_bytes(program, passes), regathering_bytes(program)) - flying
     transient = {number: max(stage.use.transient, late) for number, stage in stages.items()}
-    holes = _HOLES_IN_TURNS if len(program.placement) > 1 or _routes(program) else _HOLES
+    holes = _HOLES_IN_TURNS if len(program.placement) > 1 else _HOLES
     runtime = RUNTIME_BYTES + int(holes * (flying + max(transient.values())))
     return {
         number: replace(stage, use=replace(stage.use, transient=transient[number], runtime=runtime)) for number, stage in stages.items()
     }
-
-
-def _routes(program: Program) -> bool:
-    return any(name_of(node.target) == "expert_mm" for stage in program.stages.values() for node in stage.forward.nodes)
 
 
 def _crossing_bytes(stage: StageProgram) -> int:
