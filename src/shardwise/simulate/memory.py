@@ -34,7 +34,7 @@ OPTIMIZER_STATES = {"adamw": 2, "adam": 2, "sgd": 0, "sgd_momentum": 1}
 # next: more of them where passes of several microbatches and what is received take turns.
 RUNTIME_BYTES = 40 * 2**20
 _HOLES = 0.08  # of what passes hold
-_HOLES_IN_TURNS = 0.4
+_HOLES_IN_TURNS = 0.35
 
 
 @dataclass(frozen=True, kw_only=True)
