@@ -97,8 +97,8 @@ def _expert_seconds(name: str, args: _Args, _kwargs: _Kwargs, output: Tensor, ra
     """Rows, each times the matrix of its expert: a product for each expert that has rows, all of one shape on average.
 
     As one grouped kernel (Gale et al., MegaBlocks, 2022), starting, ending and uneven waves cost what they do in a product as large as all
-    of them, thin tiles what they do in each. Gradients of weights take rows that were cast already. Rows are brought into
-    the order of the experts before, and results back, which is part of the operator: it takes time where memory traffic does not overlap.
+    of them, thin tiles what they do in each. Gradients of weights take rows that were cast already. Rows are brought into the order of the
+    experts before, and results back, which is part of the operator: it takes time where memory traffic does not overlap.
     """
     flops, shape = _expert_flops(name, args, output), _expert_shape(name, args, output)
     rate = rates.matmul_of(dtype_name([args[0]]))
