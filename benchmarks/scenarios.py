@@ -6,7 +6,7 @@ slow-rank        the last rank has half the speed (see throttle.py)
 shaped-link      the ranks are on two hosts (see hosts.py), with 1 Gbit/s between them, and a batch so small that gradients take long
 
 Of gpt2's peers on two ranks the limit leaves 1F1B and interleaved 1F1B with a batch of 8 (FSDP2 and tensor parallelism sometimes, for a
-step), none for long with 12 or 16; DDP and one process cannot train with any. A batch of 8 is raced, `--batch-size` takes another.
+step), none beyond the second step with 12; DDP and one process cannot train with any. A batch of 8 is raced, `--batch-size` takes another.
 
 All contestants race under the same conditions. Those that a memory limit ends, ours excepted, are told with their error and left out.
 """

@@ -12,6 +12,7 @@ from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import accumulate, pairwise
+from math import inf
 from statistics import fmean
 
 from shardwise.capture.graph import Graph, Op, Value
@@ -104,8 +105,8 @@ class _Segments:
         sums = [list(accumulate(each, initial=0.0)) for each in seconds]
         self.seconds = [[each[place] for place in places] for each in sums]
         self.sent_s = [costs.transfer(nbytes) for nbytes in _crossing_bytes(graph, body, places)]
-        self.limit_bytes = costs.limit_bytes
-        self.held_bytes = None if costs.limit_bytes is None else _held_bytes(graph, body, places, costs.state_bytes)
+        self.limit_bytes = [inf] * len(seconds) if costs.limit_bytes is None else costs.limit_bytes
+        self.held_bytes = _held_bytes(graph, body, places, costs.state_bytes)
 
     def computing_s(self, start: int, end: int, stage: int) -> float:
         return self.seconds[stage][end] - self.seconds[stage][start]
@@ -114,7 +115,7 @@ class _Segments:
         return self.computing_s(start, end, stage) + self.sent_s[start] + self.sent_s[end]
 
     def fits(self, start: int, end: int, stage: int) -> bool:
-        return self.held_bytes is None or self.limit_bytes is None or self.held_bytes[start][end] <= self.limit_bytes[stage]
+        return self.held_bytes[start][end] <= self.limit_bytes[stage]
 
 
 def _held_bytes(graph: Graph, body: Sequence[Op], places: Sequence[int], state_bytes: Callable[[Value], float]) -> list[list[float]]:

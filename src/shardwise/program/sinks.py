@@ -12,8 +12,8 @@ import shardwise.capture.experts  # noqa: F401  defines the products with expert
 __all__ = ["into_buffer", "product_of"]
 
 aten = torch.ops.aten
-expert_outer = torch.ops.shardwise.expert_outer.default
-_PRODUCTS = (aten.mm.default, expert_outer)
+_OUTER = torch.ops.shardwise.expert_outer.default
+_PRODUCTS = (aten.mm.default, _OUTER)
 
 
 def product_of(gradient: fx.Node, read: Mapping[fx.Node, int]) -> tuple[fx.Node, bool] | None:
@@ -32,7 +32,7 @@ def product_of(gradient: fx.Node, read: Mapping[fx.Node, int]) -> tuple[fx.Node,
 def into_buffer(graph: fx.Graph, buffer: fx.Node, product: fx.Node, *, turned: bool, first: bool) -> fx.Node:
     """A call, where the graph inserts, that computes the product straight into a buffer, or adds it there if it is not the first."""
     place = graph.call_function(aten.transpose.int, (buffer, -2, -1)) if turned else buffer
-    if product.target is expert_outer:
+    if product.target is _OUTER:
         return graph.call_function(torch.ops.shardwise.expert_outer_into.default, (place, *product.args[:3], not first))
     if first:
         return graph.call_function(aten.mm.out, product.args, {"out": place})
