@@ -24,26 +24,22 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import psutil
 from rich.console import Console
 
 from benchmarks.context import Contestant, RankContext
+from benchmarks.heats import RANK_BYTES, Heat, free_bytes, heats
 from benchmarks.intervals import least_count
 from benchmarks.processes import Child, ChildFailed, receive
 from benchmarks.race import Record, race
 from benchmarks.ranks import Team
 from benchmarks.step_time import EXIT_CODES, EXIT_ERROR, EXIT_INTERRUPTED, FILE_WIDTH
 from benchmarks.sweep_layouts import Planned, Space, plan_all
-from benchmarks.sweep_result import Heat, Sweep, as_json, rows_of, show
+from benchmarks.sweep_result import Sweep, as_json, rows_of, show
 from benchmarks.verdict import Finding, WrongNumbers, overall
 from benchmarks.workloads import FULL, MEDIUM, SMALL, Workload
 
 PLAN_TIMEOUT_S = 600.0
 SIZES = {"full": FULL, "medium": MEDIUM, "small": SMALL}
-RANK_BYTES = 200 * 2**20
-"""What a rank has for itself before its model exists: Python's objects and the libraries' pages that it writes."""
-MEMORY_SHARE = 0.7
-"""Of the memory that is free, what the layouts of one heat may take together."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -99,32 +95,22 @@ def sweep(workload: Workload, options: argparse.Namespace, console: Console) -> 
     deadline = time.monotonic() + options.time_limit
     with tempfile.TemporaryDirectory() as folder:
         space = _plans(workload, options, Path(folder))
-        groups = heats(space.plans, options.ranks, int(psutil.virtual_memory().available * MEMORY_SHARE))
-        console.print(f"{workload.family}: {len(space.plans)} layouts in {len(groups)} heats", soft_wrap=True)
+        planned = groups(space.plans, options.ranks, free_bytes())
+        console.print(f"{workload.family}: {len(space.plans)} layouts in {len(planned)} heats", soft_wrap=True)
         done = []
-        for number, group in enumerate(groups):
+        for number, group in enumerate(planned):
             if time.monotonic() < deadline:
-                each_s = (deadline - time.monotonic()) / (len(groups) - number)
+                each_s = (deadline - time.monotonic()) / (len(planned) - number)
                 done.append(_race(workload, group, options, time.monotonic() + each_s, console))
     return Sweep(workload=workload, ranks=options.ranks, rows=rows_of(space.plans, done), refused=space.refused)
 
 
-def heats(plans: Sequence[Planned], ranks: int, limit_bytes: int) -> list[list[Planned]]:
-    """Which layouts race each other: those predicted alike, the chosen one always among them, all ranks together within the limit.
-
-    At least one beside the chosen one, whatever it takes.
-    """
-    chosen = next(plan for plan in plans if plan.chosen)
-    groups: list[list[Planned]] = [[chosen]]
-    for plan in sorted((plan for plan in plans if plan is not chosen), key=lambda plan: plan.step_time_s):
-        if len(groups[-1]) > 1 and sum(_team_bytes(each, ranks) for each in (*groups[-1], plan)) > limit_bytes:
-            groups.append([chosen])
-        groups[-1].append(plan)
-    return groups
-
-
-def _team_bytes(plan: Planned, ranks: int) -> int:
-    return sum(plan.memory_bytes) + ranks * RANK_BYTES
+def groups(plans: Sequence[Planned], ranks: int, limit_bytes: int) -> list[list[Planned]]:
+    """Which layouts race each other: those predicted alike, the chosen one always among them."""
+    ordered = sorted(plans, key=lambda plan: (not plan.chosen, plan.step_time_s))
+    named = {plan.name: plan for plan in ordered}
+    taken = {plan.name: sum(plan.memory_bytes) + ranks * RANK_BYTES for plan in ordered}
+    return [[named[name] for name in heat] for heat in heats(taken, limit_bytes)]
 
 
 def _plans(workload: Workload, options: argparse.Namespace, folder: Path) -> Space:
@@ -148,7 +134,7 @@ def _race(workload: Workload, plans: Sequence[Planned], options: argparse.Namesp
         for plan in plans:
             if time.monotonic() > deadline:
                 console.print(f"the time is over before {plan.name} is set up", markup=False, soft_wrap=True)
-                return Heat(records=records)
+                return records
             teams[plan.name] = _team(workload, plan, options.ranks)
             records[plan.name].set_up_peak_bytes = teams[plan.name].wait_ready()
         left_s = max(0.0, deadline - time.monotonic())
@@ -156,7 +142,7 @@ def _race(workload: Workload, plans: Sequence[Planned], options: argparse.Namesp
     finally:
         for team in teams.values():
             team.end()
-    return Heat(records=records)
+    return records
 
 
 def _team(workload: Workload, plan: Planned, ranks: int) -> Team:

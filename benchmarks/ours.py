@@ -14,16 +14,18 @@ from benchmarks.workloads import Batch, Workload, optimizer
 if TYPE_CHECKING:  # imported by the ranks of ours alone
     from shardwise.cluster.model import Cluster
 
+_STATE = 4  # a parameter, its gradient and AdamW's two moments
 _LATENCY_S = 100e-6  # of a message over a link between hosts
 
 
 @dataclass(frozen=True, kw_only=True)
 class Prediction:
-    """What the plan promised: seconds a step, and the peak bytes of each rank."""
+    """What the plan promised: seconds a step, and the peak bytes of each rank; state_bytes: of the whole model with gradients and AdamW."""
 
     text: str
     step_time_s: float
     memory_bytes: tuple[float, ...]
+    state_bytes: float = 0.0
 
 
 def make_plan(
@@ -32,12 +34,18 @@ def make_plan(
     """Plan as a user does, on one process before any rank starts; save the plan for the ranks. link_bytes_per_s: between two hosts."""
     import shardwise as sw
 
-    plan = sw.plan(workload.build(), workload.batch(0), cluster=_cluster(ranks, scenario, link_bytes_per_s), layout=layout)
+    model = workload.build()
+    plan = sw.plan(model, workload.batch(0), cluster=_cluster(ranks, scenario, link_bytes_per_s), layout=layout)
     if not isinstance(plan, sw.Plan):
         raise RuntimeError(f"no plan for this workload: {plan}")
     plan.save(path)
     predicted = plan.predicted
-    return Prediction(text=str(plan), step_time_s=float(predicted.step_time_s), memory_bytes=_per_rank(predicted.memory_bytes, ranks))
+    return Prediction(
+        text=str(plan),
+        step_time_s=float(predicted.step_time_s),
+        memory_bytes=_per_rank(predicted.memory_bytes, ranks),
+        state_bytes=_STATE * sum(parameter.nbytes for parameter in model.parameters()),
+    )
 
 
 def _cluster(ranks: int, scenario: Scenario, link_bytes_per_s: float | None) -> Cluster:

@@ -3,12 +3,12 @@
     python benchmarks/step_time.py --workload gpt2 [--ranks 2] [--steps 8] [--json out.json] [--check]
     python benchmarks/step_time.py --workload gpt2 --layout tp=2 --check     our tp=2 against torch's tensor parallelism alone
     python benchmarks/step_time.py --workload gpt2 --compiled ours,ddp       these two also with torch.compile; `all`: everyone
-    python benchmarks/step_time.py --workload gpt2 --ranks 4 --batch-size 8  all contestants are in memory at once: a smaller batch
+    python benchmarks/step_time.py --workload gpt2 --ranks 4                 in several heats, where not all fit the memory at once
     python benchmarks/step_time.py --workload gpt2 --scenario slow-rank      where the layout matters (see scenarios.py)
 
 Runs our chosen layout, DDP, FSDP2, tensor parallelism, 1F1B and interleaved pipelining (with four ranks FSDP2 × tensor parallelism and
 DDP × 1F1B, too), DeepSpeed's ZeRO-2, ZeRO-3 and pipeline where that package is installed (see peers_deepspeed.py), and one process with a
-thread for each rank on the same model and batches, in turn (see race.py), and prints a table.
+thread for each rank on the same model and batches, in turn (see race.py, heats.py), and prints a table.
 --check takes each as it is or compiled, whichever is faster of those that took part.
 Exit codes: 0 done; with --check also 1 a bound is broken and 75 inconclusive (too few quiet steps, no peer that runs); 75 where there can
 be no two hosts for --scenario shaped-link; 2 an error, wrong losses included.
@@ -36,6 +36,7 @@ from benchmarks import (
     scenarios,
 )
 from benchmarks.context import CONTESTANTS, OURS, Contestant, RankContext, contestants, missing_packages
+from benchmarks.heats import RANK_BYTES, free_bytes, heats, together
 from benchmarks.hosts import Hosts, why_not
 from benchmarks.processes import Child, ChildFailed, receive
 from benchmarks.race import Record, race, spared
@@ -86,7 +87,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--scenario", choices=sorted(scenarios.FULL), help="a condition under which the layout matters; --check wants more then"
     )
     parser.add_argument("--layout", help="pin the layout of ours, as in tp=2; --check then compares with torch's own way of the same")
-    parser.add_argument("--time-limit", type=float, default=480.0, metavar="S", help="end the race after S seconds (default %(default)g)")
+    parser.add_argument("--time-limit", type=float, default=480.0, metavar="S", help="end each heat after S seconds (default %(default)g)")
     parser.add_argument("--small", action="store_true", help="tiny models: tries the benchmark, measures nothing")
     parser.add_argument("--json", type=Path, help="write everything measured to this file")
     parser.add_argument("--check", action="store_true", help="exit 1 if a bound is broken, 75 if there were too few quiet steps")
@@ -129,29 +130,51 @@ def _scenario(options: argparse.Namespace) -> Scenario:
 
 
 def run(options: argparse.Namespace, console: Console) -> Result:
-    """Plan, start all contestants, race them, end them."""
+    """Plan, and race all contestants, in heats if need be."""
     scenario = _scenario(options)
     workload = scenario.of((SMALL if options.small else FULL)[options.workload])
     if options.batch_size:
         workload = replace(workload, batch_size=options.batch_size)
     field = _field(workload, options)
-    records = {name: Record() for name in field}
-    teams: dict[str, Team] = {}
     with tempfile.TemporaryDirectory() as folder, scenario.hosts() as hosts:
         plan_path = Path(folder) / "plan.json"
-        try:
-            prediction = _plan(workload, options, plan_path, hosts, console) if OURS in field else None
-            for name, contestant in field.items():
-                teams[name] = Team(contestant, _contexts(contestant, workload, plan_path, scenario, hosts))
-                with spared(name, teams, records[name]):
-                    records[name].set_up_peak_bytes = teams[name].wait_ready()
-            race(teams, records, steps=options.steps, limit_s=options.time_limit, report=console.print)
-        finally:
-            for team in teams.values():
-                team.end()
+        prediction = _plan(workload, options, plan_path, hosts, console) if OURS in field else None
+        done, groups = [], _heats(field, prediction)
+        for number, names in enumerate(groups, 1):
+            console.print(f"heat {number} of {len(groups)}: {', '.join(names)}", soft_wrap=True)
+            contexts = {name: _contexts(field[name], workload, plan_path, scenario, hosts) for name in names}
+            done.append(_race({name: field[name] for name in names}, contexts, options, console))
+    records = together(done, next(iter(field)))
     return Result(
         workload=workload, contestants=field, records=records, prediction=prediction, layout=options.layout, scenario=options.scenario
     )
+
+
+def _heats(field: dict[str, Contestant], prediction: ours.Prediction | None) -> list[list[str]]:
+    """Who races whom: all at once where nothing is predicted, or everything fits."""
+    if prediction is None:
+        return [list(field)]
+    most = sum(prediction.memory_bytes)
+    team_bytes = {name: most + each.ranks * (RANK_BYTES + prediction.state_bytes * each.is_peer) for name, each in field.items()}
+    return heats(team_bytes, free_bytes())
+
+
+def _race(
+    field: dict[str, Contestant], contexts: dict[str, list[RankContext]], options: argparse.Namespace, console: Console
+) -> dict[str, Record]:
+    """Start these contestants, race them, end them."""
+    records = {name: Record() for name in field}
+    teams: dict[str, Team] = {}
+    try:
+        for name, contestant in field.items():
+            teams[name] = Team(contestant, contexts[name])
+            with spared(name, teams, records[name]):
+                records[name].set_up_peak_bytes = teams[name].wait_ready()
+        race(teams, records, steps=options.steps, limit_s=options.time_limit, report=console.print)
+    finally:
+        for team in teams.values():
+            team.end()
+    return records
 
 
 def _field(workload: Workload, options: argparse.Namespace) -> dict[str, Contestant]:

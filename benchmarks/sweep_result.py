@@ -11,6 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.heats import Heat, together
 from benchmarks.intervals import Interval, least_count, median_interval
 from benchmarks.published_stats import kendall_tau, median_absolute_percentage_error
 from benchmarks.race import Record
@@ -21,13 +22,6 @@ from benchmarks.workloads import Workload
 MAX_LOSS = 0.05
 MIN_TAU = 0.8
 MIB = 2**20
-
-
-@dataclass(frozen=True, kw_only=True)
-class Heat:
-    """Layouts that raced each other, the chosen one always among them, and what was measured of each."""
-
-    records: Mapping[str, Record]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,42 +97,17 @@ def tau_finding(tau: float | None) -> Finding:
     )
 
 
-def rows_of(plans: Iterable[Planned], heats: Sequence[Heat]) -> tuple[Row, ...]:
-    """What each layout came to over the heats that it took part in.
-
-    Heats run at different times, on a machine that may be faster or slower then. The chosen layout takes part in all of them: the
-    times of a heat are multiplied by what makes its median there that over all heats.
-    """
+def rows_of(plans: Iterable[Planned], done: Sequence[Heat]) -> tuple[Row, ...]:
+    """What each layout came to over the heats that it took part in, the chosen one in all of them."""
     planned = list(plans)
-    reference = next(plan.name for plan in planned if plan.chosen)
-    factors = _factors([_counted(heat.records[reference].samples) for heat in heats])
-    rows = []
-    for plan in planned:
-        parts = [(heat.records[plan.name], factor) for heat, factor in zip(heats, factors, strict=True) if plan.name in heat.records]
-        samples = [(sample, factor) for record, factor in parts for sample in record.samples if sample.counts]
-        rows.append(
-            Row(
-                plan=plan,
-                seconds=tuple(sample.seconds * factor for sample, factor in samples),
-                peak_bytes=_largest([record.peak_bytes for record, _ in parts if record.peak_bytes]),
-                actions=_median_actions([sample for sample, _ in samples]),
-            )
-        )
-    return tuple(rows)
+    records = together(done, next(plan.name for plan in planned if plan.chosen))
+    return tuple(_row(plan, records.get(plan.name, Record())) for plan in planned)
 
 
-def _counted(samples: Iterable[Sample]) -> list[float]:
-    return [sample.seconds for sample in samples if sample.counts]
-
-
-def _factors(of_each_heat: Sequence[Sequence[float]]) -> list[float]:
-    """For each heat, median over all ÷ median within; 1 where nothing counts."""
-    everything = [seconds for heat in of_each_heat for seconds in heat]
-    return [statistics.median(everything) / statistics.median(heat) if heat else 1.0 for heat in of_each_heat]
-
-
-def _largest(of_each_heat: Sequence[Sequence[int]]) -> tuple[int, ...]:
-    return tuple(map(max, zip(*of_each_heat, strict=True)))
+def _row(plan: Planned, record: Record) -> Row:
+    samples = [sample for sample in record.samples if sample.counts]
+    seconds = tuple(sample.seconds for sample in samples)
+    return Row(plan=plan, seconds=seconds, peak_bytes=tuple(record.peak_bytes), actions=_median_actions(samples))
 
 
 def _median_actions(samples: Sequence[Sample]) -> dict[str, float]:

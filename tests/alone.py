@@ -37,6 +37,9 @@ class _Work:
     def wait(self) -> None:
         self.tensors = ()
 
+    def is_completed(self) -> bool:
+        return False
+
 
 @contextmanager
 def alone(rank: int = 0) -> Iterator[None]:

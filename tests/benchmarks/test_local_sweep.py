@@ -6,11 +6,12 @@ from itertools import combinations, product
 from pathlib import Path
 
 import pytest
+from benchmarks.heats import RANK_BYTES, heats, together
 from benchmarks.intervals import Interval, coverage, least_count, median_interval
-from benchmarks.local_sweep import RANK_BYTES, heats, main
+from benchmarks.local_sweep import groups, main
 from benchmarks.race import Record
 from benchmarks.sweep_layouts import Planned, every_layout
-from benchmarks.sweep_result import Heat, Row, Sweep, as_json, rows_of
+from benchmarks.sweep_result import Row, Sweep, as_json, rows_of
 from benchmarks.verdict import Outcome, Sample
 from benchmarks.workloads import SMALL
 
@@ -85,7 +86,7 @@ class TestLayouts:
 class TestHeats:
     def test_everyone_once_and_the_chosen_always(self):
         plans = [planned(str(number), 10.0 - number, chosen=number == 3, nbytes=10) for number in range(9)]
-        found = heats(plans, 4, 3 * 4 * (RANK_BYTES + 10))
+        found = groups(plans, 4, 3 * 4 * (RANK_BYTES + 10))
         assert [len(heat) for heat in found] == [3, 3, 3, 3]
         assert all(heat[0].name == "3" for heat in found)
         assert [plan.name for heat in found for plan in heat[1:]] == ["8", "7", "6", "5", "4", "2", "1", "0"], (
@@ -93,29 +94,38 @@ class TestHeats:
         )
 
     def test_fit_the_memory(self):
-        plans = [planned(str(number), number, chosen=not number, nbytes=number * RANK_BYTES) for number in range(7)]
-        limit = 4 * RANK_BYTES * 14
-        for heat in heats(plans, 4, limit):
-            assert len(heat) == 2 or sum(sum(plan.memory_bytes) + 4 * RANK_BYTES for plan in heat) <= limit
+        sizes = dict.fromkeys("abcdefg", 0.0) | {name: float(ord(name) - ord("a")) for name in "gfedcb"}
+        found = heats(sizes, 8)
+        assert [name for heat in found for name in heat[1:]] == list("bcdefg") and all(heat[0] == "a" for heat in found)
+        assert all(len(heat) == 2 or sum(sizes[name] for name in heat) <= 8 for heat in found)
+        assert heats(sizes, 21) == [list("abcdefg")]
 
     def test_nobody_is_left_out_where_nothing_fits(self):
-        plans = [planned("a", chosen=True), planned("b"), planned("c")]
-        assert [[plan.name for plan in heat] for heat in heats(plans, 4, 0)] == [["a", "b"], ["a", "c"]]
+        assert heats({"a": 1, "b": 1, "c": 1}, 0) == [["a", "b"], ["a", "c"]]
+
+    def test_who_has_no_rival_races_alone(self):
+        assert heats({"a": 1}, 0) == [["a"]]
 
 
 class TestRows:
     def test_leave_out_warm_up_and_noise(self):
-        (row,) = rows_of([planned("a", chosen=True)], [Heat(records={"a": record(1, 2, 3)})])
+        (row,) = rows_of([planned("a", chosen=True)], [{"a": record(1, 2, 3)}])
         assert row.seconds == (1, 2, 3) and row.peak_bytes == (1, 2, 3, 4)
-        (row,) = rows_of([planned("a", chosen=True)], [Heat(records={"a": record(1, 2, 3, share=0.06)})])
+        (row,) = rows_of([planned("a", chosen=True)], [{"a": record(1, 2, 3, share=0.06)}])
         assert row.seconds == () and row.interval is None
 
     def test_a_slow_hour_is_taken_out(self):
         """The second heat ran at half the speed: b's 2 s there are as fast as a's 1 s."""
-        heats_ = [Heat(records={"a": record(1, 1, 1), "c": record(3, 3)}), Heat(records={"a": record(2, 2, 2), "b": record(2, 2)})]
+        heats_ = [{"a": record(1, 1, 1), "c": record(3, 3)}, {"a": record(2, 2, 2), "b": record(2, 2)}]
         rows = {row.plan.name: row.seconds for row in rows_of([planned("a", chosen=True), planned("b"), planned("c")], heats_)}
         assert rows["a"] == pytest.approx((1.5,) * 6)
         assert rows["b"] == pytest.approx((1.5, 1.5)) and rows["c"] == pytest.approx((4.5, 4.5))
+
+    def test_of_the_heats_the_largest_peak_and_any_failure_count(self):
+        one, other, gone = record(1), record(1), record(1)
+        other.peak_bytes, gone.failure = [4, 1, 1, 1], "no memory"
+        found = together([{"a": one, "b": gone}, {"a": other, "c": record(1)}], "a")
+        assert found["a"].peak_bytes == [4, 2, 3, 4] and found["b"].failure == "no memory" and not found["a"].failure
 
 
 def sweep(*rows: tuple[str, float, list[float]], chosen: str = "a") -> Sweep:

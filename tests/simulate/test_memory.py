@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,7 +24,7 @@ from shardwise.planner.layout import Layout
 from shardwise.planner.search import search
 from shardwise.program import reductions
 from shardwise.program.build import build_programs
-from shardwise.program.program import StageProgram
+from shardwise.program.program import Program, StageProgram
 from shardwise.runtime.executor import Executor
 from shardwise.runtime.gradients import Gradients
 from shardwise.runtime.graphs import callable_of
@@ -202,14 +204,20 @@ def test_messages_of_a_wide_model(name: str, impl: str, monkeypatch: pytest.Monk
 
 
 def assert_predicted(example: Example, layout: str, impl: str) -> None:
+    living = Living()
+    program = two_steps(example, layout, impl, living, Watched(living))
+    use = memory_use(program, "adamw")
+    assert living.peak_bytes == pytest.approx(use.total - use.runtime, rel=STEP_WITHIN)
+
+
+def two_steps(example: Example, layout: str, impl: str, living: Living, transport: Distributed) -> Program:
+    """The first rank's program, after two steps of AdamW that it took alone."""
     built = build(example, layout)
     programs = build_programs(built.applied.assignment, built.applied.cut, built.plan.tables, choose(impl), device=CPU)
     program = programs[0]
     model, batch = example
     whole = whole_state_of(model, built.graph)
     mine = batch_part(built.graph, built.plan, program, batch, CPU)
-    living = Living()
-    transport = Watched(living)
     living.ignore([*whole.values(), *mine.values(), *batch.values()])
     with alone(), living:
         parts = [*program.parameters, *program.buffers]
@@ -225,8 +233,30 @@ def assert_predicted(example: Example, layout: str, impl: str) -> None:
 
         for step in range(2):
             executor.step(mine, step, update)
-    use = memory_use(program, "adamw")
-    assert living.peak_bytes == pytest.approx(use.total - use.runtime, rel=STEP_WITHIN)
+    return program
+
+
+class Sender(Distributed):
+    """Counts how many of the tensors that were sent are still held when the next one is. known: as of a backend that tells what arrived."""
+
+    def __init__(self, *, known: bool) -> None:
+        super().__init__()
+        self.known, self.sent, self.most = known, [], 0
+
+    def send(self, x: Tensor, peer: int) -> Any:
+        self.sent.append(weakref.ref(x))
+        self.most = max(self.most, sum(each() is not None for each in self.sent))
+        work = super().send(x, peer)
+        return SimpleNamespace(wait=work.wait, is_completed=lambda: self.known)
+
+
+@pytest.mark.parametrize(("known", "most"), [(True, 1), (False, 2)])
+def test_what_was_sent_is_freed_when_it_is_known_to_have_arrived(known: bool, most: int) -> None:
+    """By the backend's word, or since its gradient came: two microbatches are in flight in the first of two stages."""
+    transport = Sender(known=known)
+    program = two_steps(mlp(samples=8), "dp=1,tp=1,pp=2,microbatches=8", "native", Living(), transport)
+    assert sum(action.sends for action in program.actions) == 8 == len(transport.sent) // 2
+    assert transport.most == most
 
 
 @pytest.mark.parametrize("impl", ["native", "exchange"])

@@ -9,7 +9,7 @@ row alone does not care where the row stands: so what lies between the sorting a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -24,9 +24,10 @@ __all__ = ["expert_mm", "group_of_row", "rewrite"]
 aten = torch.ops.aten
 
 _LIBRARY = torch.library.Library("shardwise", "FRAGMENT")
-_LIBRARY.define("expert_mm(Tensor x, Tensor weight, Tensor expert) -> Tensor")
-_LIBRARY.define("expert_outer(Tensor x, Tensor gradient, Tensor expert, int experts) -> Tensor")
-_LIBRARY.define("expert_outer_into(Tensor(a!) into, Tensor x, Tensor gradient, Tensor expert, bool add) -> ()")
+_LIBRARY.define("expert_mm(Tensor x, Tensor weight, Tensor expert, bool grouped=False) -> Tensor")
+_LIBRARY.define("expert_outer(Tensor x, Tensor gradient, Tensor expert, int experts, bool grouped=False) -> Tensor")
+_LIBRARY.define("expert_outer_into(Tensor(a!) into, Tensor x, Tensor gradient, Tensor expert, bool add, bool grouped=False) -> ()")
+_LIBRARY.define("expert_order(Tensor expert, int experts) -> Tensor")
 _ops = torch.ops.shardwise
 
 
@@ -54,51 +55,85 @@ class _ExpertMM(torch.autograd.Function):
         return for_x, for_weight, None
 
 
+def _known(expert: Tensor, experts: int) -> Tensor:
+    """Each row's expert, `experts` for none."""
+    return torch.where((expert >= 0) & (expert < experts), expert, experts)
+
+
+def _expert_order(expert: Tensor, experts: int) -> Tensor:
+    """The rows of the first expert, of the second, …, and those of none; of each in their own order."""
+    return torch.argsort(_known(expert, experts), stable=True)
+
+
+def _counts(expert: Tensor, experts: int) -> list[int]:
+    """Rows of each expert, and of none."""
+    found: list[int] = torch.bincount(_known(expert, experts), minlength=experts + 1).tolist()
+    return found
+
+
 def _by_expert(expert: Tensor, experts: int) -> tuple[Tensor, ...]:
     """The rows of each expert, and at the end those of none."""
-    known = torch.where((expert >= 0) & (expert < experts), expert, experts)
-    counts = torch.bincount(known, minlength=experts + 1).tolist()
-    return torch.argsort(known, stable=True).split(counts)
+    return _expert_order(expert, experts).split(_counts(expert, experts))
 
 
-# One expert after the other, not all rows at once: what is brought together for one is still in the cache when it is multiplied.
+# grouped: whether rows are in the order of `expert_order`. Where they are not: one expert after the other, not all rows at once; what is
+# brought together for one is still in the cache when it is multiplied.
 
 
-def _expert_mm(x: Tensor, weight: Tensor, expert: Tensor) -> Tensor:
-    *rows_of, others = _by_expert(expert, weight.shape[0])
-    result = x.new_empty(x.shape[0], weight.shape[2]).index_fill_(0, others, 0)
+def _expert_mm(x: Tensor, weight: Tensor, expert: Tensor, grouped: bool = False) -> Tensor:
+    result = x.new_empty(x.shape[0], weight.shape[2])
+    if grouped:
+        counts = _counts(expert, weight.shape[0])
+        *parts, others = result.split(counts)
+        for each, matrix, into in zip(x.split(counts), weight, parts, strict=False):
+            torch.mm(each, matrix, out=into)
+        others.zero_()
+        return result
+    *rows_of, rest = _by_expert(expert, weight.shape[0])
+    result.index_fill_(0, rest, 0)
     for rows, matrix in zip(rows_of, weight, strict=True):
         result.index_copy_(0, rows, x.index_select(0, rows) @ matrix)
     return result
 
 
-def _expert_outer(x: Tensor, gradient: Tensor, expert: Tensor, experts: int) -> Tensor:
+def _expert_outer(x: Tensor, gradient: Tensor, expert: Tensor, experts: int, grouped: bool = False) -> Tensor:
     """For each expert the sum over its rows of x[s]ᵀ gradient[s], [e, k, n]."""
     result = x.new_empty(experts, x.shape[1], gradient.shape[1])
-    _expert_outer_into(result, x, gradient, expert, False)
+    _expert_outer_into(result, x, gradient, expert, False, grouped)
     return result
 
 
-def _expert_outer_into(into: Tensor, x: Tensor, gradient: Tensor, expert: Tensor, add: bool) -> None:
+def _expert_outer_into(into: Tensor, x: Tensor, gradient: Tensor, expert: Tensor, add: bool, grouped: bool = False) -> None:
     """The same, written or added to a tensor."""
-    *rows_of, _ = _by_expert(expert, into.shape[0])
-    for rows, each in zip(rows_of, into, strict=True):
-        each.addmm_(x.index_select(0, rows).T, gradient.index_select(0, rows), beta=int(add))
+    pairs: Iterable[tuple[Tensor, Tensor]]
+    if grouped:
+        counts = _counts(expert, into.shape[0])
+        pairs = zip(x.split(counts), gradient.split(counts), strict=True)
+    else:
+        pairs = ((x.index_select(0, rows), gradient.index_select(0, rows)) for rows in _by_expert(expert, into.shape[0]))
+    for each, (left, right) in zip(into, pairs, strict=False):
+        each.addmm_(left.T, right, beta=int(add))
 
 
 _LIBRARY.impl("expert_mm", _expert_mm, "CompositeExplicitAutograd")
 _LIBRARY.impl("expert_outer", _expert_outer, "CompositeExplicitAutograd")
 _LIBRARY.impl("expert_outer_into", _expert_outer_into, "CompositeExplicitAutograd")
+_LIBRARY.impl("expert_order", _expert_order, "CompositeExplicitAutograd")
 
 
 @torch.library.register_fake("shardwise::expert_mm", lib=_LIBRARY)
-def _(x: Tensor, weight: Tensor, expert: Tensor) -> Tensor:
+def _(x: Tensor, weight: Tensor, expert: Tensor, grouped: bool = False) -> Tensor:
     return x.new_empty(x.shape[0], weight.shape[2])
 
 
 @torch.library.register_fake("shardwise::expert_outer", lib=_LIBRARY)
-def _(x: Tensor, gradient: Tensor, expert: Tensor, experts: int) -> Tensor:
+def _(x: Tensor, gradient: Tensor, expert: Tensor, experts: int, grouped: bool = False) -> Tensor:
     return x.new_empty(experts, x.shape[1], gradient.shape[1])
+
+
+@torch.library.register_fake("shardwise::expert_order", lib=_LIBRARY)
+def _(expert: Tensor, experts: int) -> Tensor:
+    return expert.new_empty(expert.shape, dtype=torch.int64)
 
 
 @register_flop_formula([_ops.expert_mm])

@@ -97,14 +97,16 @@ def _expert_seconds(name: str, args: _Args, _kwargs: _Kwargs, output: Tensor, ra
     """Rows, each times the matrix of its expert: a product for each expert that has rows, all of one shape on average.
 
     As one grouped kernel (Gale et al., MegaBlocks, 2022), starting, ending and uneven waves cost what they do in a product as large as all
-    of them, thin tiles what they do in each. Gradients of weights take rows that were cast already. Rows are brought into the order of the
-    experts before, and results back, which is part of the operator: it takes time where memory traffic does not overlap.
+    of them, thin tiles what they do in each. Gradients of weights take rows that were cast already. Where rows are not
+    in the order of their experts, they are brought into it, and results back, as part of the operator: it takes time where memory traffic
+    does not overlap.
     """
     flops, shape = _expert_flops(name, args, output), _expert_shape(name, args, output)
     rate = rates.matmul_of(dtype_name([args[0]]))
     together = flops if rates.groups else 2.0 * math.prod(shape)
     cast = rates.cast_bytes * args[0].numel() if name == "expert_mm" else 0.0
-    moved = 0 if rates.overlaps_memory else sum(map(touched_bytes, (args[0], output if name == "expert_mm" else args[1])))
+    grouped = len(args) > (3 if name == "expert_mm" else 4) and args[-1]
+    moved = 0 if rates.overlaps_memory or grouped else sum(map(touched_bytes, (args[0], output if name == "expert_mm" else args[1])))
     products_s = flops / (rate.cubes_flops.at(together) * rate.thinness.at(min(shape)))
     return products_s + cast / rates.read_bytes_per_s.at(cast) + _memory_seconds(moved, moved, rates)
 

@@ -28,7 +28,10 @@ _HEAVY = MATMULS | {
     "end_shift",
 }
 _APART = frozenset(
-    {"embedding", "embedding_dense_backward", "index", "index_put", "index_add", "scatter", "scatter_add", "gather", "sort", "topk"}
+    {
+        *("embedding", "embedding_dense_backward", "index", "index_select", "index_put", "index_add"),
+        *("scatter", "scatter_add", "gather", "sort", "argsort", "expert_order", "topk"),
+    }
 )
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from shardwise.program.grouping import group_rows
 from shardwise.program.overlap import overlap_messages
 from shardwise.program.recompute import choose_saved
 from shardwise.program.reuse import reuse_memory
@@ -194,10 +195,10 @@ class JointGraph:
         recompute: as of `shardwise.program.recompute`.
         for_parameters: which of the gradients may come later, if the backward graph is wanted in two parts.
         """
-        renamed = self._merge_equal()
+        for renamed in (self._merge_equal(), group_rows(self.graph, self.forward_nodes, self.tracer.mode)):
+            outputs = [renamed.get(node, node) for node in outputs]
+            gradients = [None if node is None else renamed.get(node, node) for node in gradients]
         _mark_uncounted(self.graph)
-        outputs = [renamed.get(node, node) for node in outputs]
-        gradients = [None if node is None else renamed.get(node, node) for node in gradients]
         backward_nodes = _ancestors([node for node in gradients if node is not None], self.forward_nodes)
         forward_order = [node for node in self.graph.nodes if node in self.forward_nodes]
         backward_order = [

@@ -33,7 +33,7 @@ def into_buffer(graph: fx.Graph, buffer: fx.Node, product: fx.Node, *, turned: b
     """A call, where the graph inserts, that computes the product straight into a buffer, or adds it there if it is not the first."""
     place = graph.call_function(aten.transpose.int, (buffer, -2, -1)) if turned else buffer
     if product.target is _OUTER:
-        return graph.call_function(torch.ops.shardwise.expert_outer_into.default, (place, *product.args[:3], not first))
+        return graph.call_function(torch.ops.shardwise.expert_outer_into.default, (place, *product.args[:3], not first, *product.args[4:]))
     if first:
         return graph.call_function(aten.mm.out, product.args, {"out": place})
     return graph.call_function(aten.addmm_.default, (place, *product.args))

@@ -218,6 +218,7 @@ class Executor:
     # -- transfers -------------------------------------------------------------------------------------------------------------------------
 
     def _send(self, action: Action) -> None:
+        self._free_sent(lambda sent, work: work.is_completed())
         value = self.values.pop(action.message).contiguous()
         self.pending.append((action, self.transport.send(value, action.peer), value))
 
@@ -232,6 +233,18 @@ class Executor:
         work, value = self.posted.pop(action.message)
         self._wait(action, work)
         self.values[action.message] = value
+        if action.kind is Kind.RECV_GRAD:  # so the value that it is the gradient of has arrived
+            self._free_sent(lambda sent, work: sent.message == (action.edge, action.microbatch, False))
+
+    def _free_sent(self, arrived: Callable[[Action, Any], bool]) -> None:
+        """Lets go of sent values that are known to have arrived; gloo tells of none until it is waited for."""
+        kept = []
+        for action, work, value in self.pending:
+            if arrived(action, work):
+                self._wait(action, work)
+            else:
+                kept.append((action, work, value))
+        self.pending = kept
 
     def _wait(self, action: Action, work: Any) -> None:
         try:

@@ -107,6 +107,10 @@ class _Sent:
     def wait(self) -> None:
         """A copy was sent: the tensor is free at once."""
 
+    def is_completed(self) -> bool:
+        """As it is."""
+        return True
+
 
 @dataclass(frozen=True, kw_only=True)
 class _Awaited:

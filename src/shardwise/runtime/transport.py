@@ -32,6 +32,13 @@ class Work(Protocol):
         """Returns when it has arrived (a receive) or its tensor is free again (a send)."""
 
 
+class Sending(Work, Protocol):
+    """A message that this rank sends."""
+
+    def is_completed(self) -> bool:
+        """Whether its tensor is free again, as far as the backend knows."""
+
+
 class Transport(Protocol):
     """What one rank can say to others. `group` is a name of `shardwise.sharding.collectives.group_name`; ranks are global."""
 
@@ -71,7 +78,7 @@ class Transport(Protocol):
     def swap(self, sends: Sequence[tuple[Tensor, int]], receives: Sequence[tuple[Tensor, int]]) -> None:
         """Sends and receives (contiguous tensor, peer), all at once; between two ranks both sides name them in one order."""
 
-    def send(self, x: Tensor, peer: int) -> Work:
+    def send(self, x: Tensor, peer: int) -> Sending:
         """Begins to send x, which must not change before the end."""
 
     def receive(self, x: Tensor, peer: int) -> Work:

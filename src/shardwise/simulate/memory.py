@@ -9,7 +9,7 @@ from math import prod
 import torch
 
 from shardwise.cost.memory import tensor_bytes
-from shardwise.program.actions import COMPUTES
+from shardwise.program.actions import COMPUTES, Kind
 from shardwise.program.program import ParameterPart, Program, StageProgram
 from shardwise.program.tables import Slot, in_flight
 from shardwise.simulate.messages import reducing_bytes, regathering_bytes
@@ -31,7 +31,7 @@ OPTIMIZER_STATES = {"adamw": 2, "adam": 2, "sgd": 0, "sgd_momentum": 1}
 # What a process takes beside its tensors: measured peaks less the tensors' own, on a CPU with glibc and gloo (benchmarks/step_time.py: GPT,
 # Llama, ViT, BERT, U-Net and Mixtral steps of 190 to 2,000 MiB at dp=2, tp=2 and pp=2, one or several microbatches, in six schedules). Its
 # own objects and the transport's buffers; and holes that the allocator has between tensors which passes make and free, too small for the
-# next: more of them where passes of several microbatches and what is received take turns.
+# next: more of them where microbatches of a pipeline begin when others have ended, in what those leave.
 RUNTIME_BYTES = 40 * 2**20
 _HOLES = 0.08  # of what passes hold
 _HOLES_IN_TURNS = 0.35
@@ -79,9 +79,19 @@ def memory_use(program: Program, optimizer: str) -> MemoryUse:
     return MemoryUse(**summed, **shared, saved=_flying_bytes(program, stages))
 
 
+def _row(program: Program) -> list[Slot]:
+    return [Slot(action.kind, action.stage, action.microbatch) for action in program.actions if action.kind in COMPUTES]
+
+
+def _takes_turns(program: Program) -> bool:
+    """Whether microbatches begin when others have ended: what they keep comes where what those kept was."""
+    row = _row(program)
+    return sum(slot.kind is Kind.FORWARD for slot in row) > in_flight([row])[0]
+
+
 def _flying_bytes(program: Program, stages: Mapping[int, StageMemory]) -> int:
     """The most that microbatches in flight keep."""
-    row = [Slot(action.kind, action.stage, action.microbatch) for action in program.actions if action.kind in COMPUTES]
+    row = _row(program)
     saved, kept = ({number: getattr(stage, name) for number, stage in stages.items()} for name in ("saved_bytes", "kept_bytes"))
     return in_flight([row], saved, kept)[0]
 
@@ -114,7 +124,7 @@ def _with_messages(program: Program, stages: dict[int, StageMemory], passes: Map
     flying = _flying_bytes(program, stages)
     late = max(reducing_bytes(program, passes), regathering_bytes(program)) - flying
     transient = {number: max(stage.use.transient, late) for number, stage in stages.items()}
-    holes = _HOLES_IN_TURNS if len(program.placement) > 1 else _HOLES
+    holes = _HOLES_IN_TURNS if len(program.placement) > 1 and _takes_turns(program) else _HOLES
     runtime = RUNTIME_BYTES + int(holes * (flying + max(transient.values())))
     return {
         number: replace(stage, use=replace(stage.use, transient=transient[number], runtime=runtime)) for number, stage in stages.items()
