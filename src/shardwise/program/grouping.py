@@ -25,8 +25,16 @@ __all__ = ["group_rows"]
 aten = torch.ops.aten
 _ops = torch.ops.shardwise
 _PRODUCT, _OUTER = _ops.expert_mm.default, _ops.expert_outer.default
-_ALONG = {aten.cat.default: 1, aten.split_with_sizes.default: 2, aten.split.Tensor: 2, aten.slice.Tensor: 1}
+_ALONG = {
+    aten.cat.default: 1,
+    aten.split_with_sizes.default: 2,
+    aten.split.Tensor: 2,
+    aten.slice.Tensor: 1,
+    aten.slice_backward.default: 2,
+}
 """Operators that leave rows alone unless they go along them, and the place of the argument that says along what."""
+_ELEMENTWISE = (aten._to_copy.default, aten.alias.default)
+"""Those that torch does not tag as pointwise."""
 
 
 def group_rows(graph: fx.Graph, forward: set[fx.Node], mode: FakeTensorMode) -> dict[fx.Node, fx.Node]:
@@ -111,7 +119,7 @@ class _Run:
             place = _ALONG[node.target]
             return made.ndim > 1 and len(node.args) > place and int(node.args[place]) % made.ndim != 0  # type: ignore[arg-type]
         tags = node.target.tags
-        return torch.Tag.pointwise in tags and torch.Tag.nondeterministic_seeded not in tags
+        return node.target in _ELEMENTWISE or (torch.Tag.pointwise in tags and torch.Tag.nondeterministic_seeded not in tags)
 
     def moved_before(self) -> int:
         """Elements of rows that the products pick and put back."""
