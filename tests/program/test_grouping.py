@@ -136,8 +136,13 @@ def in_other_types(x: Tensor, up: Tensor, down: Tensor, expert: Tensor, share: T
     return expert_mm(made.double(), down, expert) * share
 
 
+def of_fewer(x: Tensor, up: Tensor, down: Tensor, expert: Tensor, share: Tensor) -> Tensor:
+    """The first product lacks the matrices of two experts."""
+    return expert_mm(expert_mm(x, up[:-2], expert)[:, :INNER].tanh(), down, expert) * share
+
+
 class TestGraphs:
-    @pytest.mark.parametrize("function", [block, cut_along_rows, by_another, read_between, in_other_types])
+    @pytest.mark.parametrize("function", [block, cut_along_rows, by_another, read_between, in_other_types, of_fewer])
     @pytest.mark.parametrize("backward", [False, True])
     def test_compute_the_same(self, function, backward):
         graph = graph_of(with_gradients(function) if backward else lambda *args: (function(*args),))

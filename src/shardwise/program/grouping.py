@@ -134,14 +134,14 @@ class _Run:
         """Does it."""
         place = {node: number for number, node in enumerate(self.graph.nodes)}
         inside = {*self.products, *self.between}
-        experts = next(node.args[1].meta["val"].shape[0] if node.target is _PRODUCT else node.args[3] for node in self.products)  # type: ignore[union-attr]
+        experts = max(_experts(node) for node in self.products)  # where others have fewer, rows of those that they lack are behind theirs
         order = self._add(self.expert, _ops.expert_order.default, (self.expert, experts))
         ordered = self._add(order, aten.index_select.default, (self.expert, 0, order), like=self.expert)
         back = self._add(ordered, aten.argsort.default, (order,))
         for value in self.entering:
             last = value if value.op != "placeholder" and place[value] > place[self.expert] else back
             moved = self._add(last, aten.index_select.default, (value, 0, order), like=value)
-            _read_instead(value, moved, inside)
+            _read_instead(value, moved, [node for node in inside if value in self._rows_of(node)])
         for node in self.products:
             args = list(node.args)
             args[2] = ordered
@@ -167,6 +167,11 @@ class _Run:
         if first in self.forward:
             self.forward.add(node)
         return node
+
+
+def _experts(product: fx.Node) -> int:
+    of: Any = product.args
+    return int(of[1].meta["val"].shape[0] if product.target is _PRODUCT else of[3])
 
 
 def _read_instead(value: fx.Node, other: fx.Node, users: Iterable[fx.Node]) -> None:
