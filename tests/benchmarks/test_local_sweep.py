@@ -94,7 +94,7 @@ class TestHeats:
         )
 
     def test_fit_the_memory(self):
-        sizes = dict.fromkeys("abcdefg", 0.0) | {name: float(ord(name) - ord("a")) for name in "gfedcb"}
+        sizes = {name: float(size) for size, name in enumerate("abcdefg")}
         found = heats(sizes, 8)
         assert [name for heat in found for name in heat[1:]] == list("bcdefg") and all(heat[0] == "a" for heat in found)
         assert all(len(heat) == 2 or sum(sizes[name] for name in heat) <= 8 for heat in found)

@@ -9,6 +9,8 @@ from torch import Tensor, fx, nn
 from shardwise._torch import make_fx
 from shardwise.capture.experts import expert_mm
 from shardwise.program.grouping import group_rows
+from shardwise.program.joint import JointGraph
+from shardwise.program.trace import Tracer
 
 _ops = torch.ops.shardwise
 EXPERTS, ROWS, WIDTH, INNER = 5, 23, 6, 8
@@ -64,7 +66,7 @@ def mode_of(graph: fx.Graph):
 def changed(graph: fx.Graph) -> set[fx.Node]:
     """Groups its rows; the nodes that it has since."""
     before = set(graph.nodes)
-    renamed = group_rows(graph, set(before), mode_of(graph))
+    renamed = group_rows(graph, set(before), mode_of(graph), ())
     graph.output_node().args = fx.node.map_arg(graph.output_node().args, lambda node: renamed.get(node, node))
     graph.lint()
     return set(graph.nodes) - before
@@ -141,8 +143,14 @@ def of_fewer(x: Tensor, up: Tensor, down: Tensor, expert: Tensor, share: Tensor)
     return expert_mm(expert_mm(x, up[:-2], expert)[:, :INNER].tanh(), down, expert) * share
 
 
+def by_halves(x: Tensor, up: Tensor, down: Tensor, expert: Tensor, share: Tensor) -> Tensor:
+    """One half goes on to the next product, the other to what mixes rows."""
+    gate, other = expert_mm(x, up, expert).chunk(2, -1)
+    return expert_mm(gate.tanh(), down, expert) * share + other.flip(0)[:, :WIDTH]
+
+
 class TestGraphs:
-    @pytest.mark.parametrize("function", [block, cut_along_rows, by_another, read_between, in_other_types, of_fewer])
+    @pytest.mark.parametrize("function", [block, cut_along_rows, by_another, read_between, in_other_types, of_fewer, by_halves])
     @pytest.mark.parametrize("backward", [False, True])
     def test_compute_the_same(self, function, backward):
         graph = graph_of(with_gradients(function) if backward else lambda *args: (function(*args),))
@@ -174,6 +182,33 @@ class TestGraphs:
         above = [node.target for node in drawn.all_input_nodes[0].all_input_nodes]
         assert torch.ops.shardwise.expert_mm.default not in above, "its input is in the order of before"
 
+    def test_what_is_returned_alone_is_in_the_order_of_before(self):
+        """Of a stage that begins and ends with a product; its graph is split before it has an output."""
+        x, up, down, expert, _ = tensors()
+        tracer = Tracer(device=torch.device("cpu"))
+        joint, names = JointGraph(tracer=tracer), ("x", "up", "down", "expert")
+        inputs = [
+            joint.placeholder(name, tracer.tensor(each.shape, each.dtype), grad=name != "expert")
+            for name, each in zip(names, (x, up, down, expert), strict=True)
+        ]
+
+        def chain(leaves):
+            return expert_mm(expert_mm(leaves[0], leaves[1], leaves[3])[:, :INNER].tanh(), leaves[2], leaves[3])
+
+        (result,) = joint.apply(chain, "chain", inputs, grad=True, module="")
+        seed = joint.placeholder("seed", tracer.tensor(result.meta["val"].shape, torch.float64), forward=False)
+        joint.backward([(result, seed)])
+        halves = joint.split([result], [joint.cotangents[inputs[0]]])
+        assert any(node.target is _ops.expert_order.default for node in halves.forward.nodes)
+        leaf, gradient = x.clone().requires_grad_(), torch.randn(ROWS, WIDTH, dtype=torch.float64)
+        wanted = chain([leaf, up, down, expert])
+        given = dict(zip(names, (x, up, down, expert), strict=True))
+        found, *saved = fx.Interpreter(fx.GraphModule({}, halves.forward)).run(*(given[name] for name in halves.forward_inputs))
+        torch.testing.assert_close(found, wanted.detach())
+        given["seed"] = gradient
+        (back,) = fx.Interpreter(fx.GraphModule({}, halves.backward)).run(*saved, *(given[name] for name in halves.backward_inputs))
+        torch.testing.assert_close(back, torch.autograd.grad(wanted, leaf, gradient)[0])
+
     def test_one_product_alone_is_left_as_it_is(self):
         graph = graph_of(lambda x, up, down, expert, share: (expert_mm(x, up, expert).tanh() * share,))
         assert not changed(graph)
@@ -184,7 +219,7 @@ class TestGraphs:
         last = max(number for number, node in enumerate(nodes) if node.target is _ops.expert_mm.default and number < len(nodes) // 2)
         forward = set(nodes[: last + 1])
         known = set(forward)
-        group_rows(graph, forward, mode_of(graph))
+        group_rows(graph, forward, mode_of(graph), ())
         for node in forward - known:
             assert all(parent in forward for parent in node.all_input_nodes)
         assert forward - known

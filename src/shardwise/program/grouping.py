@@ -8,8 +8,8 @@ What is done to each row by itself between the products is done in that order, t
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass
 from math import prod
 from operator import getitem
 from typing import Any
@@ -37,10 +37,13 @@ _ELEMENTWISE = (aten._to_copy.default, aten.alias.default)
 """Those that torch does not tag as pointwise."""
 
 
-def group_rows(graph: fx.Graph, forward: set[fx.Node], mode: FakeTensorMode) -> dict[fx.Node, fx.Node]:
+def group_rows(
+    graph: fx.Graph, forward: set[fx.Node], mode: FakeTensorMode, returned: Collection[fx.Node | None]
+) -> dict[fx.Node, fx.Node]:
     """Changes the graph of a forward and backward pass where that moves fewer rows; returns value → the same in the order of before.
 
     forward: the nodes of the forward pass, which is kept true; mode: of the nodes' descriptions.
+    returned: what the graph will return, which need not have an output yet.
     """
     by_expert: dict[fx.Node, list[fx.Node]] = {}
     for node in graph.nodes:
@@ -48,7 +51,7 @@ def group_rows(graph: fx.Graph, forward: set[fx.Node], mode: FakeTensorMode) -> 
             by_expert.setdefault(node.args[2], []).append(node)
     found: dict[fx.Node, fx.Node] = {}
     for expert, products in by_expert.items():
-        run = _Run(graph=graph, forward=forward, mode=mode, expert=expert, products=products)
+        run = _Run(graph=graph, forward=forward, mode=mode, expert=expert, products=products, returned=returned)
         if run.moved_after() < run.moved_before():
             found |= run.change()
     return found
@@ -56,39 +59,34 @@ def group_rows(graph: fx.Graph, forward: set[fx.Node], mode: FakeTensorMode) -> 
 
 @dataclass(kw_only=True)
 class _Run:
-    """Products with the same experts. between: what is done to rows by themselves on the way from one of them to another."""
+    """Products with the same experts, and what is done to rows by themselves on the way from one of them to another: they are `inside`."""
 
     graph: fx.Graph
     forward: set[fx.Node]
     mode: FakeTensorMode
     expert: fx.Node
     products: Sequence[fx.Node]
-    between: set[fx.Node] = field(init=False)
+    returned: Collection[fx.Node | None]
 
     def __post_init__(self) -> None:
         self.rows = self.expert.meta["val"].shape[0]
-        made = [node for node in self.products if node.target is _PRODUCT]
-        after = self._reached(made, lambda node: node.users)
-        before = self._reached(self._read(self.products), lambda node: node.all_input_nodes, begin=True)
-        self.between = after & before
-        inside = {*self.products, *self.between}
-        self.entering = dict.fromkeys(
-            value for node in self.graph.nodes if node in inside for value in self._rows_of(node) if value not in inside
-        )
-        self.leaving = [
-            node
-            for node in self.graph.nodes
-            if node in self.between or node in made
-            if isinstance(node.meta["val"], torch.Tensor) and any(user not in inside for user in node.users)
-        ]
+        self.read = [value for node in self.products for value in self._rows_of(node)]
+        self.made = [node for node in self.products if node.target is _PRODUCT]
+        after = self._reached([user for node in self.made for user in node.users], lambda node: node.users)
+        between = after & self._reached(self.read, lambda node: node.all_input_nodes)
+        parts = {user for node in between if not _is_tensor(node) for user in node.users}  # of a cut, one of which goes on
+        self.inside = {*self.products, *between, *parts}
+        ordered = [node for node in self.graph.nodes if node in self.inside]
+        self.entering = dict.fromkeys(value for node in ordered for value in self._rows_of(node) if value not in self.inside)
+        self.leaving = [node for node in ordered if node.target is not _OUTER and _is_tensor(node) and self._leaves(node)]
 
-    def _read(self, products: Iterable[fx.Node]) -> list[fx.Node]:
-        return [value for node in products for value in self._rows_of(node)]
+    def _leaves(self, node: fx.Node) -> bool:
+        return node in self.returned or any(user not in self.inside for user in node.users)
 
-    def _reached(self, start: Iterable[fx.Node], following: Any, *, begin: bool = False) -> set[fx.Node]:
-        """What treats rows by themselves and is reached from these through nothing else; `begin`: themselves among them."""
+    def _reached(self, start: Iterable[fx.Node], following: Callable[[fx.Node], Iterable[fx.Node]]) -> set[fx.Node]:
+        """What treats rows by themselves and is among these, or reached from them through nothing else."""
         found: set[fx.Node] = set()
-        pending = [node for each in start for node in ((each,) if begin else following(each))]
+        pending = list(start)
         while pending:
             node = pending.pop()
             if node not in found and self._rowwise(node):
@@ -123,8 +121,7 @@ class _Run:
 
     def moved_before(self) -> int:
         """Elements of rows that the products pick and put back."""
-        made = [node for node in self.products if node.target is _PRODUCT]
-        return sum(prod(value.meta["val"].shape) for value in (*self._read(self.products), *made))
+        return sum(prod(value.meta["val"].shape) for value in (*self.read, *self.made))
 
     def moved_after(self) -> int:
         """Of those that are brought into the order of their experts, and back."""
@@ -133,24 +130,26 @@ class _Run:
     def change(self) -> dict[fx.Node, fx.Node]:
         """Does it."""
         place = {node: number for number, node in enumerate(self.graph.nodes)}
-        inside = {*self.products, *self.between}
         experts = max(_experts(node) for node in self.products)  # where others have fewer, rows of those that they lack are behind theirs
         order = self._add(self.expert, _ops.expert_order.default, (self.expert, experts))
         ordered = self._add(order, aten.index_select.default, (self.expert, 0, order), like=self.expert)
         back = self._add(ordered, aten.argsort.default, (order,))
         for value in self.entering:
             last = value if value.op != "placeholder" and place[value] > place[self.expert] else back
-            moved = self._add(last, aten.index_select.default, (value, 0, order), like=value)
-            _read_instead(value, moved, [node for node in inside if value in self._rows_of(node)])
+            users = [user for user in value.users if user in self.inside and value in self._rows_of(user)]
+            self._bring(value, order, last, users)
         for node in self.products:
             args = list(node.args)
             args[2] = ordered
             node.args = (*args[: 3 if node.target is _PRODUCT else 4], True)
-        found = {}
-        for value in self.leaving:
-            found[value] = self._add(value, aten.index_select.default, (value, 0, back), like=value)
-            _read_instead(value, found[value], set(value.users) - inside - {found[value]})
-        return found
+        return {value: self._bring(value, back, value, [user for user in value.users if user not in self.inside]) for value in self.leaving}
+
+    def _bring(self, value: fx.Node, order: fx.Node, after: fx.Node, users: Iterable[fx.Node]) -> fx.Node:
+        """A value's rows in that order, which these read from now on."""
+        moved = self._add(after, aten.index_select.default, (value, 0, order), like=value)
+        for user in users:
+            user.replace_input_with(value, moved)
+        return moved
 
     def _add(self, after: fx.Node, target: Any, args: tuple[Any, ...], like: fx.Node | None = None) -> fx.Node:
         """A call behind a node; of the pass, and the part of the model, that what it reads first belongs to."""
@@ -172,11 +171,6 @@ class _Run:
 def _experts(product: fx.Node) -> int:
     of: Any = product.args
     return int(of[1].meta["val"].shape[0] if product.target is _PRODUCT else of[3])
-
-
-def _read_instead(value: fx.Node, other: fx.Node, users: Iterable[fx.Node]) -> None:
-    for user in list(users):
-        user.replace_input_with(value, other)
 
 
 def _first(node: fx.Node) -> Any:

@@ -195,9 +195,10 @@ class JointGraph:
         recompute: as of `shardwise.program.recompute`.
         for_parameters: which of the gradients may come later, if the backward graph is wanted in two parts.
         """
-        for renamed in (self._merge_equal(), group_rows(self.graph, self.forward_nodes, self.tracer.mode)):
-            outputs = [renamed.get(node, node) for node in outputs]
-            gradients = [None if node is None else renamed.get(node, node) for node in gradients]
+        merged = self._merge_equal()
+        outputs, gradients = [merged.get(node, node) for node in outputs], [_renamed(node, merged) for node in gradients]
+        ordered = group_rows(self.graph, self.forward_nodes, self.tracer.mode, {*outputs, *gradients})
+        outputs, gradients = [ordered.get(node, node) for node in outputs], [_renamed(node, ordered) for node in gradients]
         _mark_uncounted(self.graph)
         backward_nodes = _ancestors([node for node in gradients if node is not None], self.forward_nodes)
         forward_order = [node for node in self.graph.nodes if node in self.forward_nodes]
@@ -240,6 +241,10 @@ class JointGraph:
                 self.graph.erase_node(node)
                 self.forward_nodes.discard(node)
         return renamed
+
+
+def _renamed(node: fx.Node | None, names: Mapping[fx.Node, fx.Node]) -> fx.Node | None:
+    return None if node is None else names.get(node, node)
 
 
 def _mark_uncounted(graph: fx.Graph) -> None:

@@ -137,9 +137,7 @@ class Executor:
                 start = time.perf_counter()
                 self._perform(action)
                 self.events.append(Event(action=action, start_s=start, end_s=time.perf_counter()))
-            for action, work, _ in self.pending:
-                self._wait(action, work)
-        self.pending.clear()
+            self._free_sent(lambda sent, work: True)
         return self.loss
 
     def _perform(self, action: Action) -> None:
