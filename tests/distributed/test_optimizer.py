@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from shardwise.errors import LayoutError
 from shardwise.runtime.needs import needs
-from shardwise.runtime.optimizer import OptimizerFactory, absent, make_on_parts, make_optimizers, prefer_fused
+from shardwise.runtime.optimizer import OptimizerFactory, absent, make_on_parts, make_optimizers, make_states, prefer_fused
 
 SHAPES = {"embed": (300, 40), "layers.0.w": (40, 160), "layers.0.b": (160,), "layers.1.w": (40, 160), "layers.1.b": (160,), "scale": ()}
 MATRICES = {name: shape for name, shape in SHAPES.items() if len(shape) == 2}
@@ -210,3 +210,45 @@ def test_fused_ones_give_the_same_numbers(kind: type[torch.optim.Optimizer]) -> 
 def test_what_the_user_chose_is_left_alone() -> None:
     optimizer = torch.optim.AdamW([nn.Parameter(torch.zeros(2))], lr=1e-2, foreach=True)
     assert not prefer_fused(optimizer).param_groups[0]["fused"]
+
+
+@pytest.mark.parametrize("kind", [torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("options", [{}, {"amsgrad": True}, {"foreach": True}, {"weight_decay": 0.1}], ids=str)
+def test_states_made_early_are_those_of_the_first_step(kind: Any, dtype: torch.dtype, options: dict[str, Any]) -> None:
+    """Also for a tensor with another order of strides, in two groups, and of one that gets no gradient."""
+    if kind is torch.optim.SGD:
+        options = {"momentum": 0.9, "dampening": 0.5}
+    values = [torch.randn(3, 4, dtype=dtype), torch.randn(4, 5, dtype=dtype).t(), torch.randn((), dtype=dtype), torch.randn(2, dtype=dtype)]
+
+    def made() -> torch.optim.Optimizer:
+        parameters = [nn.Parameter(value.clone(memory_format=torch.preserve_format)) for value in values]
+        return prefer_fused(kind([{"params": parameters[:2]}, {"params": parameters[2:], "lr": 0.5}], lr=0.1, **options))
+
+    def step(optimizer: torch.optim.Optimizer, seed: int) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        for parameter in parameters_of(optimizer)[:3]:
+            parameter.grad = torch.randn(parameter.shape, generator=generator, dtype=dtype).as_strided(parameter.shape, parameter.stride())
+        optimizer.step()
+
+    def parameters_of(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
+        return [each for group in optimizer.param_groups for each in group["params"]]
+
+    early, plain = made(), made()
+    for parameter in parameters_of(early)[:3]:
+        parameter.grad = torch.full_like(parameter, torch.nan)
+    make_states(early)
+    held = {place: {key: id(value) for key, value in early.state[each].items()} for place, each in enumerate(parameters_of(early)[:3])}
+    for seed in range(3):
+        step(early, seed)
+        step(plain, seed)
+        make_states(early)  # what is there stays
+    assert len(early.state) == len(plain.state) == 3
+    for place, (one, other) in enumerate(zip(parameters_of(early), parameters_of(plain), strict=True)):
+        assert torch.equal(one, other)
+        kept, expected = early.state.get(one, {}), plain.state.get(other, {})
+        assert list(kept) == list(expected)
+        for key, value in expected.items():
+            assert torch.equal(kept[key], value) and kept[key].dtype == value.dtype and kept[key].stride() == value.stride(), key
+            if kind is not torch.optim.SGD:
+                assert id(kept[key]) == held[place][key], f"{key} was made again"

@@ -31,7 +31,7 @@ from shardwise.runtime.gradients import Gradients
 from shardwise.runtime.group import create_groups
 from shardwise.runtime.needs import Need, needs
 from shardwise.runtime.norm import GradientNorm
-from shardwise.runtime.optimizer import OptimizerFactory, absent, make_on_parts, make_optimizers, prefer_fused
+from shardwise.runtime.optimizer import OptimizerFactory, absent, make_on_parts, make_optimizers, make_states, prefer_fused
 from shardwise.runtime.parameters import Parameters
 from shardwise.runtime.regions import Compiler
 from shardwise.runtime.saving import Positioned, load_job, save_job
@@ -128,7 +128,7 @@ class Job:
         raise explained(self.plan, self.graph, rank=rank, where=where, doing=what, wanted=wanted, held=held)
 
     def _doing(self) -> str:
-        return f"{self.executor.current} of step {self.steps}" if self.steps else f"{self.executor.current} before the first step"
+        return f"{self.executor.current or 'making the states of its optimizers'} of step {self.steps}"
 
     def _executor(self, transport: Transport) -> Executor:
         if self.compiler is None:
@@ -202,13 +202,19 @@ class Job:
         self.steps += 1
         if self.scaler is not None:
             self.executor.scale_gradients(self.scaler.scale)
-        loss = self._within_memory(lambda: self.executor.step(part, step_key(self.seed, self.steps), self._update), self._doing)
+        loss = self._within_memory(lambda: self._passes_and_update(part), self._doing)
         if self.norm is None:
             self.loss = self._total(loss)
         done = Step(number=self.steps, loss=self.loss, grad_norm=self.grad_norm, time_s=time.perf_counter() - started)
         for hook in self._hooks:
             hook(done)
         return self.loss
+
+    def _passes_and_update(self, part: Mapping[str, Tensor]) -> float:
+        if not self.events:
+            for optimizer in self.optimizers:
+                make_states(optimizer)
+        return self.executor.step(part, step_key(self.seed, self.steps), self._update)
 
     def _update(self) -> None:
         if self.norm is not None:

@@ -11,7 +11,7 @@ from torch import nn
 
 from shardwise.errors import LayoutError
 
-__all__ = ["OptimizerFactory", "absent", "make_on_parts", "make_optimizers", "prefer_fused"]
+__all__ = ["OptimizerFactory", "absent", "make_on_parts", "make_optimizers", "make_states", "prefer_fused"]
 
 Named = Iterable[tuple[str, nn.Parameter]]
 OptimizerFactory = Callable[[Named], torch.optim.Optimizer | Sequence[torch.optim.Optimizer]]
@@ -125,3 +125,29 @@ def prefer_fused(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
             if group.get("foreach") is None and group.get("fused") is None and real and plain:
                 group["fused"] = True
     return optimizer
+
+
+def make_states(optimizer: torch.optim.Optimizer) -> None:
+    """Makes what torch's own Adam and AdamW keep of each parameter that has a gradient, as their first step would.
+
+    That step would put it between what the passes before it have freed, and leave holes in the heap that no later step can fill; other
+    optimizers do so. What is there already (loaded from a checkpoint) stays.
+    """
+    if type(optimizer) not in (torch.optim.Adam, torch.optim.AdamW):
+        return
+    for group in optimizer.param_groups:
+        if group.get("capturable") or group.get("differentiable"):
+            continue
+        names = ["exp_avg", "exp_avg_sq", *(["max_exp_avg_sq"] if group["amsgrad"] else [])]
+        for parameter in group["params"]:
+            if parameter.grad is not None and not optimizer.state.get(parameter):
+                optimizer.state[parameter] = {"step": _count_of_steps(parameter, fused=bool(group.get("fused")))} | {
+                    name: torch.zeros_like(parameter, memory_format=torch.preserve_format) for name in names
+                }
+
+
+def _count_of_steps(parameter: nn.Parameter, *, fused: bool) -> torch.Tensor:
+    """Where and how torch's Adam counts; a fused kernel reads it on the parameter's device."""
+    if fused:
+        return torch.zeros((), dtype=torch.float32, device=parameter.device)
+    return torch.tensor(0.0, dtype=torch.float64 if torch.get_default_dtype() is torch.float64 else torch.float32)
