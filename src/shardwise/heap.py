@@ -2,12 +2,17 @@
 
 glibc gives the free end of the heap back to the kernel when it is long, and takes large blocks from the kernel one by one; what comes from
 the kernel anew is zeroed page by page when it is first written. A step that allocates what the step before freed pays for that every time.
+
+And a step's tensors find the holes that those before have left. torch has tensors aligned, so glibc takes up to 96 bytes more for each and
+gives back what was before and after it: a hole is wide enough for the next tensor of that size if these pieces are free again, too. What
+the first step makes to last (oneDNN's kernels) would be put into them and keep tensors apart for good: small blocks are set aside for it.
 """
 
 from __future__ import annotations
 
 import ctypes
 import sys
+from functools import cache
 
 from shardwise.environment import tunes_malloc
 
@@ -16,6 +21,9 @@ __all__ = ["MAPPED_FROM_BYTES", "keep_freed_memory"]
 MAPPED_FROM_BYTES = 32 << 20  # glibc's DEFAULT_MMAP_THRESHOLD_MAX on 64 bits; larger blocks leave no holes in the heap
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h, as the man page mallopt(3) names them
 _NEVER = 2**31 - 1
+_PIECES = range(32, 129, 16)  # bytes in the heap of what is left beside a tensor, and of most blocks that last
+_SET_ASIDE = 4096  # of each; a kernel of GELU has about 110 blocks
+_SMALLEST = 24  # of 32 bytes in the heap 8 are glibc's
 
 
 def keep_freed_memory() -> bool:
@@ -29,4 +37,21 @@ def keep_freed_memory() -> bool:
     if not hasattr(library, "gnu_get_libc_version"):
         return False
     settings = {_M_MMAP_THRESHOLD: MAPPED_FROM_BYTES, _M_TRIM_THRESHOLD: _NEVER}
-    return all(library.mallopt(name, value) for name, value in settings.items())
+    kept = all(library.mallopt(name, value) for name, value in settings.items())
+    _set_small_blocks_aside()
+    return kept
+
+
+@cache
+def _set_small_blocks_aside() -> None:
+    """Frees small blocks that glibc cannot join, as another in use lies after each: 4 MiB, once in a process."""
+    library = ctypes.CDLL(None)
+    library.malloc.restype, library.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+    library.free.restype, library.free.argtypes = None, [ctypes.c_void_p]
+    aside = []
+    for size in _PIECES:
+        for _ in range(_SET_ASIDE):
+            aside.append(library.malloc(size - 8))
+            library.malloc(_SMALLEST)
+    for block in aside:
+        library.free(block)
