@@ -18,15 +18,51 @@ def faults():
 torch.set_num_threads(1)
 print(keep_freed_memory(), [faults() for _ in range(4)][-1])
 """
+_FRESH = """
+import torch
+from shardwise.cluster.probe_compute import fresh_bytes_per_s
+from shardwise.cluster.timing import Stopwatch
+from shardwise.heap import keep_freed_memory
+
+torch.set_num_threads(1)
+keep_freed_memory()
+before = fresh_bytes_per_s(Stopwatch(budget_s=0.3))
+tensors = [torch.ones(7 << 20) for _ in range(16)]
+del tensors
+print(before, fresh_bytes_per_s(Stopwatch(budget_s=0.3)))
+"""
+_BLOCKS = """
+import ctypes
+import torch
+from shardwise.heap import keep_freed_memory
+
+class Heap(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_size_t) for name in "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost".split()]
+
+library = ctypes.CDLL(None)
+library.mallinfo2.restype = Heap
+library.malloc.restype, library.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+library.free.argtypes = [ctypes.c_void_p]
+keep_freed_memory()
+others = [library.malloc(size) for size in range(40, 129, 16) for _ in range(10)]  # what malloc keeps for each thread is used up
+sizes = [size - 8 for size in range(32, 129, 16)] * 4000
+before = library.mallinfo2()
+for size in sizes:
+    library.malloc(size)
+after = library.mallinfo2()
+print(after.arena - before.arena, before.keepcost - after.keepcost)
+"""
 _PAGES = 4 * (16 << 20) // os.sysconf("SC_PAGE_SIZE")
 
 
-def _run(**variables: str) -> list[str]:
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="glibc's malloc")
+
+
+def _run(script: str = _SCRIPT, **variables: str) -> list[str]:
     environment = {**os.environ, **variables}
-    return subprocess.run([sys.executable, "-c", _SCRIPT], check=True, capture_output=True, text=True, env=environment).stdout.split()
+    return subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True, env=environment).stdout.split()
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="glibc's malloc")
 def test_freed_memory_is_used_again_without_page_faults() -> None:
     kept, faults = _run()
     if kept != "True":
@@ -37,3 +73,16 @@ def test_freed_memory_is_used_again_without_page_faults() -> None:
 def test_the_users_own_settings_stay() -> None:
     assert _run(MALLOC_TRIM_THRESHOLD_="100000")[0] == "False"
     assert _run(GLIBC_TUNABLES="glibc.malloc.trim_threshold=100000")[0] == "False"
+
+
+def test_new_pages_are_measured_whatever_the_heap_has_free() -> None:
+    before, after = map(float, _run(_FRESH))
+    assert before / 5 < after < before * 5, "a result in the heap's free end takes no new page: over 50 times the rate"
+
+
+def test_small_blocks_are_set_aside() -> None:
+    """What lasts is put there, and neither into the heap's free end, where tensors will be, nor beyond it."""
+    if _run()[0] != "True":
+        pytest.skip("another C library than glibc")
+    grown, taken = map(int, _run(_BLOCKS))
+    assert grown == 0 and taken == 0

@@ -39,7 +39,7 @@ from shardwise.heap import MAPPED_FROM_BYTES
 
 __all__ = ["Budget", "cache_file", "local_rates", "measure"]
 
-_PROBE_VERSION = 9  # raise it when what is measured changes: figures kept by an older probe are then measured anew
+_PROBE_VERSION = 10  # raise it when what is measured changes: figures kept by an older probe are then measured anew
 _WAIT_S = 60.0
 _LOOK_EVERY_S = 0.1
 _DISTURBED_FOR_S = 900.0  # how long disturbed figures do

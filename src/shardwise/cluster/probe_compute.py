@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -192,10 +193,19 @@ def _add(left: Tensor, right: Tensor, out: Tensor) -> Tensor:
 
 
 def fresh_bytes_per_s(watch: Stopwatch) -> float:
-    """Rate of mapping and zeroing the pages of a large result: what a sum takes longer when its result is new."""
+    """Rate of mapping and zeroing the pages of a large result: what a sum takes longer when its result is new.
+
+    The result is mapped here: the allocator maps none while a hole of the heap, or its free end, is large enough.
+    """
     left, right, out = (torch.ones(_FRESH_BYTES // 4) for _ in range(3))
-    new, old = watch.seconds(lambda: left + right), watch.seconds(lambda: torch.add(left, right, out=out))
+    new = watch.seconds(lambda: torch.add(left, right, out=_mapped(_FRESH_BYTES)))
+    old = watch.seconds(lambda: torch.add(left, right, out=out))
     return _FRESH_BYTES / max(new - old, 0.01 * old)
+
+
+def _mapped(size: int) -> Tensor:
+    """A float32 tensor of so many bytes in pages that nobody has touched; they are unmapped with it."""
+    return torch.frombuffer(mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS), dtype=torch.float32)
 
 
 def call_seconds(watch: Stopwatch) -> tuple[float, float]:
