@@ -38,6 +38,13 @@ def test_groups_that_were_not_measured_are_scaled(cluster: Cluster) -> None:
     assert collective_seconds("send_recv", "native", 1e6, 8, cluster) == 1e-3
 
 
+def test_a_shift_costs_what_was_measured_whatever_the_group(cluster: Cluster) -> None:
+    rate = CollectiveRate(kind="shift", impl="native", ranks=2, message_bytes=(0, 1e6), seconds=(1e-3, 5e-3), busy_s=(2e-4, 1e-3))
+    measured = replace(cluster, cores=2, rates=cluster.rates.model_copy(update={"collectives": (*cluster.rates.collectives, rate)}))
+    assert collective_cost("shift", 1e6, 4, measured).seconds == collective_seconds("shift", "native", 1e6, 2, measured) == 5e-3
+    assert collective_shares("shift", "native", 5e5, 4, measured).compute_s == pytest.approx(6e-4)
+
+
 def test_what_was_not_measured_is_never_chosen(cluster: Cluster) -> None:
     assert collective_seconds("all_reduce", "other", 1e6, 2, cluster) == float("inf")
     with pytest.raises(AssertionError, match="no all_to_all among the rates of round"):

@@ -213,6 +213,7 @@ def _collective(kind: str, link: DescribedLink, ranks: int) -> CollectiveRate:
         "all_reduce": (2 * (ranks - 1), 2 * (ranks - 1) / ranks),
         "broadcast": (ranks - 1, 1.0),
         "send_recv": (1, 1.0),
+        "shift": (1, 1.0),
     }.get(kind, (ranks - 1, (ranks - 1) / ranks))
     latency = max(steps * link.latency_s, 1e-9)
     seconds = (latency, latency + part * _GIB / link.bytes_per_s)

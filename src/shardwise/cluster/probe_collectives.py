@@ -10,15 +10,19 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from shardwise.cluster.machine import available_cores
 from shardwise.cluster.rates import IMPLEMENTATIONS, CollectiveRate
 from shardwise.runtime import collectives
+from shardwise.runtime.collectives import Finish
 
 __all__ = ["collective_rates"]
 
 _LEAST, _MOST = 4, 60
 _WIDTH = 4  # bytes of a float32
 _OTHER_WORK_BYTES = 8 << 20  # between two calls: more than a core's own caches hold
+_PRODUCTS, _PRODUCT_SIZE = 16, 256  # some 6 ms between two calls, as a layer between its messages
 _Call = Callable[[Tensor, Sequence[int], dist.ProcessGroup, str], object]
+_Begin = Callable[[], Finish]
 
 
 def collective_rates(message_bytes: Sequence[int], budget_s: float) -> tuple[CollectiveRate, ...]:
@@ -55,31 +59,65 @@ def _groups() -> list[tuple[int, dist.ProcessGroup]]:
 
 
 def _seconds(kind: str, impl: str, message_bytes: int, group: dist.ProcessGroup, budget_s: float) -> tuple[float, float]:
-    """Of the slowest rank's time the lower quartile over the repetitions; of the core's time that a rank takes the median, then the mean.
+    """What a message adds to the time of a step, and to that of a core that a rank takes: medians over the repetitions, of the second the
+    mean over the ranks.
 
-    Of the first not the median: other processes delay a message by whole time slices, which a quartile leaves out where most are not
-    delayed.
+    All ranks compute before each message, as in a step. They are not ready at the same time, the more so where they share cores, and a
+    message takes more of a core when its caches are full of other things: alone, the same messages take half as long. A shift is under way
+    while products run, which it slows: what all takes longer counts as the shift's.
     """
     taking_part = dist.get_rank(group) >= 0
     call = _prepared(kind, impl, message_bytes, group) if taking_part else _nothing
-    other = torch.ones(_OTHER_WORK_BYTES // _WIDTH)
+    other, factor = torch.ones(_OTHER_WORK_BYTES // _WIDTH), torch.ones(_PRODUCT_SIZE, _PRODUCT_SIZE)
     start = time.perf_counter()
-    _timed(call, other)
-    times = [_timed(call, other) for _ in range(_repetitions(time.perf_counter() - start, budget_s))]
-    slowest, busy = torch.tensor(times).unbind(1)
-    dist.all_reduce(slowest := slowest.clone(), op=dist.ReduceOp.MAX)
-    dist.all_reduce(taken := torch.tensor([float(busy.median()), 1.0]) * taking_part)
-    return max(float(slowest.quantile(0.25)), 1e-7), float(taken[0] / taken[1])
+    _timed(call, other, factor)
+    count = _repetitions(time.perf_counter() - start, budget_s)
+    wall, computing, busy = torch.tensor([_timed(call, other, factor) for _ in range(count)]).unbind(1)
+    dist.all_reduce(wall := wall.clone(), op=dist.ReduceOp.MAX)
+    dist.all_reduce(computing := computing.clone())
+    taken = _busy_beside(call, other, factor, count) if kind == "shift" else float(busy.median())
+    dist.all_reduce(summed := torch.tensor([max(taken, 0.0), 1.0]) * taking_part)
+    ranks = dist.get_world_size()
+    added = wall - computing / ranks * _crowd()
+    return max(float(added.median()), 1e-7), float(summed[0] / summed[1])
 
 
-def _timed(call: Callable[[], object], other: Tensor) -> tuple[float, float]:
-    """Seconds by the clock, and of cores: of all threads of this process. The call comes after other work, as in a step: its code and
-    data are in no cache of the core's own, as where another rank computed on it while this one waited."""
+def _timed(call: _Begin, other: Tensor, factor: Tensor) -> tuple[float, float, float]:
+    """Seconds by the clock of computing and the message after it; of a core that the computing took; of cores, of all threads of this
+    process, that the message took."""
     dist.barrier()
+    start, begun = time.perf_counter(), time.process_time()
+    _compute(other, factor)
+    computed = time.process_time()
+    call()()
+    return time.perf_counter() - start, computed - begun, time.process_time() - computed
+
+
+def _busy_beside(call: _Begin, other: Tensor, factor: Tensor, count: int) -> float:
+    """Seconds of a core that ranks need longer to compute with the message under way: by the clock, of the slowest."""
+    found: dict[_Begin, list[float]] = {call: [], _nothing: []}
+    for begin in [call, _nothing] * count:
+        dist.barrier()
+        start = time.perf_counter()
+        end = begin()
+        _compute(other, factor)
+        end()
+        found[begin].append(time.perf_counter() - start)
+    walls = torch.tensor([found[call], found[_nothing]])
+    dist.all_reduce(walls, op=dist.ReduceOp.MAX)
+    longer = walls.median(1).values
+    return float(longer[0] - longer[1]) / _crowd()
+
+
+def _crowd() -> float:
+    """How many threads want each core."""
+    return max(1.0, dist.get_world_size() * torch.get_num_threads() / available_cores())
+
+
+def _compute(other: Tensor, factor: Tensor) -> None:
     other.mul_(1.0)
-    start, busy = time.perf_counter(), time.process_time()
-    call()
-    return time.perf_counter() - start, time.process_time() - busy
+    for _ in range(_PRODUCTS):
+        factor @ factor
 
 
 def _repetitions(first_s: float, budget_s: float) -> int:
@@ -89,15 +127,20 @@ def _repetitions(first_s: float, budget_s: float) -> int:
     return int(count)
 
 
-def _nothing() -> None:
+def _nothing() -> Finish:
     """What a rank without a group does."""
+    return lambda: None
 
 
-def _prepared(kind: str, impl: str, message_bytes: int, group: dist.ProcessGroup) -> Callable[[], object]:
+def _prepared(kind: str, impl: str, message_bytes: int, group: dist.ProcessGroup) -> _Begin:
+    """Begins the message and returns what ends it; one that is not begun before it is awaited is all in that."""
     ranks = dist.get_world_size(group)
     whole = torch.ones(max(ranks, message_bytes // _WIDTH))
+    if kind == "shift":
+        return partial(collectives.begin_shift, whole, torch.empty_like(whole), group)
     sizes = [part.numel() for part in whole.tensor_split(ranks)]
-    return partial(_CALLS[kind], whole, sizes, group, impl)
+    call = partial(_CALLS[kind], whole, sizes, group, impl)
+    return lambda: call
 
 
 def _all_reduce(whole: Tensor, _sizes: Sequence[int], group: dist.ProcessGroup, impl: str) -> object:

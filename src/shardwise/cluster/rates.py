@@ -22,6 +22,7 @@ IMPLEMENTATIONS: Final[Mapping[str, tuple[str, ...]]] = {
     "all_to_all": ("native", "exchange"),
     "broadcast": ("native",),
     "send_recv": ("native",),
+    "shift": ("native",),
 }
 """Kinds of communication and the implementations of each (`shardwise.runtime.collectives`)."""
 
@@ -105,8 +106,9 @@ class CollectiveRate(_Figures):
     """Seconds of one implementation of one kind of communication within groups of ``ranks``, all groups of that size busy at once.
 
     message_bytes: the largest tensor that a rank holds before or after (`shardwise.cost.collectives` spells it out).
-    seconds: of each size; straight lines between, the last line continued beyond. busy_s: likewise, of a core's time that a rank takes
-    meanwhile, for its copies and its part of the transport; empty where that is not known, or done by other hardware.
+    seconds: of each size, what it adds to computing before it; straight lines between, the last line continued beyond. busy_s: likewise, of
+    a core's time that a rank takes meanwhile, for its copies and its part of the transport, and of a shift for what slows the computing
+    beside it; empty where that is not known, or done by other hardware.
     """
 
     kind: str

@@ -12,10 +12,11 @@
 
 **Other group sizes.** The time of a group of n that was not measured is that of the nearest measured group size m (the larger of
 two equally near), with its latency scaled by (n − 1)/(m − 1), the messages of a pairwise exchange or the steps of a ring, and the
-rest by the bytes that a rank sends: all_reduce, all_gather, reduce_scatter and all_to_all (n − 1)/n ÷ (m − 1)/m, broadcast and
-send_recv 1 (Thakur, Rabenseifner, Gropp, 2005). `exchange` and `native` are scaled alike.
+rest by the bytes that a rank sends: all_reduce, all_gather, reduce_scatter and all_to_all (n − 1)/n ÷ (m − 1)/m, broadcast,
+send_recv and shift 1 (Thakur, Rabenseifner, Gropp, 2005). `exchange` and `native` are scaled alike.
 
-A shift takes what one of the ranks − 1 rounds does in which an all_gather of all their tensors sends them round a ring.
+Between devices of the catalog, and over a described network, a shift takes what one of the ranks − 1 rounds does in which an all_gather of
+all their tensors sends them round a ring.
 
 **Several nodes.** Where a group crosses the network between nodes of a described cluster, it takes what it would take in one node or what
 its bytes take on the network (`shardwise.cost.network`), whichever is longer.
@@ -35,9 +36,6 @@ from shardwise.cost.network import network_seconds
 __all__ = ["CollectiveCost", "Shares", "collective_cost", "collective_seconds", "collective_shares", "crossing_of", "fastest", "step_of"]
 
 _SMALLEST, _LARGEST = 8, 32  # powers of two: steps of message sizes for which an implementation is chosen
-
-
-_ROUNDS = ("native", "exchange")  # all_gathers that send parts round
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,11 +60,6 @@ def collective_shares(kind: str, impl: str, message_bytes: float, ranks: int, cl
     seconds = collective_seconds(kind, impl, message_bytes, ranks, cluster, stride)
     if cluster.cores is None or ranks <= 1:
         return Shares(compute_s=0.0, communicate_s=seconds)
-    if kind == "shift":
-        kind, message_bytes, rounds = "all_gather", message_bytes * ranks, ranks - 1
-        impl = min(_ROUNDS, key=lambda each: collective_seconds(kind, each, message_bytes, ranks, cluster, stride))
-        share = collective_shares(kind, impl, message_bytes, ranks, cluster, stride)
-        return Shares(compute_s=share.compute_s / rounds, communicate_s=share.communicate_s / rounds)
     rate = _nearest(kind, impl, ranks, cluster)
     busy = min(_scaled(rate, rate.busy_for(message_bytes), rate.busy_for(0.0), ranks), seconds) if rate else 0.0
     return Shares(compute_s=busy, communicate_s=max(0.0, seconds - busy * max(1.0, cluster.ranks / cluster.cores)))
@@ -88,7 +81,7 @@ def step_of(message_bytes: float) -> int:
 
 def fastest(kind: str, message_bytes: float, ranks: int, cluster: Cluster) -> str:
     """The implementation with the shortest measured time for messages of this step; the backend's own on devices of the catalog."""
-    if cluster.machines is not None or kind == "shift":
+    if cluster.machines is not None:
         return "native"
     message = 2.0 ** step_of(message_bytes)
     costs = {impl: collective_seconds(kind, impl, message, ranks, cluster) for impl in IMPLEMENTATIONS[kind]}
@@ -101,9 +94,9 @@ def collective_seconds(kind: str, impl: str, message_bytes: float, ranks: int, c
     """Time, s, of one implementation; infinite where the cluster has no figures of it."""
     if ranks <= 1:
         return 0.0
-    if kind == "shift":
-        return min(collective_seconds("all_gather", each, message_bytes * ranks, ranks, cluster, stride) for each in _ROUNDS) / (ranks - 1)
     if cluster.machines is not None:
+        if kind == "shift":
+            return collective_seconds("all_gather", impl, message_bytes * ranks, ranks, cluster, stride) / (ranks - 1)
         return link_seconds(kind, message_bytes, crossing_of(cluster.machines, ranks, stride))
     rate = _nearest(kind, impl, ranks, cluster)
     if rate is None:
@@ -111,6 +104,8 @@ def collective_seconds(kind: str, impl: str, message_bytes: float, ranks: int, c
     within = _scaled(rate, rate.seconds_for(message_bytes), rate.latency_s, ranks)
     if cluster.network is None:
         return within
+    if kind == "shift":
+        return max(within, network_seconds("all_gather", impl, message_bytes * ranks, ranks, stride, cluster.network) / (ranks - 1))
     return max(within, network_seconds(kind, impl, message_bytes, ranks, stride, cluster.network))
 
 
@@ -127,7 +122,7 @@ def crossing_of(machines: Machines, ranks: int, stride: int) -> Crossing:
 
 
 def _scaled(rate: CollectiveRate, seconds: float, latency_s: float, ranks: int) -> float:
-    if rate.ranks == ranks or rate.kind == "send_recv":
+    if rate.ranks == ranks or rate.kind in ("send_recv", "shift"):
         return seconds
     part = 1.0 if rate.kind == "broadcast" else ((ranks - 1) / ranks) / ((rate.ranks - 1) / rate.ranks)
     return latency_s * (ranks - 1) / (rate.ranks - 1) + (seconds - latency_s) * part

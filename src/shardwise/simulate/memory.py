@@ -9,7 +9,7 @@ from math import prod
 import torch
 
 from shardwise.cost.memory import tensor_bytes
-from shardwise.program.actions import COMPUTES, Kind
+from shardwise.program.actions import COMPUTES
 from shardwise.program.program import ParameterPart, Program, StageProgram
 from shardwise.program.tables import Slot, in_flight
 from shardwise.simulate.messages import reducing_bytes, regathering_bytes
