@@ -42,9 +42,7 @@ class Heap(ctypes.Structure):
 library = ctypes.CDLL(None)
 library.mallinfo2.restype = Heap
 library.malloc.restype, library.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
-library.free.argtypes = [ctypes.c_void_p]
 keep_freed_memory()
-others = [library.malloc(size) for size in range(40, 129, 16) for _ in range(10)]  # what malloc keeps for each thread is used up
 sizes = [size - 8 for size in range(32, 129, 16)] * 4000
 before = library.mallinfo2()
 for size in sizes:
@@ -55,7 +53,7 @@ print(after.arena - before.arena, before.keepcost - after.keepcost)
 _PAGES = 4 * (16 << 20) // os.sysconf("SC_PAGE_SIZE")
 
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="glibc's malloc")
+on_linux = pytest.mark.skipif(sys.platform != "linux", reason="glibc's malloc")
 
 
 def _run(script: str = _SCRIPT, **variables: str) -> list[str]:
@@ -63,6 +61,7 @@ def _run(script: str = _SCRIPT, **variables: str) -> list[str]:
     return subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True, env=environment).stdout.split()
 
 
+@on_linux
 def test_freed_memory_is_used_again_without_page_faults() -> None:
     kept, faults = _run()
     if kept != "True":
@@ -75,11 +74,13 @@ def test_the_users_own_settings_stay() -> None:
     assert _run(GLIBC_TUNABLES="glibc.malloc.trim_threshold=100000")[0] == "False"
 
 
+@on_linux
 def test_new_pages_are_measured_whatever_the_heap_has_free() -> None:
     before, after = map(float, _run(_FRESH))
     assert before / 5 < after < before * 5, "a result in the heap's free end takes no new page: over 50 times the rate"
 
 
+@on_linux
 def test_small_blocks_are_set_aside() -> None:
     """What lasts is put there, and neither into the heap's free end, where tensors will be, nor beyond it."""
     if _run()[0] != "True":

@@ -35,6 +35,12 @@ def _rates(flops: float) -> Rates:
 
 
 @pytest.mark.distributed
+def test_a_rank_without_a_pair_stands_by() -> None:
+    rates = probe.measure(3, probe.Budget(compute_s=0.0, collective_s=0.0, message_bytes=(1 << 10, 1 << 18)))
+    assert {rate.ranks for rate in rates.collectives if rate.kind == "shift"} == {2, 3}
+
+
+@pytest.mark.distributed
 def test_two_ranks_measure_everything() -> None:
     rates = probe.measure(2, probe.Budget(compute_s=0.0, collective_s=0.0, message_bytes=(1 << 10, 1 << 18)))
     assert {(rate.kind, rate.impl) for rate in rates.collectives} == {

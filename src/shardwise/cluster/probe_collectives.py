@@ -95,18 +95,19 @@ def _timed(call: _Begin, other: Tensor, factor: Tensor) -> tuple[float, float, f
 
 def _busy_beside(call: _Begin, other: Tensor, factor: Tensor, count: int) -> float:
     """Seconds of a core that ranks need longer to compute with the message under way: by the clock, of the slowest."""
-    found: dict[_Begin, list[float]] = {call: [], _nothing: []}
-    for begin in [call, _nothing] * count:
-        dist.barrier()
-        start = time.perf_counter()
-        end = begin()
-        _compute(other, factor)
-        end()
-        found[begin].append(time.perf_counter() - start)
-    walls = torch.tensor([found[call], found[_nothing]])
+    walls = torch.tensor([[_computed_beside(begin, other, factor) for begin in (call, _nothing)] for _ in range(count)])
     dist.all_reduce(walls, op=dist.ReduceOp.MAX)
-    longer = walls.median(1).values
-    return float(longer[0] - longer[1]) / _crowd()
+    beside, alone = walls.median(0).values.tolist()
+    return float(beside - alone) / _crowd()
+
+
+def _computed_beside(begin: _Begin, other: Tensor, factor: Tensor) -> float:
+    dist.barrier()
+    start = time.perf_counter()
+    end = begin()
+    _compute(other, factor)
+    end()
+    return time.perf_counter() - start
 
 
 def _crowd() -> float:
