@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections import deque
 from dataclasses import dataclass, replace
+from random import Random
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shardwise.program import schedules
-from shardwise.program.actions import Action, Kind
+from shardwise.program.actions import Action, Kind, Message
 from shardwise.program.schedules import SCHEDULES, Table
-from shardwise.program.tables import NAMES, placement, rank_tables, splits_backward
+from shardwise.program.tables import NAMES, Tables, placement, rank_tables, splits_backward
 from shardwise.program.transfers import meet, order_transfers, rank_actions
 
 stages_and_microbatches = st.tuples(st.integers(1, 6), st.integers(1, 12))
@@ -112,6 +114,56 @@ def test_no_rank_waits_for_ever_where_sends_block(pipeline: tuple[str, int, int,
             received_before_use(stage, of_stage, [link for link in links if home[link.source] != home[link.target]])
     blocking(ordered)
     assert splits_backward(name) or not any(a.kind is Kind.WEIGHT for actions in lists.values() for a in actions)
+
+
+@settings(max_examples=200, deadline=None)
+@given(chunked(), st.randoms(use_true_random=False))
+def test_a_receive_proves_what_its_sender_had_received(pipeline: tuple[str, int, int, int, list[Link]], random: Random) -> None:
+    """Ranks go on in any order, sends do not block. What a rank knows the other to have is what that one had when it sent what came, and
+    nothing more."""
+    name, ranks, chunks, microbatches, links = pipeline
+    home = placement(name, ranks, chunks)
+    tables = rank_tables(name, ranks, chunks, microbatches)
+    left = {rank: deque(actions) for rank, actions in actions_of(tables, links, home).items()}
+    got: dict[int, set[Message]] = {rank: set() for rank in left}
+    under_way: dict[Message, frozenset[Message]] = {}  # and what its sender had received
+    known: dict[tuple[int, int], set[Message]] = {}  # (rank, other) → what the other is proved to have
+    had: dict[tuple[int, int], set[Message]] = {}  # what the other had when it sent what came
+    sent: dict[tuple[int, int], set[Message]] = {}
+    while moving := [
+        rank for rank, actions in left.items() if actions and not (actions[0].receives and actions[0].message not in under_way)
+    ]:
+        rank = random.choice(moving)
+        action = left[rank].popleft()
+        if action.sends:
+            under_way[action.message] = frozenset(got[rank])
+            sent.setdefault((rank, action.peer), set()).add(action.message)
+        elif action.receives:
+            pair = rank, action.peer
+            known.setdefault(pair, set()).update(action.proves)
+            got[rank].add(action.message)
+            assert set(action.proves) <= got[action.peer]
+            had.setdefault(pair, set()).update(under_way[action.message] & sent.get(pair, set()))
+            assert known[pair] == had[pair]
+    assert not any(left.values())
+
+
+def actions_of(tables: Tables, links: list[Link], home: dict[int, int]) -> dict[int, list[Action]]:
+    return order_transfers({rank: rank_actions(row, links, home.__getitem__) for rank, row in enumerate(tables)})
+
+
+@pytest.mark.parametrize("name", ["1f1b", "zb-h1", "zb-2p", "zb-v", "interleaved"])
+def test_gradients_that_were_sent_are_not_kept_to_the_end(name: str) -> None:
+    """However many microbatches: a rank keeps a few of the gradients that it sent until it knows that they have arrived."""
+    chunks = {"zb-v": 2, "interleaved": 2}.get(name, 1)
+    home = placement(name, 3, chunks)
+    links = [Link(f"v{stage}", stage, stage + 1, True) for stage in range(3 * chunks - 1)]
+    for actions in actions_of(rank_tables(name, 3, chunks, 24), links, home).values():
+        held: set[Message] = set()
+        for action in actions:
+            held |= {action.message} if action.kind is Kind.SEND_GRAD else set()
+            held -= set(action.proves)
+            assert len(held) <= 2 * 3 * chunks  # as many microbatches as are in flight
 
 
 def posts_come_before_their_receives(actions: list[Action]) -> None:

@@ -210,16 +210,16 @@ def assert_predicted(example: Example, layout: str, impl: str) -> None:
     assert living.peak_bytes == pytest.approx(use.total - use.runtime, rel=STEP_WITHIN)
 
 
-def two_steps(example: Example, layout: str, impl: str, living: Living, transport: Distributed) -> Program:
-    """The first rank's program, after two steps of AdamW that it took alone."""
+def two_steps(example: Example, layout: str, impl: str, living: Living, transport: Distributed, rank: int = 0) -> Program:
+    """A rank's program, after two steps of AdamW that it took alone."""
     built = build(example, layout)
     programs = build_programs(built.applied.assignment, built.applied.cut, built.plan.tables, choose(impl), device=CPU)
-    program = programs[0]
+    program = programs[rank]
     model, batch = example
     whole = whole_state_of(model, built.graph)
     mine = batch_part(built.graph, built.plan, program, batch, CPU)
     living.ignore([*whole.values(), *mine.values(), *batch.values()])
-    with alone(), living:
+    with alone(rank), living:
         parts = [*program.parameters, *program.buffers]
         state = {part.name: own_part(whole[part.name], part, program, CPU).clone() for part in parts}
         gradients = Gradients(program, transport, CPU)
@@ -250,11 +250,12 @@ class Sender(Distributed):
         return SimpleNamespace(wait=work.wait, is_completed=lambda: self.known)
 
 
+@pytest.mark.parametrize("rank", [0, 1])
 @pytest.mark.parametrize(("known", "most"), [(True, 1), (False, 2)])
-def test_what_was_sent_is_freed_when_it_is_known_to_have_arrived(known: bool, most: int) -> None:
-    """By the backend's word, or since its gradient came: two microbatches are in flight in the first of two stages."""
+def test_what_was_sent_is_freed_when_it_is_known_to_have_arrived(rank: int, known: bool, most: int) -> None:
+    """By the backend's word, or since something came that was sent later: two microbatches are in flight in the first of two stages."""
     transport = Sender(known=known)
-    program = two_steps(mlp(samples=8), "dp=1,tp=1,pp=2,microbatches=8", "native", Living(), transport)
+    program = two_steps(mlp(samples=8), "dp=1,tp=1,pp=2,microbatches=8", "native", Living(), transport, rank)
     assert sum(action.sends for action in program.actions) == 8 == len(transport.sent) // 2
     assert transport.most == most
 

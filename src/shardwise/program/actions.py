@@ -9,11 +9,14 @@ parameters' gradients. RECV waits for a message; POST before it only begins to r
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import cached_property
 
-__all__ = ["COMPUTES", "Action", "Kind"]
+__all__ = ["COMPUTES", "Action", "Kind", "Message"]
+
+Message = tuple[str, int, bool]
+"""What a transfer carries, the same on both sides: edge, microbatch, whether it is a gradient."""
 
 
 class Kind(StrEnum):
@@ -39,13 +42,15 @@ _OF_GRADIENTS = (Kind.SEND_GRAD, Kind.RECV_GRAD, Kind.POST_GRAD)
 
 @dataclass(frozen=True, kw_only=True)
 class Action:
-    """kind; the microbatch and the stage it belongs to; for transfers the edge's name and the other rank."""
+    """kind; the microbatch and the stage it belongs to; for transfers the edge's name and the other rank. proves: of a receive, what this
+    rank had sent to the other one and that one has, as it waited for it before it sent this."""
 
     kind: Kind
     microbatch: int = -1
     edge: str = ""
     peer: int = -1
     stage: int = -1
+    proves: tuple[Message, ...] = field(default=(), compare=False)
 
     @property
     def sends(self) -> bool:
@@ -60,8 +65,8 @@ class Action:
         return self.kind in (Kind.POST, Kind.POST_GRAD)
 
     @cached_property
-    def message(self) -> tuple[str, int, bool]:
-        """What a transfer carries, the same on both sides: edge, microbatch, whether it is a gradient."""
+    def message(self) -> Message:
+        """Of a transfer."""
         return self.edge, self.microbatch, self.kind in _OF_GRADIENTS
 
     def __str__(self) -> str:

@@ -20,7 +20,7 @@ from typing import Any
 from torch import fx
 
 from shardwise.errors import CheckError
-from shardwise.program.actions import Action, Kind
+from shardwise.program.actions import Action, Kind, Message
 from shardwise.program.program import Program
 from shardwise.program.reductions import Reduction, Regathering, reductions, regatherings
 from shardwise.program.transfers import meet
@@ -108,7 +108,7 @@ def _steps(program: Program, choose: Choose) -> Iterator[tuple[int, Action | Mee
         Kind.REDUCE: list(_reduction_meetings(program, choose)),
         Kind.UPDATE: list(_update_meetings(program, choose)),
     }
-    posted: set[tuple[str, int, bool]] = set()
+    posted: set[Message] = set()
     for number, action in enumerate(program.actions):
         if action.posts:
             posted.add(action.message)

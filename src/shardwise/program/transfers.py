@@ -17,13 +17,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
-from shardwise.program.actions import Action, Kind
+from shardwise.program.actions import Action, Kind, Message
 from shardwise.program.tables import Slot
 
 __all__ = ["meet", "order_transfers", "rank_actions"]
 
 Lists = dict[int, list[Action]]
-Message = tuple[str, int, bool]  # as of `Action.message`
 
 
 class Link(Protocol):
@@ -83,16 +82,37 @@ _POSTED = {Kind.RECV: Kind.POST, Kind.RECV_GRAD: Kind.POST_GRAD}
 
 
 def order_transfers(lists: Lists) -> Lists:
-    """The lists with receives posted before sends until no rank waits for ever."""
+    """The lists with receives posted before sends until no rank waits for ever, and with what each receive proves."""
     play = _Play(lists=lists)
     moving = list(lists)
     while True:
         play.advance(moving)
         if not any(play.waiting.values()):
-            return play.done
+            return _with_proofs(play.done)
         moving = play.post_one()
         if not moving:
             raise AssertionError(f"no receive can be posted to free {[str(a[0]) for a in play.waiting.values() if a]}")
+
+
+def _with_proofs(lists: Lists) -> Lists:
+    """The lists with what each receive proves to have arrived."""
+    place = {
+        rank: {action.message: n for n, action in enumerate(actions) if action.sends or action.receives} for rank, actions in lists.items()
+    }
+    found: Lists = {}
+    for rank, actions in lists.items():
+        sent: dict[int, list[Message]] = {}
+        found[rank] = []
+        for action in actions:
+            if action.sends:
+                sent.setdefault(action.peer, []).append(action.message)
+            elif action.receives:
+                there, open_ = place[action.peer], sent.get(action.peer, [])
+                proves = tuple(message for message in open_ if there[message] < there[action.message])
+                sent[action.peer] = [message for message in open_ if message not in proves]
+                action = replace(action, proves=proves)
+            found[rank].append(action)
+    return found
 
 
 @dataclass(kw_only=True)

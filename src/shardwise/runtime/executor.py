@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from shardwise.errors import TransferError
-from shardwise.program.actions import Action, Kind
+from shardwise.program.actions import Action, Kind, Message
 from shardwise.program.program import Binding, Program, StageProgram
 from shardwise.program.reductions import beginnings
 from shardwise.program.reuse import without_reuse
@@ -124,13 +124,13 @@ class Executor:
     def _run(self, actions: list[Action], batch: Mapping[str, Tensor], step_key: int, *, backward: bool = True) -> float:
         self.batch, self.step_key, self.saving = batch, step_key, backward
         self.crossings: dict[int, dict[str, Tensor]] = {}
-        self.values: dict[tuple[str, int, bool], Tensor] = {}  # (edge, microbatch, is a gradient) → tensor
+        self.values: dict[Message, Tensor] = {}  # (edge, microbatch, is a gradient) → tensor
         self.saved: dict[tuple[Kind, int, int], list[Any]] = {}  # (who takes it, stage, microbatch) → what the part before it saved
         self.changed: dict[str, Tensor] = {}  # buffers, from the next step on
         self.losses: list[Tensor] = []
         self.outputs = {}
         self.pending: list[tuple[Action, Any, Tensor]] = []
-        self.posted: dict[tuple[str, int, bool], tuple[Any, Tensor]] = {}
+        self.posted: dict[Message, tuple[Any, Tensor]] = {}
         self.events = []
         with using(self.transport):
             for action in actions:
@@ -231,8 +231,8 @@ class Executor:
         work, value = self.posted.pop(action.message)
         self._wait(action, work)
         self.values[action.message] = value
-        if action.kind is Kind.RECV_GRAD:  # so the value that it is the gradient of has arrived
-            self._free_sent(lambda sent, work: sent.message == (action.edge, action.microbatch, False))
+        if action.proves:
+            self._free_sent(lambda sent, work: sent.message in action.proves)
 
     def _free_sent(self, arrived: Callable[[Action, Any], bool]) -> None:
         """Lets go of sent values that are known to have arrived; gloo tells of none until it is waited for."""

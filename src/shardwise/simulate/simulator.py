@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Literal
 
 from shardwise.errors import LayoutError
-from shardwise.program.actions import Action, Kind
+from shardwise.program.actions import Action, Kind, Message
 from shardwise.program.tables import Tables, check_table, in_flight, placed, rank_tables, splits
 from shardwise.program.transfers import rank_actions
 from shardwise.simulate.profile import Profile, StageProfile
@@ -454,9 +454,6 @@ def _meets(ranks: Mapping[int, _Rank]) -> dict[int, frozenset[int]]:
     return group
 
 
-_Message = tuple[str, int, bool]
-
-
 @dataclass(kw_only=True)
 class _Clock:
     """events: (when, which in order of making, rank whose computing or communicating ends then). Computing on shared cores has no event
@@ -475,7 +472,7 @@ class _Clock:
     now_s: float = 0.0
     events: list[tuple[float, int, int]] = field(default_factory=list)
     computing: dict[int, _Rank] = field(default_factory=dict)
-    arrivals: dict[tuple[int, _Message], float] = field(default_factory=dict)  # (receiver, message) → when
+    arrivals: dict[tuple[int, Message], float] = field(default_factory=dict)  # (receiver, message) → when
     reducing: set[int] = field(default_factory=set)  # ranks that stand at their reduction, or have passed it
     sent: dict[int, float] = field(default_factory=dict)
     received: dict[int, float] = field(default_factory=dict)
