@@ -95,10 +95,10 @@ def writes_only(name: str) -> bool:
 
 def kernel_of(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str:
     """The measured kernel (`shardwise.cluster.probe_kernels`) nearest to an operator; ``add`` for those without a peculiarity."""
-    special = _SPECIAL.get(name)
+    base = name[:-1] if name.endswith("_") and name not in _ALIKE else name
+    special = _SPECIAL.get(base)
     if special is not None:
         return special(args, kwargs)
-    base = name[:-1] if name.endswith("_") and name not in _ALIKE else name
     return _ALIKE.get(name) or _ALIKE.get(base, base)
 
 
@@ -132,7 +132,6 @@ def _sum(args: tuple[Any, ...], _kwargs: Mapping[str, Any]) -> str:
 
 _SPECIAL: Final[Mapping[str, Callable[[tuple[Any, ...], Mapping[str, Any]], str]]] = {
     "pow": _power,
-    "pow_": _power,
     "gelu": _gelu,
     "gelu_backward": _gelu_backward,
     "sum": _sum,

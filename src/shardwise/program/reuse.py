@@ -1,6 +1,7 @@
-"""Lets elementwise operators write over an input that nobody reads afterwards.
+"""Lets elementwise operators and softmax write over an input that nobody reads afterwards.
 
-Adding up gradients and chains of elementwise operators otherwise take fresh memory for every result, which costs page faults and cache. An
+Adding up gradients and chains of elementwise operators otherwise take fresh memory for every result, which costs page faults and cache; of
+logits a language model's loss would hold three times their size. An
 input may be overwritten when the graph itself made its memory, this is the last use of all of that memory, and the result has just its
 shape, strides and dtype.
 """
@@ -19,7 +20,7 @@ __all__ = ["into_fresh_memory", "reuse_memory", "without_reuse"]
 
 aten = torch.ops.aten
 
-_IN_PLACE = {
+_IN_PLACE: dict[Any, Any] = {
     aten.add.Tensor: aten.add_.Tensor,
     aten.sub.Tensor: aten.sub_.Tensor,
     aten.mul.Tensor: aten.mul_.Tensor,
@@ -30,6 +31,34 @@ _IN_PLACE = {
     aten.add.Scalar: aten.add_.Scalar,
     aten.mul.Scalar: aten.mul_.Scalar,
 }
+_LIBRARY = torch.library.Library("shardwise", "FRAGMENT")
+_WITHOUT_A_FORM_IN_PLACE = (  # whose kernels may write over their first argument: they read an element, or a row's, before they write it
+    aten._log_softmax.default,
+    aten._log_softmax_backward_data.default,
+    aten._softmax.default,
+    aten._softmax_backward_data.default,
+    aten.gelu_backward.default,
+    aten.sigmoid_backward.default,
+    aten.silu_backward.default,
+    aten.tanh_backward.default,
+    aten.threshold_backward.default,
+)
+
+
+def _in_place(fresh: torch._ops.OpOverload) -> torch._ops.OpOverload:
+    """`shardwise::name_`, which writes over its first argument what the ATen operator `name` returns."""
+    name = f"{fresh.overloadpacket.__name__}_"
+    overloads = (getattr(fresh.overloadpacket, each) for each in fresh.overloadpacket.overloads())
+    into, result = next((each, out.name) for each in overloads for out in each._schema.arguments if out.is_out)
+    arguments = str(fresh._schema).partition("(")[2].rpartition(") -> Tensor")[0].replace("Tensor ", "Tensor(a!) ", 1)
+    _LIBRARY.define(f"{name}({arguments}) -> Tensor(a!)")
+    _LIBRARY.impl(name, lambda *args, **kwargs: into(*args, **kwargs, **{result: args[0]}), "CompositeExplicitAutograd")
+    torch.library.register_fake(f"shardwise::{name}", lambda *args, **kwargs: args[0], lib=_LIBRARY)
+    changed: torch._ops.OpOverload = getattr(torch.ops.shardwise, name).default
+    return changed
+
+
+_IN_PLACE |= {fresh: _in_place(fresh) for fresh in _WITHOUT_A_FORM_IN_PLACE}
 _FRESH = {changed: target for target, changed in _IN_PLACE.items()}
 _COMMUTES = (aten.add.Tensor, aten.mul.Tensor)
 
@@ -49,7 +78,7 @@ def reuse_memory(graph: fx.Graph) -> None:
 
 def into_fresh_memory(target: Callable[..., Any]) -> Callable[..., Any]:
     """The operator that leaves its inputs as they are, of one that `reuse_memory` put in; others as they are."""
-    return _FRESH.get(target, target)  # type: ignore[call-overload]
+    return _FRESH.get(target, target)
 
 
 def without_reuse(graph: fx.Graph) -> fx.Graph:
@@ -70,7 +99,7 @@ def _reuse(node: fx.Node, base: dict[fx.Node, fx.Node], last: dict[fx.Node, int]
             continue
         if index == 1:
             node.args = (node.args[1], node.args[0])
-        node.target = _IN_PLACE[node.target]  # type: ignore[index]
+        node.target = _IN_PLACE[node.target]
         mine, owner = base[node], base[source]
         last[owner] = max(last[owner], last.get(mine, -1))
         for other, known in base.items():
