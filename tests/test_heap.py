@@ -72,6 +72,7 @@ def test_freed_memory_is_used_again_without_page_faults() -> None:
 def test_the_users_own_settings_stay() -> None:
     assert _run(MALLOC_TRIM_THRESHOLD_="100000")[0] == "False"
     assert _run(GLIBC_TUNABLES="glibc.malloc.trim_threshold=100000")[0] == "False"
+    assert _run(GLIBC_TUNABLES="glibc.malloc.tcache_count=0")[0] == _run()[0], "this says nothing about the kernel's memory"
 
 
 @on_linux

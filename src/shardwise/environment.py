@@ -49,8 +49,9 @@ def record_no_messages() -> None:
 
 def tunes_malloc() -> bool:
     """Whether the user tells glibc's malloc when to take memory from the kernel and when to give it back."""
-    named = any(os.environ.get(f"MALLOC_{name}_") for name in ("TRIM_THRESHOLD", "MMAP_THRESHOLD", "MMAP_MAX", "TOP_PAD"))
-    return named or "glibc.malloc" in os.environ.get("GLIBC_TUNABLES", "")
+    names = ("trim_threshold", "mmap_threshold", "mmap_max", "top_pad")
+    tunables = os.environ.get("GLIBC_TUNABLES", "")
+    return any(os.environ.get(f"MALLOC_{name.upper()}_") or f"glibc.malloc.{name}=" in tunables for name in names)
 
 
 def cache_directory() -> Path:
