@@ -10,7 +10,7 @@ from tests.models import gpt2
 from tests.program.support import build
 
 from shardwise.cost.operators import is_inplace, kernel_of, name_of
-from shardwise.program.reuse import into_fresh_memory, reuse_memory
+from shardwise.program.reuse import as_torch_would, into_fresh_memory, reuse_memory
 
 aten = torch.ops.aten
 SHAPES = [((7, 8192), -1), ((3, 50, 17), 1), ((64, 33), 1), ((5, 4097), 0), ((300, 1001), 1)]
@@ -70,6 +70,19 @@ def graph_of(reads_logits: bool) -> torch.fx.Graph:
     for node in graph.nodes:
         node.meta["val"] = torch.empty(4, 4, device="meta")
     return graph
+
+
+def test_what_others_run_has_torchs_own_operators() -> None:
+    graph = graph_of(False)
+    with graph.inserting_before(graph.output_node()):
+        graph.call_function(aten.neg_.default, (graph.find_nodes(op="placeholder")[0],))
+    reuse_memory(graph)
+    as_torch_would(graph)
+    assert [str(node.target) for node in graph.nodes if node.op == "call_function"] == [
+        "aten.mm.default",
+        "aten._log_softmax.default",
+        "aten.neg_.default",
+    ]
 
 
 @pytest.mark.parametrize("reads_logits", [True, False])

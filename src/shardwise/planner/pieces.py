@@ -25,6 +25,7 @@ from shardwise.program.build import lower_ranks, rank_of
 from shardwise.program.lower import Cut
 from shardwise.program.program import ParameterPart, Program, StageProgram
 from shardwise.program.recompute import WEIGHED
+from shardwise.program.reuse import as_torch_would
 from shardwise.program.trace import Tracer
 from shardwise.program.weights import edges_need
 from shardwise.sharding.assignment import Assignment
@@ -168,6 +169,8 @@ def piece_costs_on(
     tp, cp = assignment.mesh["tp"], assignment.mesh["cp"]
     ranks = [rank_of(stage, 0, 0, 1, tp, c=place, cp=cp) for stage in shape.shown]
     programs = lower_ranks(assignment, cut, ranks, lambda *_: "native", tracer=tracer)
+    for graph in (graph for program in programs.values() for stage in program.stages.values() for graph in stage.graphs.values()):
+        as_torch_would(graph)
     ties = [_tied([programs[each] for each in ranks[: index + 1]]) for index in range(len(ranks))]
     return [tuple(_cost(programs[rank], tied, cluster) for rank, tied in zip(ranks, ties, strict=True)) for cluster in clusters]
 

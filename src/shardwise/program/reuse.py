@@ -16,7 +16,7 @@ from torch import fx
 
 from shardwise.cost.memory import bases
 
-__all__ = ["into_fresh_memory", "reuse_memory", "without_reuse"]
+__all__ = ["as_torch_would", "into_fresh_memory", "reuse_memory", "without_reuse"]
 
 aten = torch.ops.aten
 
@@ -89,6 +89,13 @@ def without_reuse(graph: fx.Graph) -> fx.Graph:
         if node.op == "call_function":
             node.target = into_fresh_memory(node.target)
     return copied
+
+
+def as_torch_would(graph: fx.Graph) -> None:
+    """Gives memory of its own again to what torch has no operator in place for: what other frameworks hold and move."""
+    for node in graph.nodes:
+        if into_fresh_memory(node.target) in _WITHOUT_A_FORM_IN_PLACE:
+            node.target = into_fresh_memory(node.target)
 
 
 def _reuse(node: fx.Node, base: dict[fx.Node, fx.Node], last: dict[fx.Node, int], position: dict[fx.Node, int]) -> None:
