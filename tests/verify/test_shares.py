@@ -15,6 +15,7 @@ import shardwise as sw
 from shardwise.capture.export import capture
 from shardwise.planner.apply import analyse, assign
 from shardwise.planner.preflight import preflight
+from shardwise.simulate.memory import memory_use
 from shardwise.verify.verify import Report
 
 
@@ -69,6 +70,22 @@ def test_statistics_and_means_are_the_whole_batchs() -> None:
     labels = torch.tensor([-100, 1, -100, -100, 0, 4, 2, -100, 3, 1, 1, 0])
     report = verified((Normalised(), {"x": torch.randn(12, 6), "y": labels}), "shares=1:2:3,tp=1,pp=1")
     assert report.ok and {"buffer norm.running_mean", "buffer norm.running_var"} <= {each.name for each in report.differences}, str(report)
+
+
+@pytest.mark.parametrize(
+    ("layout", "ranks", "unlike"),
+    [
+        ("shares=5:1:2,tp=1,pp=1", 3, 3),
+        ("shares=1:3,tp=1,pp=2,microbatches=2", 4, 4),
+        ("shares=3:1:1:3,tp=1,pp=2,chunks=2,microbatches=2", 8, 4),
+    ],
+)
+def test_memory_is_predicted_for_each_copy(layout: str, ranks: int, unlike: int) -> None:
+    example = gpt2(layers=4, samples=16)
+    plan = planned(example, layout, ranks)
+    programs = preflight(plan, capture(*example))
+    uses = [memory_use(programs[rank], plan.optimizer).total for rank in range(ranks)]
+    assert plan.predicted.memory_bytes == uses and len(set(uses)) == unlike
 
 
 def test_a_rank_works_on_its_share() -> None:

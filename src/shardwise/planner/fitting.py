@@ -75,7 +75,7 @@ def simulate(run: Estimator, trial: Trial) -> None:
         ranks=ranks,
         tracer=run.tracer,
     )
-    trial.profile = profile_programs(programs, run.cluster, run.optimizer)
+    trial.profile = profile_programs(programs, run.cluster, run.optimizer, trial.layout.shares or ())
     trial.simulation = simulate_profile(trial.profile, mesh, tables)
     for program in programs.values():
         peak, have = memory_use(program, run.optimizer).total, run.cluster.seen_by(computing_ranks(program)).memory_bytes

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 
@@ -27,6 +27,14 @@ class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+class CopyMemory(_Strict):
+    """What the ranks of one copy of a stage hold; fields as of `StageProfile`."""
+
+    memory: dict[str, int]
+    saved_bytes: int
+    kept_bytes: int
+
+
 class StageProfile(_Strict):
     """One rank of a stage (where copies differ, of the slowest, and the fullest).
 
@@ -34,6 +42,7 @@ class StageProfile(_Strict):
     memory: bytes by kind at the peak, "saved" only where saved_bytes is 0. saved_bytes: what one microbatch keeps from its forward to its
     backward pass; kept_bytes: from there to the weights' part of it, where that is apart.
     traffic: kind of action → what its communicating is made of, on devices of the catalog; none where the profile is of pieces.
+    copies: along dp, where they have unlike shares of the batch and hold unlike much.
     reduces: axes over which gradients are summed. tied: other stages with which a weight is shared, whose gradient is summed over all of
     them. modules: what the stage holds; parameters: how many numbers, over all its ranks.
     """
@@ -43,6 +52,7 @@ class StageProfile(_Strict):
     saved_bytes: int = 0
     kept_bytes: int = 0
     traffic: dict[str, list[Traffic]] = {}
+    copies: list[CopyMemory] = []
     reduces: list[str] = []
     tied: list[int] = []
     modules: list[str] = []
@@ -72,9 +82,24 @@ class Profile(_Strict):
     cores: int | None
     nodes: int = 1
 
+    def by_copy(self) -> list[Profile]:
+        """With the memory of each copy along dp; the profile itself where they hold alike."""
+        if not self.stages[0].copies:
+            return [self]
+        each = zip(*(stage.copies for stage in self.stages), strict=True)
+        return [self.model_copy(update={"stages": [_holding(*pair) for pair in zip(self.stages, copy, strict=True)]}) for copy in each]
 
-def profile_programs(programs: Mapping[int, Program], cluster: Cluster, optimizer: str) -> Profile:
-    """The profile of a plan's programs."""
+
+def _holding(stage: StageProfile, copy: CopyMemory) -> StageProfile:
+    return stage.model_copy(update={"memory": copy.memory, "saved_bytes": copy.saved_bytes, "kept_bytes": copy.kept_bytes, "copies": []})
+
+
+def profile_programs(programs: Mapping[int, Program], cluster: Cluster, optimizer: str, shares: Sequence[int] = ()) -> Profile:
+    """The profile of a plan's programs.
+
+    programs: of one rank of each sort at least. shares: in which proportion the copies along dp divide the batch, where not evenly; those
+    with the same share hold alike.
+    """
     stages: dict[int, list[_OnRank]] = {}
     edges: dict[str, EdgeProfile] = {}
     for program in programs.values():
@@ -90,7 +115,7 @@ def profile_programs(programs: Mapping[int, Program], cluster: Cluster, optimize
             if edge.name not in edges or sent.transfer_s > edges[edge.name].transfer_s:
                 edges[edge.name] = sent
     nodes = 1 if cluster.network is None else cluster.ranks // cluster.network.node_ranks
-    found = [_stage(stages[number]) for number in sorted(stages)]
+    found = [_stage(stages[number], shares) for number in sorted(stages)]
     return Profile(stages=found, edges=list(edges.values()), cores=cluster.cores, nodes=nodes)
 
 
@@ -136,27 +161,34 @@ def _traffic(program: Program, number: int, cluster: Cluster) -> dict[Kind, list
     return found | once if number == next(iter(program.stages)) else found
 
 
-def _stage(ranks: list[_OnRank]) -> StageProfile:
+def _stage(ranks: list[_OnRank], shares: Sequence[int]) -> StageProfile:
     slowest = max(ranks, key=lambda rank: rank.passes_s).copy
     alike = [rank for rank in ranks if rank.copy == slowest]
     times = [rank.times for rank in alike]
     seconds = {kind.value: (max(t[kind].compute_s for t in times), max(t[kind].communicate_s for t in times)) for kind in times[0]}
-    fullest = max((rank.memory for rank in ranks), key=lambda memory: memory.use.total + memory.saved_bytes)
+    fullest = _fullest(ranks)
+    by_share = {share: _fullest([rank for rank in ranks if shares[rank.copy] == share]) for share in set(shares)}
     reduces = sorted({axis for rank in ranks for part in rank.stage.parameters for axis in part.reduce})
     held = ranks[0].stage.parameters
     tied = {other for part in held if part.requires_grad for other in part.stages} - {ranks[0].stage.stage}
     busiest = {kind: max(alike, key=lambda rank: rank.times[kind].communicate_s) for kind in times[0]}
     return StageProfile(
         seconds=seconds,
-        memory=fullest.use.by_kind(),
+        memory=fullest.memory,
         saved_bytes=fullest.saved_bytes,
         kept_bytes=fullest.kept_bytes,
+        copies=[by_share[share] for share in shares],
         traffic={kind.value: found for kind, rank in busiest.items() if (found := rank.traffic.get(kind))},
         reduces=reduces,
         tied=sorted(tied),
         modules=modules_held(part.name for part in held),
         parameters=sum(prod(part.shape) for part in held),
     )
+
+
+def _fullest(ranks: Iterable[_OnRank]) -> CopyMemory:
+    found = max((rank.memory for rank in ranks), key=lambda memory: memory.use.total + memory.saved_bytes)
+    return CopyMemory(memory=found.use.by_kind(), saved_bytes=found.saved_bytes, kept_bytes=found.kept_bytes)
 
 
 # -- other links ---------------------------------------------------------------------------------------------------------------------------

@@ -156,7 +156,8 @@ def simulate_profile(
     that is not there, and for a schedule that splits the backward pass where the profile does not say what its parts take.
     """
     shared, each = profile.cores is not None, mesh.stage_ranks
-    rows = _rows(profile, mesh, tables)
+    tables = _tables(mesh, tables)
+    rows = _rows(profile, tables)
     paces = _paces(mesh, slow or {}, apart=shared)
     ranks = {pipe * each + pace.first: _placed(row, pipe, pace, mesh, profile) for pace in paces for pipe, row in rows.items()}
     clock = _Clock(
@@ -169,7 +170,8 @@ def simulate_profile(
     timeline, total = clock.play(), clock.end_s
     crowd = max(1.0, len(ranks) / profile.cores) if profile.cores else 1.0
     waiting = 1 - min(1.0, _busy_s(rows, mesh, slow or {}) * crowd / (total * each * mesh.pp))
-    memory = [row.memory for row in rows.values() for _ in range(each)]
+    copies = [_memories(copy, tables) for copy in profile.by_copy()]
+    memory = [copies[place * len(copies) // each][pipe] for pipe in rows for place in range(each)]
     if not shared and len(memory) <= _DRAWN:
         timeline = [_on_rank(span, place - pace.first) for pace in paces for place in pace.places for span in _of(pace, timeline, each)]
     talk = max(_added(row.seconds)[1] for row in rows.values())
@@ -178,10 +180,7 @@ def simulate_profile(
 
 def peak_memory(profile: Profile, mesh: Mesh) -> list[dict[str, int]]:
     """Bytes by kind that the ranks at each place of the pipeline hold at their peak, as `simulate_profile` says; no clock runs for it."""
-    tables = rank_tables(mesh.schedule, mesh.pp, mesh.chunks, mesh.microbatches)
-    home, held = placed(tables), _held(profile, tables)
-    own = {pipe: [profile.stages[stage] for stage in sorted(home) if home[stage] == pipe] for pipe in range(mesh.pp)}
-    return [_memory(stages, held[pipe]) for pipe, stages in own.items()]
+    return _memories(profile, _tables(mesh, None))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -254,7 +253,9 @@ def simulate_columns(columns: Sequence[Column], mesh: Mesh) -> Simulation:
         raise LayoutError(f"{copies} copies on devices of their own make no dp={mesh.dp}; give as many columns' copies as the mesh has")
     folded = replace(mesh, dp=len(columns), tp=1)
     firsts = [0, *accumulate(column.copies for column in columns)]
-    rows = [_rows(column.profile, replace(mesh, microbatches=column.microbatches), None) for column in columns]
+    tables = [_tables(replace(mesh, microbatches=column.microbatches), None) for column in columns]
+    rows = [_rows(column.profile, table) for column, table in zip(columns, tables, strict=True)]
+    memories = [_memories(column.profile, table) for column, table in zip(columns, tables, strict=True)]
     ranks = {
         pipe * folded.dp + number: _placed(row, pipe, _Pace(places=[number], factors={}), folded, column.profile)
         for number, column in enumerate(columns)
@@ -272,7 +273,12 @@ def simulate_columns(columns: Sequence[Column], mesh: Mesh) -> Simulation:
     return Simulation(
         step_time_s=total,
         timeline=[_renumbered(span, real) for span in timeline],
-        memory=[row.memory for row, copies in each for _ in range(copies * mesh.tp)],
+        memory=[
+            memory[pipe]
+            for pipe in range(mesh.pp)
+            for column, memory in zip(columns, memories, strict=True)
+            for _ in range(column.copies * mesh.tp)
+        ],
         bubble=1 - min(1.0, busy / (total * mesh.pp * mesh.dp)),
         communication_s=max(sum(talk for _, talk in row.seconds) for row, _ in each),
     )
@@ -298,8 +304,7 @@ def _on_rank(span: Span, offset: int) -> Span:
 class _Row:
     """What the ranks of one place in the pipeline do. stages, seconds (computing, communicating): of each action; peers are pipeline ranks.
 
-    reduces: whether they wait for each other to reduce gradients; tied: the places in the pipeline for which they wait then, too; memory:
-    bytes by kind.
+    reduces: whether they wait for each other to reduce gradients; tied: the places in the pipeline for which they wait then, too.
     """
 
     actions: list[Action]
@@ -307,33 +312,31 @@ class _Row:
     seconds: list[tuple[float, float]]
     reduces: bool
     tied: frozenset[int]
-    memory: dict[str, int]
 
 
-def _rows(profile: Profile, mesh: Mesh, given: Tables | None) -> dict[int, _Row]:
+def _tables(mesh: Mesh, given: Tables | None) -> Tables:
+    """Each pipeline rank's slots: those given, else those of the mesh's schedule."""
+    if given is None:
+        return rank_tables(mesh.schedule, mesh.pp, mesh.chunks, mesh.microbatches)
+    check_table(given, mesh.pp, mesh.chunks, mesh.microbatches)
+    return given
+
+
+def _rows(profile: Profile, tables: Tables) -> dict[int, _Row]:
     """Pipeline rank → what it does."""
-    if given is not None:
-        check_table(given, mesh.pp, mesh.chunks, mesh.microbatches)
-    tables = rank_tables(mesh.schedule, mesh.pp, mesh.chunks, mesh.microbatches) if given is None else given
     home = placed(tables)
     assert len(profile.stages) == len(home), f"the profile has {len(profile.stages)} stages, the tables {len(home)}"
     lists = {rank: rank_actions(row, profile.edges, home.__getitem__) for rank, row in enumerate(tables)}
-    split = splits(tables)
-    seconds = _seconds(profile, split)
-    held = _held(profile, tables)
-    return {
-        rank: _row(actions, sorted(stage for stage in home if home[stage] == rank), profile, seconds, held[rank], home)
-        for rank, actions in lists.items()
-    }
+    seconds = _seconds(profile, splits(tables))
+    return {rank: _row(actions, _own(home, rank), profile, seconds, home) for rank, actions in lists.items()}
 
 
-def _held(profile: Profile, tables: Tables) -> list[int]:
-    """The most that each pipeline rank's microbatches in flight keep."""
-    saved, kept = ({stage: getattr(each, name) for stage, each in enumerate(profile.stages)} for name in ("saved_bytes", "kept_bytes"))
-    return in_flight(tables, saved, kept)
+def _own(home: Mapping[int, int], rank: int) -> list[int]:
+    """The stages of a pipeline rank. home: stage → rank."""
+    return sorted(stage for stage in home if home[stage] == rank)
 
 
-def _row(inner: list[Action], own: list[int], profile: Profile, seconds: list[_Times], held_bytes: int, home: Mapping[int, int]) -> _Row:
+def _row(inner: list[Action], own: list[int], profile: Profile, seconds: list[_Times], home: Mapping[int, int]) -> _Row:
     """Of the rank that has the stages `own`. home: stage → rank."""
     actions = [Action(kind=Kind.PRELUDE), *inner, Action(kind=Kind.REDUCE), Action(kind=Kind.UPDATE)]
     stages = [action.stage if action.stage >= 0 else own[0] for action in actions]
@@ -351,7 +354,6 @@ def _row(inner: list[Action], own: list[int], profile: Profile, seconds: list[_T
         seconds=[times(action, stage) for action, stage in zip(actions, stages, strict=True)],
         reduces=any(profile.stages[stage].reduces for stage in own),
         tied=frozenset(home[other] for stage in own for other in profile.stages[stage].tied) - {home[own[0]]},
-        memory=_memory([profile.stages[stage] for stage in own], held_bytes),
     )
 
 
@@ -378,6 +380,14 @@ def _seconds(profile: Profile, split: bool) -> list[_Times]:
             seconds[Kind.BACKWARD] = _added([seconds[Kind.BACKWARD], seconds.pop(Kind.WEIGHT)])
         found.append(seconds)
     return found
+
+
+def _memories(profile: Profile, tables: Tables) -> list[dict[str, int]]:
+    """The bytes by kind of each pipeline rank."""
+    home = placed(tables)
+    saved, kept = ({stage: getattr(each, name) for stage, each in enumerate(profile.stages)} for name in ("saved_bytes", "kept_bytes"))
+    held = in_flight(tables, saved, kept)
+    return [_memory([profile.stages[stage] for stage in _own(home, rank)], held[rank]) for rank in range(len(tables))]
 
 
 def _memory(stages: Sequence[StageProfile], held_bytes: int) -> dict[str, int]:
