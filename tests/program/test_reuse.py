@@ -91,3 +91,11 @@ def test_what_is_read_later_is_not_written_over(reads_logits: bool) -> None:
     reuse_memory(graph)
     targets = [name_of(node.target) for node in graph.nodes if node.op == "call_function"]
     assert targets == ["mm", "_log_softmax" if reads_logits else "_log_softmax_"]
+
+
+@pytest.mark.parametrize("name", SOFTMAX)
+def test_what_is_not_contiguous_is_left_as_it_is(name: str) -> None:
+    x = torch.randn(2, 5, 4, 3).contiguous(memory_format=torch.channels_last)
+    before, expected = x.clone(), getattr(aten, name).default(x, 1, False)
+    result = getattr(torch.ops.shardwise, f"{name}_").default(x, 1, False)
+    assert torch.equal(x, before) and torch.equal(result, expected) and result.stride() == expected.stride()

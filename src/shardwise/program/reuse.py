@@ -46,13 +46,21 @@ _WITHOUT_A_FORM_IN_PLACE = (  # whose kernels may write over their first argumen
 
 
 def _in_place(fresh: torch._ops.OpOverload) -> torch._ops.OpOverload:
-    """`shardwise::name_`, which writes over its first argument what the ATen operator `name` returns."""
+    """`shardwise::name_`, which writes over its first argument what the ATen operator `name` returns.
+
+    Softmax returns contiguous memory whatever it is given, which others rely on, and strides may differ from those of the trace (a
+    convolution's): an argument that is not contiguous is left as it is.
+    """
     name = f"{fresh.overloadpacket.__name__}_"
     overloads = (getattr(fresh.overloadpacket, each) for each in fresh.overloadpacket.overloads())
     into, result = next((each, out.name) for each in overloads for out in each._schema.arguments if out.is_out)
     arguments = str(fresh._schema).partition("(")[2].rpartition(") -> Tensor")[0].replace("Tensor ", "Tensor(a!) ", 1)
+
+    def over_the_first(*args: Any, **kwargs: Any) -> Any:
+        return into(*args, **kwargs, **{result: args[0]}) if args[0].is_contiguous() else fresh(*args, **kwargs)
+
     _LIBRARY.define(f"{name}({arguments}) -> Tensor(a!)")
-    _LIBRARY.impl(name, lambda *args, **kwargs: into(*args, **kwargs, **{result: args[0]}), "CompositeExplicitAutograd")
+    _LIBRARY.impl(name, over_the_first, "CompositeExplicitAutograd")
     torch.library.register_fake(f"shardwise::{name}", lambda *args, **kwargs: args[0], lib=_LIBRARY)
     changed: torch._ops.OpOverload = getattr(torch.ops.shardwise, name).default
     return changed
