@@ -124,7 +124,7 @@ class Executor:
     def _run(self, actions: list[Action], batch: Mapping[str, Tensor], step_key: int, *, backward: bool = True) -> float:
         self.batch, self.step_key, self.saving = batch, step_key, backward
         self.crossings: dict[int, dict[str, Tensor]] = {}
-        self.values: dict[Message, Tensor] = {}  # (edge, microbatch, is a gradient) → tensor
+        self.values: dict[Message, Tensor] = {}
         self.saved: dict[tuple[Kind, int, int], list[Any]] = {}  # (who takes it, stage, microbatch) → what the part before it saved
         self.changed: dict[str, Tensor] = {}  # buffers, from the next step on
         self.losses: list[Tensor] = []

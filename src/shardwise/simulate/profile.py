@@ -91,7 +91,7 @@ class Profile(_Strict):
 
 
 def _holding(stage: StageProfile, copy: CopyMemory) -> StageProfile:
-    return stage.model_copy(update={"memory": copy.memory, "saved_bytes": copy.saved_bytes, "kept_bytes": copy.kept_bytes, "copies": []})
+    return stage.model_copy(update={**dict(copy), "copies": []})
 
 
 def profile_programs(programs: Mapping[int, Program], cluster: Cluster, optimizer: str, shares: Sequence[int] = ()) -> Profile:
@@ -166,7 +166,6 @@ def _stage(ranks: list[_OnRank], shares: Sequence[int]) -> StageProfile:
     alike = [rank for rank in ranks if rank.copy == slowest]
     times = [rank.times for rank in alike]
     seconds = {kind.value: (max(t[kind].compute_s for t in times), max(t[kind].communicate_s for t in times)) for kind in times[0]}
-    fullest = _fullest(ranks)
     by_share = {share: _fullest([rank for rank in ranks if shares[rank.copy] == share]) for share in set(shares)}
     reduces = sorted({axis for rank in ranks for part in rank.stage.parameters for axis in part.reduce})
     held = ranks[0].stage.parameters
@@ -174,9 +173,7 @@ def _stage(ranks: list[_OnRank], shares: Sequence[int]) -> StageProfile:
     busiest = {kind: max(alike, key=lambda rank: rank.times[kind].communicate_s) for kind in times[0]}
     return StageProfile(
         seconds=seconds,
-        memory=fullest.memory,
-        saved_bytes=fullest.saved_bytes,
-        kept_bytes=fullest.kept_bytes,
+        **dict(_fullest(ranks)),
         copies=[by_share[share] for share in shares],
         traffic={kind.value: found for kind, rank in busiest.items() if (found := rank.traffic.get(kind))},
         reduces=reduces,
