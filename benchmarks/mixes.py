@@ -70,6 +70,8 @@ def draw(source: random.Random, *, experts: bool = False) -> str:
     elif dp == 2 and source.random() < 0.2:
         parts.append("shares=3:1")
     parts.append(f"recompute={source.choice(RECOMPUTE)}")
+    if not parts[-1].endswith("none") and source.random() < 0.3:
+        parts.append("recompute_blocks=1")
     each = 1 if "shares=3:1" in parts else SAMPLES // dp
     microbatches = source.choice([count for count in (1, 2, 4) if each % count == 0])
     if pp > 1:

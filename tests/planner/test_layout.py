@@ -32,11 +32,16 @@ def test_text_and_mappings_say_the_same() -> None:
             "zp=2",
             (
                 "'zp' in the layout is unknown; there are dp, cp, tp, ep, pp, chunks, microbatches, attention, schedule, zero, shard, "
-                "recompute, shares"
+                "recompute, recompute_blocks, shares"
             ),
         ),
         ("zero=4", "zero=4 in the layout is unknown; there are 0, 1, 2, 3"),
         ("recompute=all", "recompute=all in the layout is unknown; there are none, selective, full"),
+        (
+            "recompute=none,recompute_blocks=2",
+            ("recompute_blocks=2 in the layout says how many blocks of a stage compute again: name recompute=selective or full, too"),
+        ),
+        ("recompute=full,recompute_blocks=0", "recompute_blocks=0 in the layout is not a whole number of 1 or more"),
         ("zero=1,shard=x", "shard=x in the layout is not a whole number of 1 or more"),
         ("dp=4,shard=2", "shard=2 in the layout says how many ranks divide what zero divides: name zero=1, 2 or 3, too"),
         ("shares=3:x", "shares=x in the layout is not a whole number of 1 or more"),

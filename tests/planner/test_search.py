@@ -113,10 +113,33 @@ def test_a_memory_limit_makes_blocks_computed_again() -> None:
         tight = planned(example, 1, layout, memory_gb=limit / FULL_MEMORY / 1e9)
         assert tight.recompute == recompute, tight.layout
         assert tight.predicted.memory_bytes[0] <= limit
-        assert "each of 4 blocks keeps what it is given" in str(tight)
+        assert "4 blocks keeps what it is given" in str(tight)
         assert tight.predicted.step_time_s > whole.predicted.step_time_s
     found = sw.plan(*example, made_up(1, memory_gb=limit / FULL_MEMORY / 1e9), f"{layout},recompute=none")
     assert isinstance(found, sw.Infeasible) and "a rank" in found.reasons[0]
+
+
+def test_no_more_blocks_are_computed_again_than_memory_takes() -> None:
+    """The more is missing, the more of them; one fewer than was found would not fit."""
+    example, layout = gpt2(layers=6, samples=16), "dp=1,microbatches=1"
+    whole, thrifty = (planned(example, 1, f"{layout},recompute={kind}") for kind in ("none", "selective"))
+    most, least = (plan.predicted.memory_bytes[0] for plan in (whole, thrifty))
+    found = []
+    for missing in (0.1, 0.5, 0.95):
+        limit = most - missing * (most - least)
+        plan = planned(example, 1, layout, memory_gb=limit / FULL_MEMORY / 1e9)
+        assert plan.recompute == "selective" and plan.predicted.memory_bytes[0] <= limit
+        found.append(plan.recompute_blocks or 6)
+        if found[-1] > 1:
+            fewer = planned(example, 1, f"{layout},recompute=selective,recompute_blocks={found[-1] - 1}")
+            assert fewer.predicted.memory_bytes[0] > limit
+            assert whole.predicted.step_time_s < fewer.predicted.step_time_s < plan.predicted.step_time_s
+    assert (
+        found == sorted(set(found))
+        and found[0] <= 2
+        and f"each of the first {found[1]} of 6 blocks"
+        in str(planned(example, 1, f"{layout},recompute=selective,recompute_blocks={found[1]}"))
+    )
 
 
 def test_nothing_fits() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ from shardwise.program.joint import JointGraph
 from shardwise.program.program import Program
 from shardwise.program.recompute import blocks_of
 from shardwise.program.trace import Tracer
+from shardwise.sharding.collectives import all_reduce_sum
 from shardwise.simulate.memory import MemoryUse, memory_use
 
 HIDDEN, SAMPLES, TOKENS, FLOAT = 64, 8, 32, 4
@@ -47,6 +49,37 @@ def test_one_block_is_made_again_at_a_time() -> None:
     assert use(2, "full").transient < use(2, "none").saved
     assert use(4, "selective").total < use(4, "none").total
     assert use(4, "full").total < use(4, "selective").total
+
+
+@pytest.mark.parametrize("recompute", ["selective", "full"])
+def test_the_first_blocks_alone(recompute: str) -> None:
+    """Each saves as much less, and nothing of the others is made again."""
+    saved = [use(4, "none").saved, *(use(4, f"{recompute},recompute_blocks={count}").saved for count in (1, 2, 3, 4))]
+    less = {before - after for before, after in pairwise(saved)}
+    assert len(less) == 1 and less.pop() > 0 and saved[-1] == use(4, recompute).saved
+    programs = build(gpt2(layers=4), f"pp=2,microbatches=1,recompute={recompute},recompute_blocks=1").programs
+    for rank, block in ((0, 0), (1, 2)):
+        stage = only_stage(programs[rank])
+        norms = [node for node in stage.backward.nodes if node.target is torch.ops.aten.native_layer_norm.default]
+        assert {node.meta["module"].partition(".ln_")[0] for node in norms} == {f"transformer.h.{block}"}
+
+
+def test_sums_over_ranks_are_not_made_again() -> None:
+    """Neither of products nor, as here, of what was added to them: a residual of which the ranks hold parts."""
+    joint = JointGraph(tracer=Tracer(device=torch.device("cpu")))
+    x, weight = (joint.placeholder(name, torch.empty(4, 4, device="meta"), grad=True) for name in ("x", "weight"))
+    weight.meta["parameter"] = True
+    joint.segment = "layer.0"
+    (part,) = joint.apply(lambda t: t[0] + t[0] @ t[1], "mm add", [x, weight], grad=True, module="")
+    (whole,) = joint.apply(lambda t: all_reduce_sum(t[0], "tp:0,1"), "all_reduce", [part], grad=True, module="")
+    (made,) = joint.apply(lambda t: torch.tanh(t[0].exp()), "exp tanh", [whole], grad=True, module="")
+    joint.segment = None
+    joint.backward([(made, joint.placeholder("seed", torch.empty(4, 4, device="meta"), forward=False))])
+    halves = joint.split([made], [joint.cotangents[x]], "selective")
+    names = [getattr(node.target, "__name__", "") for node in halves.backward.nodes]
+    assert "exp.default" in names and "add.Tensor" not in names
+    assert names.count("all_reduce.default") == 1, "of the gradient"
+    assert any("all_reduce" in node.name for node in halves.forward.output_node().all_input_nodes[1:])
 
 
 def test_the_rest_of_the_model_is_kept() -> None:

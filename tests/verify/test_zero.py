@@ -102,6 +102,11 @@ CASES: dict[str, tuple[Callable[[], Example], str]] = {
     "dropout, zero 3 with tp, full": (lambda: gpt2(layers=1, dropout=0.1), "dp=2,tp=2,zero=3,recompute=full"),
     "dropout, selective, tp and microbatches": (lambda: gpt2(layers=1, dropout=0.1), "tp=2,recompute=selective,microbatches=2"),
     "tied stages, zero 1": (lambda: gpt2(layers=2), "dp=2,pp=2,zero=1,microbatches=2"),
+    "dropout, selective in the first block of each stage": (
+        lambda: gpt2(layers=4, dropout=0.1),
+        "tp=2,pp=2,recompute=selective,recompute_blocks=1,microbatches=2",
+    ),
+    "zero 3, full in the first block": (lambda: gpt2(layers=3), "dp=2,zero=3,recompute=full,recompute_blocks=1,microbatches=2"),
     "tied stages, zero 2, selective": (lambda: gpt2(layers=2), "dp=2,pp=2,zero=2,recompute=selective,microbatches=2"),
     "tied stages, dropout, zero 3, full": (
         lambda: gpt2(layers=2, dropout=0.1),

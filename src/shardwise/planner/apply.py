@@ -231,4 +231,4 @@ def _cut(plan: Plan, graph: Graph, prelude: set[Op]) -> Cut:
     for index, op in enumerate(graph.ops):
         if op not in prelude:
             stage_of[op] = max((stage for stage, start in enumerate(starts) if start <= index), default=0)
-    return Cut(stage_of=stage_of, prelude=frozenset(prelude), recompute=plan.recompute)
+    return Cut(stage_of=stage_of, prelude=frozenset(prelude), recompute=plan.recompute, recompute_blocks=plan.recompute_blocks)

@@ -194,7 +194,12 @@ class Estimator:
             trial.note = "no operator is worth splitting over tp: every rank would do all of the work"
             return
         trial.gap = tensor.gap
-        cut = Cut(stage_of=stage_of, prelude=frozenset(self.analysis.prelude), recompute=layout.recompute or "none")  # type: ignore[arg-type]
+        cut = Cut(
+            stage_of=stage_of,
+            prelude=frozenset(self.analysis.prelude),
+            recompute=layout.recompute or "none",  # type: ignore[arg-type]
+            recompute_blocks=layout.recompute_blocks or 0,
+        )
         trial.applied = Applied(assignment=assignment, cut=cut)
         trial.estimate_s = self._estimate(assignment, layout, stage_of)
 

@@ -155,9 +155,11 @@ def _recomputed(plan: Plan, graph: Graph) -> list[str]:
     """What the backward pass computes again."""
     if plan.recompute == "none":
         return []
-    blocks = len(set(blocks_of(graph).values()))
+    blocks = f"{len(set(blocks_of(graph).values()))} blocks"
+    if plan.recompute_blocks:
+        blocks = f"the first {plan.recompute_blocks} of {blocks if len(plan.stages) == 1 else f'each stage, of {blocks} in all,'}"
     kept = "what it is given" + (" and what its products with weights make" if plan.recompute == "selective" else "")
-    return [f"  each of {blocks} blocks keeps {kept}; the backward pass computes the rest again"]
+    return [f"  each of {blocks} keeps {kept}; the backward pass computes the rest again"]
 
 
 def _stages(plan: Plan, applied: Applied, graph: Graph) -> list[str]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
+from math import ceil
 
 import torch
 
@@ -12,7 +14,7 @@ from shardwise.planner.layout import Layout
 from shardwise.planner.plan import Chooser
 from shardwise.planner.trial import Trial, gigabytes
 from shardwise.program.build import build_programs, rank_of
-from shardwise.program.recompute import RECOMPUTE
+from shardwise.program.recompute import RECOMPUTE, blocks_of
 from shardwise.simulate.memory import memory_use
 from shardwise.simulate.profile import computing_ranks, profile_programs
 from shardwise.simulate.simulator import simulate_profile
@@ -20,6 +22,7 @@ from shardwise.simulate.simulator import simulate_profile
 __all__ = ["fit", "simulate"]
 
 _THRIFTS = 5  # layouts that divide or compute again more, tried where one does not fit
+_NUMBERS_OF_BLOCKS = 4  # that are tried
 
 
 def fit(run: Estimator, trial: Trial) -> None:
@@ -31,13 +34,52 @@ def fit(run: Estimator, trial: Trial) -> None:
         run.estimate(trial)
         simulate(run, trial)
     for thrifty in _thriftier(run, trial) if trial.note else ():
-        other = Trial(layout=thrifty, lean=trial.lean)
-        run.estimate_as_it_is(other)
-        if other.applied:
-            simulate(run, other)
+        other = _simulated(run, thrifty, lean=trial.lean)
         if not other.note:
-            trial.become(other)
+            trial.become(_in_fewer_blocks(run, other))
             return
+
+
+def _simulated(run: Estimator, layout: Layout, *, lean: bool) -> Trial:
+    trial = Trial(layout=layout, lean=lean)
+    run.estimate_as_it_is(trial)
+    if trial.applied:
+        simulate(run, trial)
+    return trial
+
+
+def _in_fewer_blocks(run: Estimator, trial: Trial) -> Trial:
+    """Of a layout that fits, the same with as few blocks of each stage computed again as do, sought from the number that it takes where
+    each saves as much (each does, but for what one holds while it computes)."""
+    layout = trial.layout
+    if layout.recompute is None or run.pinned.recompute is not None:
+        return trial
+    assert trial.applied is not None and trial.simulation is not None
+    blocks = _most_blocks(run, trial)
+    kept = _simulated(run, replace(layout, recompute=None), lean=trial.lean)
+    if kept.simulation is None:
+        return trial
+    limit = min(run.limits(layout))
+    saves = [(most, most - least) for most, least in zip(kept.simulation.memory_bytes, trial.simulation.memory_bytes, strict=True)]
+    wanted = max((ceil(blocks * (most - limit) / saved) for most, saved in saves if saved > 0), default=blocks)
+    best, too_few, enough, count = trial, 0, blocks, min(max(wanted, 1), blocks - 1)
+    for _ in range(_NUMBERS_OF_BLOCKS):
+        if not too_few < count < enough:
+            break
+        fewer = _simulated(run, replace(layout, recompute_blocks=count), lean=trial.lean)
+        if fewer.note:
+            too_few, count = count, count + 1
+        else:
+            best, enough, count = fewer, count, count - 1
+    return best
+
+
+def _most_blocks(run: Estimator, trial: Trial) -> int:
+    """That a stage has."""
+    assert trial.applied is not None
+    block, stage = blocks_of(run.graph), trial.applied.cut.stage_of
+    counts = Counter(at for _, at in {(block[op], stage[op]) for op in block if op in stage})
+    return max(counts.values(), default=0)
 
 
 def _thriftier(run: Estimator, trial: Trial) -> list[Layout]:

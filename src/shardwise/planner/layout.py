@@ -17,7 +17,7 @@ from shardwise.sharding.context import ATTENTION
 __all__ = ["Layout", "completions"]
 
 _NUMBERS = ("dp", "cp", "tp", "ep", "pp", "chunks", "microbatches")
-_NAMES = (*_NUMBERS, "attention", "schedule", "zero", "shard", "recompute", "shares")
+_NAMES = (*_NUMBERS, "attention", "schedule", "zero", "shard", "recompute", "recompute_blocks", "shares")
 _MOST_ZERO = 3
 
 
@@ -31,8 +31,8 @@ class Layout:
 
     chunks: stages of each pipeline rank, as few as the schedule takes where not pinned. table: the text of a schedule of the user's own.
     schedule: where not pinned 1f1b, or another that promises to be faster. zero: what data ranks divide (0 to 3), in groups of `shard`
-    where that is not all of them; recompute: none, selective or full. Where these are not pinned they are 0 and none, and more where memory
-    would not do, or zero=1 where it promises to be faster.
+    where that is not all of them; recompute: none, selective or full, recompute_blocks: in the first so many blocks of each stage, None: in
+    all. Where these are not pinned they are 0 and none, and more where memory would not do, or zero=1 where it promises to be faster.
     shares: in which proportion the copies divide the batch, () evenly; not pinned, evenly where all ranks are alike.
     """
 
@@ -49,6 +49,7 @@ class Layout:
     zero: int | None = None
     shard: int | None = None
     recompute: str | None = None
+    recompute_blocks: int | None = None
     shares: tuple[int, ...] | None = None
 
     @classmethod
@@ -61,6 +62,11 @@ class Layout:
         if pairs.get("shard") and not pairs.get("zero"):
             raise LayoutError(
                 f"shard={pairs['shard']} in the layout says how many ranks divide what zero divides: name zero=1, 2 or 3, too"
+            )
+        if pairs.get("recompute_blocks") and pairs.get("recompute", "none") == "none":
+            raise LayoutError(
+                f"recompute_blocks={pairs['recompute_blocks']} in the layout says how many blocks of a stage compute again: name "
+                "recompute=selective or full, too"
             )
         if pairs.get("attention") and pairs.get("cp", 1) == 1:
             raise LayoutError(f"attention={pairs['attention']} in the layout says how the ranks of cp share it: name cp=2 or more, too")
@@ -161,7 +167,7 @@ def _with_shares(layout: Layout) -> Layout:
 def _read(name: str, value: Any) -> Any:
     """What is given for a name; a schedule as it is."""
     known = {"zero": range(_MOST_ZERO + 1), "recompute": RECOMPUTE, "attention": ATTENTION}
-    if name in (*_NUMBERS, "shard"):
+    if name in (*_NUMBERS, "shard", "recompute_blocks"):
         return _positive(name, value)
     if name == "shares":
         return _numbers(value)

@@ -13,7 +13,7 @@ from math import prod
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, NonNegativeInt, ValidationError, model_validator
 
 from shardwise.capture.blocks import block_pattern
 from shardwise.capture.graph import Graph, Op
@@ -99,6 +99,7 @@ class Plan(_Strict):
     shares: in which proportion the data ranks divide the samples; [] evenly.
     zero: what the data ranks divide (0 nothing, 1 optimizer states, 2 gradients too, 3 parameters too), shard: in groups of how many, 0: of
     all. recompute: what the backward pass makes again (`shardwise.program.recompute`).
+    recompute_blocks: in the first so many blocks of each stage, 0: in all.
     operators, parameters: pattern → choice or type on the tensor axis; what is not named is whole.
     collectives: "kind/ranks" → (up to so many bytes, implementation), measured on the cluster.
     profile: what the stages take, for the simulator.
@@ -127,6 +128,7 @@ class Plan(_Strict):
     zero: Literal[0, 1, 2, 3] = 0
     shard: int = 0
     recompute: Recompute = "none"
+    recompute_blocks: NonNegativeInt = 0
     sequence_dims: dict[str, int] = {}
     attention: Attention = "gather"
     shares: list[int] = []
@@ -169,6 +171,11 @@ class Plan(_Strict):
             raise ValueError(
                 f"zero={self.zero} divides over data ranks, of which there is one; use zero=0, or plan again with dp=2 or more"
             )
+        if self.recompute_blocks and self.recompute == "none":
+            raise ValueError(
+                f"recompute_blocks={self.recompute_blocks} says how many blocks of a stage compute again, and recompute is none; use "
+                "recompute=selective or full"
+            )
         if self.shard and (not self.zero or self.shard in (1, data) or data % self.shard):
             raise ValueError(
                 f"shard={self.shard} must divide dp · cp={data} data ranks into several groups of two or more, for zero=1 to 3"
@@ -204,7 +211,8 @@ class Plan(_Strict):
         experts = f"ep={self.ep}," if self.ep > 1 else ""
         attention = f"attention={self.attention}," if self.cp > 1 else ""
         chunks = f"chunks={self.chunks}," if self.chunks > 1 else ""
-        more = [f",{name}={value}" for name in ("zero", "shard", "recompute") if (value := getattr(self, name)) not in (0, "none")]
+        names = ("zero", "shard", "recompute", "recompute_blocks")
+        more = [f",{name}={value}" for name in names if (value := getattr(self, name)) not in (0, "none")]
         more += [f",shares={':'.join(map(str, self.shares))}"] if self.shares else []
         schedule = f"microbatches={self.microbatches},{attention}schedule={self.schedule}{''.join(more)}"
         return f"dp={self.dp},{context}tp={self.tp},{experts}pp={self.pp},{chunks}{schedule}"

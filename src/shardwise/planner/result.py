@@ -81,6 +81,7 @@ def make_plan(run: Estimator, best: Trial, trials: Sequence[Trial], seconds: flo
         zero=best.layout.zero or 0,  # type: ignore[arg-type]
         shard=best.layout.shard or 0,
         recompute=best.layout.recompute or "none",  # type: ignore[arg-type]
+        recompute_blocks=best.layout.recompute_blocks or 0,
         sequence_dims=run.analysis.sequence_dims if (best.layout.cp or 1) > 1 else {},
         attention=best.layout.attention or "gather",  # type: ignore[arg-type]
         shares=list(best.layout.shares or ()),

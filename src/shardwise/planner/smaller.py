@@ -78,7 +78,7 @@ def _changes(plan: Plan) -> Iterator[dict[str, Any]]:
     for recompute in kinds:
         for zero in zeros:
             for microbatches in counts:
-                change = {"recompute": recompute, "zero": zero, "microbatches": microbatches}
+                change = {"recompute": recompute, "recompute_blocks": 0, "zero": zero, "microbatches": microbatches}
                 if any(getattr(plan, name) != value for name, value in change.items()):
                     yield change
 

@@ -46,11 +46,13 @@ class Cut:
     """Which stage computes each operator that depends on parameters; the prelude's are computed wherever they are read.
 
     recompute: what the backward pass computes again instead of keeping it (`shardwise.program.recompute`).
+    recompute_blocks: in the first so many blocks of each stage, 0: in all.
     """
 
     stage_of: Mapping[Op, int]
     prelude: frozenset[Op]
     recompute: Recompute = "none"
+    recompute_blocks: int = 0
 
     @property
     def stages(self) -> int:
@@ -124,11 +126,14 @@ class _Stage:
         self.readers = self.graph.consumers()
         self.values = {value.name: value for value in self.readers}
         self.blocks = blocks_of(self.graph) if self.cut.recompute != "none" or self.assignment.zero > 1 else {}
+        mine = list(dict.fromkeys(self.blocks[op] for op in self.ops if op in self.blocks))
+        self.again = mine[: self.cut.recompute_blocks or len(mine)]
 
     def lower(self) -> tuple[StageProgram, list[Edge], tuple[str, ...]]:
         self._run_prelude()
         for op in self.ops:
-            self.body.segment = self.blocks.get(op)
+            block = self.blocks.get(op)
+            self.body.segment = block if block in self.again else None
             self._call(op, self.body, self._body_input)
         self.body.segment = None
         outputs, seeds, loss_axes = self._outputs()

@@ -1,11 +1,12 @@
 """Which forward values are kept for the backward pass, and which it makes again.
 
     none        everything that the backward pass reads is kept
-    selective   each block keeps what it is given, and what its products with weights make
+    selective   each block keeps what it is given, what its products with weights make, and sums over ranks
     full        each block keeps what it is given (Chen et al. 2016)
 
 A block is a member of a list of modules (`layers.3`), or, in a model without such lists, a child of the model. What is outside of blocks is
-kept. The backward pass makes a block's values again just before it first needs one of them, so that one block's are there at a time:
+kept, and of blocks that are not asked for: the first of each stage may do, whose values are held longest. The backward pass makes a block's
+values again just before it first needs one of them, so that one block's are there at a time:
 
     forward    x₀ ──block 0──▶ x₁ ──block 1──▶ x₂            keeps x₀, x₁
     backward   block 1 again from x₁, backward of block 1, block 0 again from x₀, backward of block 0
@@ -27,7 +28,7 @@ from torch import fx
 from shardwise.capture.blocks import list_member
 from shardwise.capture.graph import Graph, Op
 from shardwise.capture.opaque import OPERATOR
-from shardwise.cost.operators import is_view, name_of
+from shardwise.cost.operators import name_of
 from shardwise.sharding.collectives import COLLECTIVES
 
 __all__ = ["RECOMPUTE", "WEIGHED", "Recompute", "Saving", "blocks_of", "choose_saved"]
@@ -122,12 +123,9 @@ class _Choice:
         return self.recompute == "selective" and self._weighed(node)
 
     def _weighed(self, node: fx.Node) -> bool:
-        """A product with weights, or the sum of the ranks' such products."""
+        """A product with weights, or a sum over ranks: of such products, and of what was added to them before."""
         if COLLECTIVES.get(node.target) in _SUMS:  # type: ignore[call-overload]
-            source = node.all_input_nodes[0]
-            while source.op == "call_function" and is_view(source.target):
-                source = source.all_input_nodes[0]
-            return self._weighed(source)
+            return True
         name = name_of(node.target)
         return name in WEIGHED or (name in _MAYBE_WEIGHED and any(each in self.constant for each in node.all_input_nodes))
 
