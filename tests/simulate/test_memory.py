@@ -33,7 +33,7 @@ from shardwise.runtime.optimizer import prefer_fused
 from shardwise.runtime.parameters import Parameters
 from shardwise.runtime.transport import Distributed
 from shardwise.runtime.weights import own_part
-from shardwise.simulate.memory import memory_use
+from shardwise.simulate.memory import RUNTIME_BYTES, memory_use
 from shardwise.simulate.messages import Messages
 from shardwise.simulate.passes import Passed, kept_values, peak_after, saved_values
 
@@ -303,3 +303,21 @@ def test_kinds_add_up() -> None:
 def test_bytes_of_tensors() -> None:
     a, b = torch.zeros(3, 4), torch.zeros(5, dtype=torch.int64)
     assert tensor_bytes(a) == 48 and tensor_bytes((a, [b])) == 88 and tensor_bytes(None) == 0
+
+
+@pytest.mark.parametrize(
+    ("layout", "shares"),
+    [
+        ("dp=1,microbatches=1", [0.10]),
+        ("dp=1,microbatches=2", [0.22]),
+        ("pp=2,microbatches=1,schedule=1f1b", [0.10, 0.10]),
+        ("pp=2,microbatches=2,schedule=1f1b", [0.10, 0.22]),
+        ("pp=2,microbatches=4,schedule=zb-h1", [0.10, 0.22]),
+        ("pp=2,microbatches=2,schedule=gpipe", [0.10, 0.10]),
+    ],
+)
+def test_holes_where_microbatches_pass_the_loss_one_after_the_other(layout: str, shares: list[float]) -> None:
+    programs = build(mlp(samples=16), layout).programs
+    for rank, share in enumerate(shares):
+        use = memory_use(programs[rank], "adamw")
+        assert use.runtime == RUNTIME_BYTES + int(share * (use.saved + use.transient))
