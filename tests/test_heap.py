@@ -50,15 +50,36 @@ for size in sizes:
 after = library.mallinfo2()
 print(after.arena - before.arena, before.keepcost - after.keepcost)
 """
+_BUCKETS = """
+import ctypes
+import sys
+import torch
+from shardwise.heap import join_freed_memory, keep_freed_memory
+
+library = ctypes.CDLL(None)
+library.malloc.restype, library.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+print(keep_freed_memory())
+lasts = [torch.ones(1 << 18)]
+for _ in range(8):
+    bucket = torch.empty(5 << 20)
+    if "joined" in sys.argv:
+        join_freed_memory()
+    for size in range(32, 129, 16):
+        library.malloc(size - 8)
+    print(bucket.data_ptr())
+    del bucket
+"""
 _PAGES = 4 * (16 << 20) // os.sysconf("SC_PAGE_SIZE")
 
 
 on_linux = pytest.mark.skipif(sys.platform != "linux", reason="glibc's malloc")
 
 
-def _run(script: str = _SCRIPT, **variables: str) -> list[str]:
+def _run(script: str = _SCRIPT, *arguments: str, **variables: str) -> list[str]:
     environment = {**os.environ, **variables}
-    return subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True, env=environment).stdout.split()
+    return subprocess.run(
+        [sys.executable, "-c", script, *arguments], check=True, capture_output=True, text=True, env=environment
+    ).stdout.split()
 
 
 @on_linux
@@ -88,3 +109,13 @@ def test_small_blocks_are_set_aside() -> None:
         pytest.skip("another C library than glibc")
     grown, taken = map(int, _run(_BLOCKS))
     assert grown == 0 and taken == 0
+
+
+@on_linux
+def test_what_a_message_needs_does_not_keep_buckets_apart() -> None:
+    """Small blocks that last are made right after each bucket, which is freed then: the next one finds its place again."""
+    kept, *places = _run(_BUCKETS, "joined")
+    if kept != "True":
+        pytest.skip("another C library than glibc")
+    assert len(set(places)) <= 2
+    assert len(set(_run(_BUCKETS)[1:])) > 4, "without it hardly any does"

@@ -28,6 +28,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from shardwise.errors import ShardwiseError
+from shardwise.heap import join_freed_memory
 
 __all__ = [
     "Finish",
@@ -74,6 +75,7 @@ def begin_all_reduce(tensor: Tensor, group: Group, impl: str, number: int) -> Fi
     rank, ranks, tag = dist.get_rank(group), dist.get_world_size(group), _TAG + number
     if ranks == 2:
         other = torch.empty_like(tensor)
+        join_freed_memory()
         works = _post({1 - rank: tensor}, {1 - rank: other}, group, tag)
 
         def add() -> None:
@@ -83,6 +85,7 @@ def begin_all_reduce(tensor: Tensor, group: Group, impl: str, number: int) -> Fi
         return add
     shards = tensor.view(-1).tensor_split(ranks)
     piece = torch.empty_like(shards[rank])
+    join_freed_memory()
     reduced = _begin_reduced_piece(shards, piece, group, torch.add, tag)
 
     def hand_round() -> None:
