@@ -71,13 +71,10 @@ def test_ranks_with_several_threads_work_after_the_parent_used_its_own() -> None
 
 
 def test_many_starts_in_a_row_are_fast() -> None:
-    """The fastest counts: what all of them wait for would show in it, other work on the machine need not."""
-    times = []
+    started = time.monotonic()
     for _ in range(3):
-        started = time.monotonic()
         launch(threads, ranks=2, threads=1)
-        times.append(time.monotonic() - started)
-    assert min(times) < 3.3
+    assert time.monotonic() - started < 10
 
 
 def leave_a_failed_job_as_garbage() -> None:

@@ -36,7 +36,7 @@ def fit(run: Estimator, trial: Trial) -> None:
     for thrifty in _thriftier(run, trial) if trial.note else ():
         other = _simulated(run, thrifty, lean=trial.lean)
         if not other.note:
-            trial.become(_in_fewer_blocks(run, other))
+            trial.become(_in_fewer_blocks(run, other, trial))
             return
 
 
@@ -48,15 +48,16 @@ def _simulated(run: Estimator, layout: Layout, *, lean: bool) -> Trial:
     return trial
 
 
-def _in_fewer_blocks(run: Estimator, trial: Trial) -> Trial:
+def _in_fewer_blocks(run: Estimator, trial: Trial, too_large: Trial) -> Trial:
     """Of a layout that fits, the same with as few blocks of each stage computed again as do, sought from the number that it takes where
-    each saves as much (each does, but for what one holds while it computes)."""
+    each saves as much (each does, but for what one holds while it computes). too_large: what did not fit, simulated."""
     layout = trial.layout
     if layout.recompute is None or run.pinned.recompute is not None:
         return trial
     assert trial.applied is not None and trial.simulation is not None
     blocks = _most_blocks(run, trial)
-    kept = _simulated(run, replace(layout, recompute=None), lean=trial.lean)
+    whole = replace(layout, recompute=None)
+    kept = too_large if too_large.layout == whole else _simulated(run, whole, lean=trial.lean)
     if kept.simulation is None:
         return trial
     limit = min(run.limits(layout))

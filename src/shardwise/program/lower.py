@@ -127,7 +127,7 @@ class _Stage:
         self.values = {value.name: value for value in self.readers}
         self.blocks = blocks_of(self.graph) if self.cut.recompute != "none" or self.assignment.zero > 1 else {}
         mine = list(dict.fromkeys(self.blocks[op] for op in self.ops if op in self.blocks))
-        self.again = mine[: self.cut.recompute_blocks or len(mine)]
+        self.again = frozenset(mine[: self.cut.recompute_blocks or len(mine)])
 
     def lower(self) -> tuple[StageProgram, list[Edge], tuple[str, ...]]:
         self._run_prelude()
