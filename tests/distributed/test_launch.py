@@ -71,10 +71,13 @@ def test_ranks_with_several_threads_work_after_the_parent_used_its_own() -> None
 
 
 def test_many_starts_in_a_row_are_fast() -> None:
-    started = time.monotonic()
-    for _ in range(3):
+    """The fastest of them, which tells more than their sum where the processor is busy with something else, too."""
+    took = []
+    for _ in range(5):
+        started = time.monotonic()
         launch(threads, ranks=2, threads=1)
-    assert time.monotonic() - started < 10
+        took.append(time.monotonic() - started)
+    assert min(took[1:]) < 2, took
 
 
 def leave_a_failed_job_as_garbage() -> None:
