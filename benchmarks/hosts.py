@@ -26,6 +26,7 @@ _QUEUE = "100ms"
 _MOMENT_S = 20.0
 _NUMBERS = itertools.count()
 _MEASURED_BYTES = 1 << 28
+_MESSAGES = 3
 _PR_SET_PDEATHSIG = 1
 _CLONE_NEWNET = 0x40000000  # linux/sched.h
 
@@ -141,7 +142,10 @@ class Hosts:
         return output.read()
 
     def measured_bytes_per_s(self, nbytes: int = _MEASURED_BYTES, port: int = 29400) -> float:
-        """What one TCP connection from host 0 to host 1 reaches."""
+        """What one TCP connection from host 0 to host 1 reaches, the best of a few: a busy processor makes a link seem slower."""
+        return max(self._reached_bytes_per_s(nbytes, port) for _ in range(_MESSAGES))
+
+    def _reached_bytes_per_s(self, nbytes: int, port: int) -> float:
         where = [self.addresses[1], str(port)]
         receiver = self.start(1, [sys.executable, "-c", _RECEIVE, *where])
         sender = self.start(0, [sys.executable, "-c", _SEND, *where, str(nbytes)])

@@ -56,10 +56,8 @@ def hosts() -> Iterator[Hosts]:
 
 
 def test_the_link_has_the_rate_that_was_set(hosts: Hosts) -> None:
-    """Never more; and where the processor is busy with something else only the best of a few messages has all of it."""
     hosts.shape(50e6)
-    measured = [hosts.measured_bytes_per_s(1 << 26) for _ in range(5)]
-    assert max(measured) == pytest.approx(50e6, rel=0.1)
+    assert hosts.measured_bytes_per_s(1 << 26) == pytest.approx(50e6, rel=0.1)
     hosts.shape(None)
     assert hosts.measured_bytes_per_s(1 << 28) > 200e6
 
