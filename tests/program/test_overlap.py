@@ -13,7 +13,7 @@ from tests.program.support import Built, build
 from torch import fx
 
 import shardwise as sw
-from shardwise.cost.memory import liveness, tensor_bytes
+from shardwise.cost.memory import most_bytes, requests, tensor_bytes
 from shardwise.program.check import check_programs
 from shardwise.program.joint import JointGraph
 from shardwise.program.program import Program
@@ -90,7 +90,7 @@ def test_one_message_of_each_kind_more_is_held(name: str) -> None:
                 if node.target in BEGINS.values():
                     kind, (source, *_) = COLLECTIVES[node.target], node.args  # type: ignore[index]
                     sizes[kind] = max(sizes[kind], tensor_bytes(node.meta["val"]) + tensor_bytes(source.meta["val"]))  # type: ignore[union-attr]
-            assert liveness(graph).peak_bytes <= liveness(other).peak_bytes + sizes.total()
+            assert most_bytes(requests(graph)) <= most_bytes(requests(other)) + sizes.total()
 
 
 @pytest.mark.parametrize("name", LAYOUTS)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -11,7 +12,10 @@ from torch import fx
 from shardwise.cost.operators import is_inplace, is_view
 from shardwise.sharding.collectives import is_end_of_shift, is_shift
 
-__all__ = ["Liveness", "bases", "changes", "liveness", "made_bytes", "tensor_bytes"]
+__all__ = ["Request", "bases", "made_bytes", "most_bytes", "requests", "tensor_bytes"]
+
+Request = tuple[Hashable, int]
+"""Whose memory, and bytes: more than 0 of what is taken, less of what is given back."""
 
 
 def tensor_bytes(meta: Any) -> int:
@@ -32,58 +36,23 @@ def made_bytes(node: fx.Node) -> int:
     return tensor_bytes(whole) // whole.shape[dim] * sizes[(rank - step - 1) % len(sizes)]  # type: ignore[operator, index, arg-type]
 
 
-class Liveness:
-    """held_bytes: of the outputs that the graph made itself (not its inputs). peak_bytes: the most that it holds at once beside its
-    inputs."""
-
-    def __init__(self, *, peak_bytes: int, outputs: dict[fx.Node, int]) -> None:
-        self.peak_bytes, self.outputs = peak_bytes, outputs
-
-    @property
-    def held_bytes(self) -> int:
-        return sum(self.outputs.values())
-
-
-def liveness(
+def requests(
     graph: fx.Graph,
     frees: Callable[[fx.Node], int] = lambda node: 0,
     aliases: Mapping[fx.Node, fx.Node] | None = None,
     *,
     unwritten: Collection[fx.Node] = (),
     keeps: Collection[fx.Node] | None = None,
-    beside: Mapping[fx.Node, Sequence[int]] | None = None,
-) -> Liveness:
-    """The graph's memory when each value is freed at its last use.
+    beside: Mapping[fx.Node, Sequence[Request]] | None = None,
+) -> Iterator[Request]:
+    """What the graph's computation asks an allocator for, in order, when each value is freed at its last use.
 
     frees: bytes of a placeholder that are given back at its last use (values saved for the backward pass); 0 for what others keep.
     aliases: placeholder → the placeholder in whose memory it lies, where that is known.
     unwritten: nodes whose results never reach memory, being inside a fused kernel. keeps: what is held to the end, where that is not what
-    the graph returns. beside: node → by how much what is held beside all values changes just before it runs, one change after the other.
+    the graph returns. beside: node → what is asked for just before it runs.
     """
     base = bases(graph, aliases or {})
-    sizes = {owner: 0 if owner in unwritten else made_bytes(owner) for owner in set(base.values())}
-    now = peak = 0
-    for node, made, freed in _steps(graph, base, keeps):
-        for change in (*(beside or {}).get(node, ()), sizes[node] if made else 0):
-            now += change
-            peak = max(peak, now)
-        now -= sum(frees(owner) if owner.op == "placeholder" else sizes[owner] for owner in freed)
-    returned = {base[node]: sizes[base[node]] for node in graph.output_node().all_input_nodes if base[node].op == "call_function"}
-    return Liveness(peak_bytes=peak, outputs=returned)
-
-
-def changes(graph: fx.Graph, base: Mapping[fx.Node, fx.Node], keeps: Collection[fx.Node] | None = None) -> Iterator[tuple[fx.Node, bool]]:
-    """Whose memory is made (True) or used for the last time (False), in order. keeps: as in `liveness`."""
-    for node, made, freed in _steps(graph, base, keeps):
-        if made:
-            yield node, True
-        yield from ((owner, False) for owner in freed)
-
-
-def _steps(
-    graph: fx.Graph, base: Mapping[fx.Node, fx.Node], keeps: Collection[fx.Node] | None
-) -> Iterator[tuple[fx.Node, bool, list[fx.Node]]]:
-    """Each node, whether it takes memory for its result, and whose memory is used for the last time."""
     last: dict[fx.Node, fx.Node] = {}
     for node in graph.nodes:
         for parent in node.all_input_nodes if node.op != "output" or keeps is None else keeps:
@@ -91,10 +60,22 @@ def _steps(
     dying: dict[fx.Node, list[fx.Node]] = {}
     for owner, node in last.items():
         dying.setdefault(node, []).append(owner)
+    held: dict[fx.Node, int] = {}
     for node in graph.nodes:
-        made = node.op == "call_function" and base[node] is node
-        unread = [node] if made and node not in last else []
-        yield node, made, [*unread, *(dying.get(node, ()) if node.op != "output" else ())]
+        yield from (beside or {}).get(node, ())
+        if node.op == "call_function" and base[node] is node:
+            held[node] = 0 if node in unwritten else made_bytes(node)
+            if held[node]:
+                yield node, held[node]
+        unread = [] if node in last or node not in held else [node]
+        for owner in [*unread, *(dying.get(node, ()) if node.op != "output" else ())]:
+            if nbytes := frees(owner) if owner.op == "placeholder" else held[owner]:
+                yield owner, -nbytes
+
+
+def most_bytes(asked: Iterable[Request]) -> int:
+    """The most that is held at once."""
+    return max(accumulate(nbytes for _, nbytes in asked), default=0)
 
 
 def bases(graph: fx.Graph, known: Mapping[fx.Node, fx.Node]) -> dict[fx.Node, fx.Node]:

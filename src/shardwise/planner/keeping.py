@@ -16,15 +16,16 @@ attention's core, 2·sbh where all is computed again (Korthikanti et al. 2022, e
 
 from __future__ import annotations
 
-from collections.abc import Collection, Container, Iterable, Mapping
+from collections.abc import Collection, Container, Hashable, Iterable, Mapping
 from dataclasses import dataclass
+from itertools import chain
 
 from torch import fx
 
 from shardwise.capture.keyed import is_random
 from shardwise.cost.allocator import Block, CachingAllocator
 from shardwise.cost.fusion import fused_traffic, is_fused_kernel
-from shardwise.cost.memory import bases, changes, liveness, tensor_bytes
+from shardwise.cost.memory import bases, most_bytes, requests, tensor_bytes
 from shardwise.cost.operators import name_of
 from shardwise.program.program import Binding, StageProgram
 from shardwise.program.recompute import WEIGHED
@@ -182,8 +183,8 @@ def _bytes(nodes: Iterable[fx.Node]) -> int:
 
 def _working(stage: StageProgram, made: Collection[fx.Node], saved: Passed) -> int:
     """The most beside what is kept, each value freed at its last use."""
-    forward = liveness(stage.forward).peak_bytes - _bytes(made)
-    backward = liveness(stage.backward, lambda node: saved.sizes.get(node, 0), saved.aliases).peak_bytes
+    forward = most_bytes(requests(stage.forward)) - _bytes(made)
+    backward = most_bytes(requests(stage.backward, lambda node: saved.sizes.get(node, 0), saved.aliases))
     return max(0, forward, backward)
 
 
@@ -192,8 +193,8 @@ def _working_fused(stage: StageProgram, made: Collection[fx.Node]) -> int:
     forward, backward = stage.forward, stage.backward
     sent = list(forward.output_node().args[0])[: len(stage.forward_outputs)]  # type: ignore[arg-type]
     ends = {*made, *(node for node in sent if isinstance(node, fx.Node))}
-    ahead = liveness(forward, unwritten=_unwritten(fused_traffic(forward, ends)), keeps=ends).peak_bytes - _bytes(made)
-    return max(0, ahead, liveness(backward, unwritten=_unwritten(fused_traffic(backward))).peak_bytes)
+    ahead = most_bytes(requests(forward, unwritten=_unwritten(fused_traffic(forward, ends)), keeps=ends)) - _bytes(made)
+    return max(0, ahead, most_bytes(requests(backward, unwritten=_unwritten(fused_traffic(backward)))))
 
 
 def _unwritten(traffic: Mapping[fx.Node, tuple[int, int]]) -> set[fx.Node]:
@@ -203,18 +204,18 @@ def _unwritten(traffic: Mapping[fx.Node, tuple[int, int]]) -> set[fx.Node]:
 def _reserved(stage: StageProgram, made: Collection[fx.Node], saved: Passed) -> int:
     """The most that the allocator has taken from the device beside what is kept, when one has run after the other."""
     allocator = CachingAllocator()
-    blocks: dict[fx.Node, Block] = {}
+    blocks: dict[Hashable, Block] = {}
     forward, backward = stage.forward, stage.backward
     base = bases(forward, {})
     left = list(forward.output_node().args[0])[len(stage.forward_outputs) :]  # type: ignore[arg-type]
     takers = [node for node in backward.nodes if node.op == "placeholder"]
-    owners = {taker: base[node] for node, taker in zip(left, takers, strict=False)}
-    for graph, owner_of, keeps in ((forward, base, made), (backward, bases(backward, saved.aliases), None)):
-        for owner, begins in changes(graph, owner_of, keeps):
-            if begins:
-                blocks[owner] = allocator.take(tensor_bytes(owner.meta.get("val")))
-            elif (block := blocks.pop(owners.get(owner, owner), None)) is not None:
-                allocator.give(block)
+    owners: dict[Hashable, fx.Node] = {taker: base[node] for node, taker in zip(left, takers, strict=False)}
+    asked = (requests(forward, keeps=made), requests(backward, lambda node: saved.sizes.get(node, 0), saved.aliases))
+    for owner, nbytes in chain(*asked):
+        if nbytes > 0:
+            blocks[owner] = allocator.take(nbytes)
+        elif (block := blocks.pop(owners.get(owner, owner), None)) is not None:
+            allocator.give(block)
     return allocator.reserved_bytes - _bytes(made)
 
 

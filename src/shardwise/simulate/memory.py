@@ -1,19 +1,20 @@
-"""What a rank holds at its peak: bytes, by liveness on its graphs and by how many microbatches are in flight."""
+"""What a rank holds at its peak: bytes, by what its steps ask an allocator for and how a heap answers that."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from math import prod
 
 import torch
 
-from shardwise.cost.memory import tensor_bytes
-from shardwise.program.actions import COMPUTES, Kind
+from shardwise.cost.heap import Heap
+from shardwise.cost.memory import most_bytes, tensor_bytes
+from shardwise.program.actions import COMPUTES
 from shardwise.program.program import ParameterPart, Program, StageProgram
 from shardwise.program.tables import Slot, in_flight
-from shardwise.simulate.messages import reducing_bytes, regathering_bytes
 from shardwise.simulate.passes import Passes
+from shardwise.simulate.requests import step_requests
 
 __all__ = [
     "OPTIMIZER_STATES",
@@ -28,14 +29,11 @@ __all__ = [
 OPTIMIZER_STATES = {"adamw": 2, "adam": 2, "sgd": 0, "sgd_momentum": 1}
 
 
-# What a process takes beside its tensors: measured peaks less the tensors' own, on a CPU with glibc and gloo (benchmarks/step_time.py: GPT,
-# Llama, ViT, BERT, U-Net and Mixtral steps of 190 to 2,000 MiB at dp=2, tp=2 and pp=2, one or several microbatches, in six schedules). Its
-# own objects and the transport's buffers; and holes that the allocator has between tensors which passes make and free, too small for the
-# next. Where microbatches pass the loss one after the other each finds the holes of the one before: 13 to 38 % of what passes hold (with
-# mixtures of experts up to 54), else 3 to 18 (up to 43; a U-Net in stages now and then over 100).
-RUNTIME_BYTES = 40 * 2**20
-_HOLES = 0.10  # of what passes hold
-_HOLES_OF_SEVERAL = 0.22
+# What a process takes beside what it asks for, on a CPU with glibc and gloo (measured: benchmarks/predicted_memory.py): its own objects and
+# the transport's buffers, and holes that small blocks keep apart, which last between tensors.
+RUNTIME_BYTES = 32 * 2**20
+_APART = 0.03  # of what the heap has for passes and messages
+_STEPS = 2  # that are played: the first leaves its heap to the second, which leaves it as it found it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,17 +75,13 @@ def memory_use(program: Program, optimizer: str) -> MemoryUse:
     uses = [stage.use for stage in stages.values()]
     summed = {kind: sum(getattr(use, kind) for use in uses) for kind in ("parameters", "gradients", "optimizer", "buffers")}
     shared = {kind: max(getattr(use, kind) for use in uses) for kind in ("transient", "runtime")}
-    return MemoryUse(**summed, **shared, saved=_flying_bytes(program, stages))
-
-
-def _row(program: Program) -> list[Slot]:
-    return [Slot(action.kind, action.stage, action.microbatch) for action in program.actions if action.kind in COMPUTES]
-
-
-def _flying_bytes(program: Program, stages: Mapping[int, StageMemory]) -> int:
-    """The most that microbatches in flight keep."""
-    row = _row(program)
     saved, kept = ({number: getattr(stage, name) for number, stage in stages.items()} for name in ("saved_bytes", "kept_bytes"))
+    return MemoryUse(**summed, **shared, saved=_flying_bytes(program, saved, kept))
+
+
+def _flying_bytes(program: Program, saved: Mapping[int, int], kept: Mapping[int, int]) -> int:
+    """The most that microbatches in flight keep. saved, kept: by stage, as of `StageMemory`."""
+    row = [Slot(action.kind, action.stage, action.microbatch) for action in program.actions if action.kind in COMPUTES]
     return in_flight([row], saved, kept)[0]
 
 
@@ -95,6 +89,8 @@ def stage_memory(program: Program, optimizer: str) -> dict[int, StageMemory]:
     """Of each stage of a rank; a parameter that several of them read counts with the first."""
     found: dict[int, StageMemory] = {}
     passes = {number: Passes(stage=stage) for number, stage in program.stages.items()}
+    saved, kept = ({number: getattr(each, name).nbytes for number, each in passes.items()} for name in ("saved", "kept"))
+    transient, holes = _played(program, passes, _flying_bytes(program, saved, kept))
     for number, parameters in own_parameters(program).items():
         stage = program.stages[number]
         trained = [p for p in parameters if p.requires_grad]
@@ -106,35 +102,21 @@ def stage_memory(program: Program, optimizer: str) -> dict[int, StageMemory]:
             optimizer=OPTIMIZER_STATES.get(optimizer, 2) * sum(_bytes(p, p.updated) for p in trained),
             buffers=sum(_bytes(p, p.local) for p in stage.buffers) + _crossing_bytes(stage),
             saved=0,
-            transient=max(passes[number].working_bytes(kind) for kind in COMPUTES if kind in stage.graphs),
-            runtime=0,
+            transient=transient,
+            runtime=RUNTIME_BYTES + holes,
         )
-        found[number] = StageMemory(use=use, saved_bytes=passes[number].saved.nbytes, kept_bytes=passes[number].kept.nbytes)
-    return _with_messages(program, found, passes)
+        found[number] = StageMemory(use=use, saved_bytes=saved[number], kept_bytes=kept[number])
+    return found
 
 
-def _with_messages(program: Program, stages: dict[int, StageMemory], passes: Mapping[int, Passes]) -> dict[int, StageMemory]:
-    """What is held while messages are under way, most of it when fewer microbatches are in flight than at the peak, and around the update,
-    when none is. The update itself holds nothing: torch's optimizers run as one kernel over each parameter. And holes between all these."""
-    flying = _flying_bytes(program, stages)
-    late = max(reducing_bytes(program, passes), regathering_bytes(program)) - flying
-    transient = {number: max(stage.use.transient, late) for number, stage in stages.items()}
-    share = _HOLES_OF_SEVERAL if _ends_several(program) else _HOLES
-    runtime = RUNTIME_BYTES + int(share * (flying + max(transient.values())))
-    return {
-        number: replace(stage, use=replace(stage.use, transient=transient[number], runtime=runtime)) for number, stage in stages.items()
-    }
-
-
-def _ends_several(program: Program) -> bool:
-    """Whether the rank has the stage with the loss, and microbatches begin there when others have ended."""
-    ended = False
-    for slot in _row(program):
-        if any(binding.kind == "loss" for binding in program.stages[slot.stage].forward_outputs):
-            if slot.kind is Kind.FORWARD and ended:
-                return True
-            ended |= slot.kind is not Kind.FORWARD
-    return False
+def _played(program: Program, passes: Mapping[int, Passes], flying: int) -> tuple[int, int]:
+    """Of a rank's steps, the most that passes and messages hold beside what microbatches in flight keep, and the holes that the heap has
+    beside all these. The update itself holds nothing: torch's optimizers run as one kernel over each parameter."""
+    asked, heap = step_requests(program, passes), Heap()
+    for _ in range(_STEPS):
+        heap.play(asked)
+    most = most_bytes(asked)
+    return max(0, most - flying), int((1 + _APART) * heap.peak_bytes) - most
 
 
 def _crossing_bytes(stage: StageProgram) -> int:

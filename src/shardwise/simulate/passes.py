@@ -1,25 +1,25 @@
-"""What a stage's graphs hold while they run, and what one leaves for the next: bytes, by liveness."""
+"""What a stage's graphs ask an allocator for while they run, and what one leaves for the next."""
 
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 from torch import fx
 
-from shardwise.cost.memory import bases, liveness, tensor_bytes
+from shardwise.cost.memory import Request, bases, requests, tensor_bytes
 from shardwise.cost.scratch import node_scratch_bytes
 from shardwise.program.actions import Kind
 from shardwise.program.program import StageProgram
 from shardwise.program.sinks import product_of
 from shardwise.sharding.collectives import ARRIVED, BEGINS, COLLECTIVES
 
-__all__ = ["Changes", "Passed", "Passes", "kept_values", "peak_after", "saved_values"]
+__all__ = ["Beside", "Passed", "Passes", "arriving", "kept_values", "placeholders", "saved_values"]
 
-Changes = Mapping[fx.Node, Sequence[int]]
-"""Node → by how much what is held beside all values changes just before it runs."""
+Beside = Mapping[fx.Node, Sequence[Request]]
+"""Node → what is asked for beside all values just before it runs."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,59 +49,61 @@ class Passes:
     def kept(self) -> Passed:
         return Passed(aliases={}, sizes={}) if self.stage.weight is None else kept_values(self.stage, self.saved)
 
-    def working_bytes(self, kind: Kind, changes: Changes | None = None) -> int:
-        """The most that a graph holds beside what microbatches in flight keep, its own included. changes: of what is held beside it."""
-        graph = self.stage.graphs[kind]
-        beside = _with_scratch(graph, changes or {})
+    def requests(self, kind: Kind, beside: Beside | None = None) -> list[Request]:
+        """What a graph asks an allocator for. What other graphs and messages left for it is given back at its last use, and what it leaves
+        for others is not. beside: what is asked for just before a node runs."""
+        stage, graph = self.stage, self.stage.graphs[kind]
+        beside = _with_scratch(graph, beside or {})
+        given = {node: tensor_bytes(node.meta.get("val")) for node in arriving(stage, kind).values()}
         if kind is Kind.FORWARD:
-            return liveness(graph, beside=beside).peak_bytes - self.saved.nbytes
-        gradients = self.stage.gradients(kind)
-        narrow = {part.name for part in self.stage.parameters if part.wide == part.dtype}
+            return list(requests(graph, lambda node: given.get(node, 0), beside=beside))
+        gradients = stage.gradients(kind)
+        narrow = {part.name for part in stage.parameters if part.wide == part.dtype}
         returned: list[fx.Node | None] = list(graph.output_node().args[0])  # type: ignore[arg-type]
         read = Counter(node for node in returned if node is not None)
         straight = [product_of(node, read) for name, node in gradients.items() if name in narrow]
         unwritten = {found[0] for found in straight if found}
-        return peak_after(graph, self.saved if kind is Kind.BACKWARD else self.kept, set(gradients.values()), unwritten, beside)
+        sunk = set(gradients.values())  # added to buffers as soon as they are made
+        held = [node for node in graph.output_node().all_input_nodes if node not in sunk]
+        passed = self.saved if kind is Kind.BACKWARD else self.kept
+        given |= passed.sizes
+        return list(requests(graph, lambda node: given.get(node, 0), passed.aliases, unwritten=unwritten, keeps=held, beside=beside))
 
 
-def peak_after(
-    graph: fx.Graph,
-    passed: Passed,
-    sunk: Collection[fx.Node] = (),
-    unwritten: Collection[fx.Node] = (),
-    beside: Changes | None = None,
-) -> int:
-    """The most that a graph holds beside what was passed to it, which it frees. sunk: outputs that are added to buffers as soon as they are
-    made (gradients of parameters) and not held to the end; unwritten: what is computed straight into them."""
-    held = [node for node in graph.output_node().all_input_nodes if node not in sunk]
-    given = passed.sizes
-    return liveness(graph, lambda node: given.get(node, 0), passed.aliases, unwritten=unwritten, keeps=held, beside=beside).peak_bytes
+def arriving(stage: StageProgram, kind: Kind) -> dict[str, fx.Node]:
+    """Edge → the input of a graph that takes what comes over it."""
+    if kind is Kind.WEIGHT:
+        return {}
+    bindings = stage.forward_inputs if kind is Kind.FORWARD else stage.backward_inputs
+    inputs = placeholders(stage.graphs[kind])
+    takers = inputs if kind is Kind.FORWARD else inputs[stage.saved :]
+    return {binding.name: node for binding, node in zip(bindings, takers, strict=True) if binding.kind == "edge"}
 
 
-def _with_scratch(graph: fx.Graph, changes: Changes) -> Changes:
+def _with_scratch(graph: fx.Graph, beside: Beside) -> Beside:
     """And what the graph's messages hold from their beginning until they have arrived."""
-    found: dict[fx.Node, list[int]] = defaultdict(list)
-    for node, each in changes.items():
+    found: dict[fx.Node, list[Request]] = defaultdict(list)
+    for node, each in beside.items():
         found[node] += each
     for node in graph.nodes:
         if node.op == "call_function" and node.target in COLLECTIVES and (scratch := node_scratch_bytes(node)):
             begun = node.target in BEGINS.values()
-            found[node].append(scratch)
-            found[next(user for user in node.users if user.target is ARRIVED) if begun else node.next].append(-scratch)
+            found[node].append((("scratch", node), scratch))
+            found[next(user for user in node.users if user.target is ARRIVED) if begun else node.next].append((("scratch", node), -scratch))
     return found
 
 
 def saved_values(stage: StageProgram) -> Passed:
     """What forward leaves for backward: parameters and what else lasts counts nothing."""
-    lasting = {node: 0 for node, each in zip(_placeholders(stage.forward), stage.forward_inputs, strict=True) if each.kind != "edge"}
+    lasting = {node: 0 for node, each in zip(placeholders(stage.forward), stage.forward_inputs, strict=True) if each.kind != "edge"}
     given = Passed(aliases={}, sizes=lasting)
-    return _passed_on(stage.forward, len(stage.forward_outputs), given, _placeholders(stage.backward)[: stage.saved])
+    return _passed_on(stage.forward, len(stage.forward_outputs), given, placeholders(stage.backward)[: stage.saved])
 
 
 def kept_values(stage: StageProgram, saved: Passed) -> Passed:
     """What backward leaves for the weights' part of it."""
     assert stage.weight is not None
-    return _passed_on(stage.backward, len(stage.backward_outputs), saved, _placeholders(stage.weight))
+    return _passed_on(stage.backward, len(stage.backward_outputs), saved, placeholders(stage.weight))
 
 
 def _passed_on(graph: fx.Graph, others: int, given: Passed, takers: Sequence[fx.Node]) -> Passed:
@@ -121,5 +123,6 @@ def _passed_on(graph: fx.Graph, others: int, given: Passed, takers: Sequence[fx.
     return Passed(aliases=aliases, sizes=sizes)
 
 
-def _placeholders(graph: fx.Graph) -> list[fx.Node]:
+def placeholders(graph: fx.Graph) -> list[fx.Node]:
+    """The graph's inputs."""
     return [node for node in graph.nodes if node.op == "placeholder"]
