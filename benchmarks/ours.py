@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.context import RankContext
+from benchmarks.processes import Child, receive
 from benchmarks.scenarios import PLAIN, Scenario
 from benchmarks.workloads import Batch, Workload, optimizer
 
 if TYPE_CHECKING:  # imported by the ranks of ours alone
     from shardwise.cluster.model import Cluster
 
+_PLAN_TIMEOUT_S = 300.0
 _STATE = 4  # a parameter, its gradient and AdamW's two moments
 _LATENCY_S = 100e-6  # of a message over a link between hosts
 
@@ -46,6 +49,20 @@ def make_plan(
         memory_bytes=_per_rank(predicted.memory_bytes, ranks),
         state_bytes=_STATE * sum(parameter.nbytes for parameter in model.parameters()),
     )
+
+
+def plan_apart(*wanted: object) -> Prediction:
+    """`make_plan` in a process of its own, which leaves no memory or threads behind in this one."""
+    planner = Child("the planner", _send_plan, *wanted)
+    try:
+        found: Prediction = receive([planner], _PLAN_TIMEOUT_S, "the plan")[0]
+    finally:
+        planner.end()
+    return found
+
+
+def _send_plan(pipe: Connection, *wanted: object) -> None:
+    pipe.send(make_plan(*wanted))  # type: ignore[arg-type]
 
 
 def _cluster(ranks: int, scenario: Scenario, link_bytes_per_s: float | None) -> Cluster:

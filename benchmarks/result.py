@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import platform
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -156,10 +157,11 @@ def _speed_cells(found: Timing | None, peer: Timing | None) -> tuple[str, str, s
 def _other_cells(record: Record, found: Timing | None) -> tuple[str, str, str, str]:
     steps = f"{found.steps if found else 0} of {len(record.samples)}"
     losses = f"{record.samples[0].loss:.4f} → {record.samples[-1].loss:.4f}"
-    return steps, _mib(record.peak_bytes), _mib(record.set_up_peak_bytes), losses
+    return steps, mib(record.peak_bytes), mib(record.set_up_peak_bytes), losses
 
 
-def _mib(sizes: list[int] | tuple[float, ...]) -> str:
+def mib(sizes: Sequence[float]) -> str:
+    """Sizes in MiB, of one rank after the other."""
     return " / ".join(f"{size / MIB:.0f}" for size in sizes)
 
 
@@ -170,7 +172,7 @@ def _prediction_table(result: Result, prediction: Prediction) -> Table:
         error = worst_error([prediction.step_time_s], [ours.median_s])
         table.add_row("step time s", f"{prediction.step_time_s:.3f}", f"{ours.median_s:.3f}", f"{error:+.1%}")
     error = worst_error(prediction.memory_bytes, record.peak_bytes)
-    table.add_row("peak MiB a rank", _mib(prediction.memory_bytes), _mib(record.peak_bytes), f"{error:+.1%}")
+    table.add_row("peak MiB a rank", mib(prediction.memory_bytes), mib(record.peak_bytes), f"{error:+.1%}")
     return table
 
 

@@ -23,7 +23,6 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
-from multiprocessing.connection import Connection
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -38,7 +37,7 @@ from benchmarks import (
 from benchmarks.context import CONTESTANTS, OURS, Contestant, RankContext, contestants, missing_packages
 from benchmarks.heats import RANK_BYTES, free_bytes, heats, together
 from benchmarks.hosts import Hosts, why_not
-from benchmarks.processes import Child, ChildFailed, receive
+from benchmarks.processes import ChildFailed
 from benchmarks.race import Record, race, spared
 from benchmarks.ranks import Team
 from benchmarks.result import Result, as_json, show
@@ -46,7 +45,6 @@ from benchmarks.scenarios import PLAIN, Scenario, host_of
 from benchmarks.verdict import MIN_QUIET_STEPS, Outcome, WrongNumbers
 from benchmarks.workloads import FULL, SMALL, Workload
 
-PLAN_TIMEOUT_S = 300.0
 EXIT_CODES = {Outcome.PASS: 0, Outcome.FAIL: 1, Outcome.INCONCLUSIVE: 75}
 EXIT_ERROR = 2
 EXIT_NO_HOSTS = 75
@@ -189,19 +187,11 @@ def _field(workload: Workload, options: argparse.Namespace) -> dict[str, Contest
 
 
 def _plan(workload: Workload, options: argparse.Namespace, path: Path, hosts: Hosts | None, console: Console) -> ours.Prediction:
-    """Plan in a process of its own, which leaves no memory or threads behind in this one."""
+    """Plan as a user does, and print what was chosen."""
     link_bytes_per_s = hosts.measured_bytes_per_s() if hosts else None
-    planner = Child("the planner", _send_plan, workload, options.ranks, options.layout, path, _scenario(options), link_bytes_per_s)
-    try:
-        prediction: ours.Prediction = receive([planner], PLAN_TIMEOUT_S, "the plan")[0]
-    finally:
-        planner.end()
+    prediction = ours.plan_apart(workload, options.ranks, options.layout, path, _scenario(options), link_bytes_per_s)
     console.print(prediction.text, markup=False)
     return prediction
-
-
-def _send_plan(pipe: Connection, *wanted: object) -> None:
-    pipe.send(ours.make_plan(*wanted))  # type: ignore[arg-type]
 
 
 def _contexts(contestant: Contestant, workload: Workload, plan_path: Path, scenario: Scenario, hosts: Hosts | None) -> list[RankContext]:
