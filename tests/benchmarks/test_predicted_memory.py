@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 from benchmarks.predicted_memory import LAYOUTS, Row, main
+from benchmarks.workloads import Workload
 
 from benchmarks import predicted_memory
 
@@ -12,8 +13,12 @@ MIB = 2**20
 
 
 @pytest.mark.usefixtures("made_up_machine")
-def test_ranks_take_steps_and_their_peaks_are_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_ranks_take_steps_and_their_peaks_are_compared(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     path = tmp_path / "rows.json"
+    shape = Workload(family="gpt2", layers=2, hidden=128, ffn=512, heads=4, vocabulary=4096, sequence=64)  # some 20 MiB a rank
+    monkeypatch.setattr(predicted_memory, "SMALL", {"gpt2": shape})
     case = ["--case", "gpt2", "2", "pp=2,microbatches=2,schedule=1f1b"]
     assert main(["--small", *case, "--steps", "2", "--json", str(path), "--check", "--bound", "0"]) == 1
     (row,) = json.loads(path.read_text())

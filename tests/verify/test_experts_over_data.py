@@ -26,6 +26,7 @@ from shardwise.program.program import Program
 from shardwise.runtime.in_process import InProcess
 from shardwise.sharding.collectives import COLLECTIVES
 from shardwise.sharding.types import R, Shard
+from shardwise.simulate.memory import RUNTIME_BYTES
 from shardwise.verify.one_device import prepare
 from shardwise.verify.verify import Report, check_lowered, lowered
 
@@ -370,7 +371,7 @@ def test_expert_matrices_may_be_too_many_for_a_rank() -> None:
     """Divided they fit, which is found where nothing is said of it."""
     model = Model([Experts([0.0] * EXPERTS, wide=1 << 15)])
     state = 16 * sum(parameter.numel() for parameter in model.parameters())  # with gradients and AdamW's
-    small = made_up(2, memory_gb=(42 * 2**20 + 1.1 * state) / 0.92 / 1e9)  # a process takes some 40 MiB, and a part is kept free
+    small = made_up(2, memory_gb=(RUNTIME_BYTES + 2 * 2**20 + 1.1 * state) / 0.92 / 1e9)  # a part is kept free
     pins = "dp=2,zero=0,recompute=none,microbatches=1"
     assert isinstance(sw.plan(model, batch(), small, f"{pins},ep=1"), Infeasible)
     for more in (",ep=2", ""):
