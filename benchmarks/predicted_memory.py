@@ -91,7 +91,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--case", nargs=3, action="append", metavar=("FAMILY", "RANKS", "LAYOUT"), help='instead; LAYOUT "-": what is chosen'
     )
-    parser.add_argument("--steps", type=int, default=5, help="of each layout (default %(default)s)")
+    parser.add_argument("--steps", type=int, default=14, help="of each layout (default %(default)s)")
     parser.add_argument("--small", action="store_true", help="models of some kilobytes, to try the harness itself")
     parser.add_argument("--json", type=Path, help="write every rank's figures to this file")
     parser.add_argument("--bound", type=float, default=BOUND, help="for --check (default %(default)s)")

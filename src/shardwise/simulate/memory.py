@@ -31,8 +31,8 @@ OPTIMIZER_STATES = {"adamw": 2, "adam": 2, "sgd": 0, "sgd_momentum": 1}
 
 # What a process takes beside what it asks for, on a CPU with glibc and gloo (measured: benchmarks/predicted_memory.py): its own objects and
 # the transport's buffers, and holes that small blocks keep apart, which last between tensors.
-RUNTIME_BYTES = 32 * 2**20
-_APART = 0.03  # of what the heap has for passes and messages
+RUNTIME_BYTES = 36 * 2**20
+_APART = 0.05  # of what the heap has for passes and messages
 _STEPS = 2  # that are played: the first leaves its heap to the second, which leaves it as it found it
 
 
