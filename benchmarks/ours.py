@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+import tempfile
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -26,6 +28,7 @@ class Prediction:
     """What the plan promised: seconds a step, and the peak bytes of each rank; state_bytes: of the whole model with gradients and AdamW."""
 
     text: str
+    layout: str = ""
     step_time_s: float
     memory_bytes: tuple[float, ...]
     state_bytes: float = 0.0
@@ -45,6 +48,7 @@ def make_plan(
     predicted = plan.predicted
     return Prediction(
         text=str(plan),
+        layout=plan.layout,
         step_time_s=float(predicted.step_time_s),
         memory_bytes=_per_rank(predicted.memory_bytes, ranks),
         state_bytes=_STATE * sum(parameter.nbytes for parameter in model.parameters()),
@@ -53,7 +57,17 @@ def make_plan(
 
 def plan_apart(*wanted: object) -> Prediction:
     """`make_plan` in a process of its own, which leaves no memory or threads behind in this one."""
-    planner = Child("the planner", _send_plan, *wanted)
+    return _from_a_child(_send_plan, *wanted)
+
+
+def plan_anew(workload: Workload, ranks: int, layout: str, scenario: Scenario = PLAIN, link_bytes_per_s: float | None = None) -> Prediction:
+    """What the layout promises with this machine measured once more; the figures that are kept stay."""
+    with tempfile.TemporaryDirectory() as folder:
+        return _from_a_child(_send_plan_anew, Path(folder), workload, ranks, layout, Path(folder) / "plan.json", scenario, link_bytes_per_s)
+
+
+def _from_a_child(serve: Callable[..., None], *wanted: object) -> Prediction:
+    planner = Child("the planner", serve, *wanted)
     try:
         found: Prediction = receive([planner], _PLAN_TIMEOUT_S, "the plan")[0]
     finally:
@@ -63,6 +77,11 @@ def plan_apart(*wanted: object) -> Prediction:
 
 def _send_plan(pipe: Connection, *wanted: object) -> None:
     pipe.send(make_plan(*wanted))  # type: ignore[arg-type]
+
+
+def _send_plan_anew(pipe: Connection, folder: Path, *wanted: object) -> None:
+    os.environ["SHARDWISE_CACHE"] = str(folder)
+    _send_plan(pipe, *wanted)
 
 
 def _cluster(ranks: int, scenario: Scenario, link_bytes_per_s: float | None) -> Cluster:

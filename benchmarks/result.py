@@ -18,6 +18,7 @@ from benchmarks.context import OURS, SINGLE, Contestant, missing_packages
 from benchmarks.ours import Prediction
 from benchmarks.race import Record
 from benchmarks.verdict import (
+    MAX_DRIFT,
     MAX_MEMORY_ALIKE,
     MAX_MEMORY_ERROR,
     MAX_TIME_ERROR,
@@ -34,6 +35,7 @@ from benchmarks.verdict import (
     error_finding,
     memory_finding,
     overall,
+    relative_error,
     speed_finding,
     timing,
     worst_error,
@@ -45,13 +47,17 @@ MIB = 2**20
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """Measurements of all contestants of one workload; `prediction` where ours took part; `layout` where it was pinned; `scenario`: its
-    name."""
+    """Measurements of all contestants of one workload.
+
+    prediction: where ours took part; afterwards: what is predicted of the same layout with the machine as it was after the race; layout:
+    where it was pinned; scenario: its name.
+    """
 
     workload: Workload
     contestants: dict[str, Contestant]
     records: dict[str, Record]
     prediction: Prediction | None
+    afterwards: Prediction | None = None
     layout: str | None = None
     scenario: str | None = None
 
@@ -80,7 +86,17 @@ class Result:
         if ours is None or not enough(self.timings):
             text = f"fewer than {MIN_QUIET_STEPS} quiet steps for some contestant"
             return [Finding(text=text, outcome=Outcome.INCONCLUSIVE)]
-        return [*self._speed(), *_prediction(self.prediction, ours, self.records[OURS])]
+        memory = error_finding("peak memory", worst_error(self.prediction.memory_bytes, self.records[OURS].peak_bytes), MAX_MEMORY_ERROR)
+        return [*self._speed(), self._step_time(self.prediction, ours), memory]
+
+    def _step_time(self, prediction: Prediction, ours: Timing) -> Finding:
+        """A step that is not as predicted says nothing where the machine is not what it was."""
+        found = error_finding("step time", relative_error(prediction.step_time_s, ours.median_s), MAX_TIME_ERROR)
+        drift = relative_error(self.afterwards.step_time_s, prediction.step_time_s) if self.afterwards else 0.0
+        if found.outcome is not Outcome.FAIL or abs(drift) <= MAX_DRIFT:
+            return found
+        text = f"{found.text}; meanwhile the machine changed: measured after the race, {drift:+.1%} is predicted (at most {MAX_DRIFT:.0%})"
+        return Finding(text=text, outcome=Outcome.INCONCLUSIVE)
 
     def _speed(self) -> list[Finding]:
         own, best, alone = self.better_of(OURS), self.best_peer, self.better_of(SINGLE)
@@ -107,15 +123,6 @@ class Result:
     def outcome(self) -> Outcome:
         """The verdict over all findings."""
         return overall(self.findings())
-
-
-def _prediction(prediction: Prediction, ours: Timing, record: Record) -> list[Finding]:
-    time_error = worst_error([prediction.step_time_s], [ours.median_s])
-    memory_error = worst_error(prediction.memory_bytes, record.peak_bytes)
-    return [
-        error_finding("step time", time_error, MAX_TIME_ERROR),
-        error_finding("peak memory", memory_error, MAX_MEMORY_ERROR),
-    ]
 
 
 def show(result: Result, console: Console) -> None:
@@ -169,8 +176,10 @@ def _prediction_table(result: Result, prediction: Prediction) -> Table:
     table = Table("ours", "predicted", "measured", "error", title="prediction")
     ours, record = result.timings[OURS], result.records[OURS]
     if ours is not None:
-        error = worst_error([prediction.step_time_s], [ours.median_s])
-        table.add_row("step time s", f"{prediction.step_time_s:.3f}", f"{ours.median_s:.3f}", f"{error:+.1%}")
+        for title, each in (("step time s", prediction), ("… of the machine after the race", result.afterwards)):
+            if each is not None:
+                error = relative_error(each.step_time_s, ours.median_s)
+                table.add_row(title, f"{each.step_time_s:.3f}", f"{ours.median_s:.3f}", f"{error:+.1%}")
     error = worst_error(prediction.memory_bytes, record.peak_bytes)
     table.add_row("peak MiB a rank", mib(prediction.memory_bytes), mib(record.peak_bytes), f"{error:+.1%}")
     return table
@@ -185,6 +194,7 @@ def as_json(result: Result) -> dict[str, Any]:
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
         "contestants": {name: _record_json(record) for name, record in result.records.items()},
         "prediction": None if result.prediction is None else dataclasses.asdict(result.prediction),
+        "afterwards": None if result.afterwards is None else dataclasses.asdict(result.afterwards),
         "findings": [{"text": finding.text, "outcome": finding.outcome.value} for finding in result.findings()],
         "outcome": result.outcome().value,
     }

@@ -136,15 +136,25 @@ def run(options: argparse.Namespace, console: Console) -> Result:
     field = _field(workload, options)
     with tempfile.TemporaryDirectory() as folder, scenario.hosts() as hosts:
         plan_path = Path(folder) / "plan.json"
-        prediction = _plan(workload, options, plan_path, hosts, console) if OURS in field else None
+        link_bytes_per_s = hosts.measured_bytes_per_s() if hosts else None
+        prediction = _plan(workload, options, plan_path, link_bytes_per_s, console) if OURS in field else None
         done, groups = [], _heats(field, prediction)
         for number, names in enumerate(groups, 1):
             console.print(f"heat {number} of {len(groups)}: {', '.join(names)}", soft_wrap=True)
             contexts = {name: _contexts(field[name], workload, plan_path, scenario, hosts) for name in names}
             done.append(_race({name: field[name] for name in names}, contexts, options, console))
+        afterwards = None
+        if prediction is not None and options.check:
+            afterwards = ours.plan_anew(workload, options.ranks, prediction.layout, scenario, link_bytes_per_s)
     records = together(done, next(iter(field)))
     return Result(
-        workload=workload, contestants=field, records=records, prediction=prediction, layout=options.layout, scenario=options.scenario
+        workload=workload,
+        contestants=field,
+        records=records,
+        prediction=prediction,
+        afterwards=afterwards,
+        layout=options.layout,
+        scenario=options.scenario,
     )
 
 
@@ -186,9 +196,8 @@ def _field(workload: Workload, options: argparse.Namespace) -> dict[str, Contest
     }
 
 
-def _plan(workload: Workload, options: argparse.Namespace, path: Path, hosts: Hosts | None, console: Console) -> ours.Prediction:
+def _plan(workload: Workload, options: argparse.Namespace, path: Path, link_bytes_per_s: float | None, console: Console) -> ours.Prediction:
     """Plan as a user does, and print what was chosen."""
-    link_bytes_per_s = hosts.measured_bytes_per_s() if hosts else None
     prediction = ours.plan_apart(workload, options.ranks, options.layout, path, _scenario(options), link_bytes_per_s)
     console.print(prediction.text, markup=False)
     return prediction

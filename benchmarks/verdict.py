@@ -24,6 +24,8 @@ MAX_MEMORY_ALIKE = 1.05
 """Peak of the fullest rank in a pinned layout, times that of torch's own way of the same."""
 MAX_TIME_ERROR = 0.15
 MAX_MEMORY_ERROR = 0.08
+MAX_DRIFT = 0.10
+"""Of the predicted step time between this machine before and after a race."""
 
 
 class WrongNumbers(Exception):

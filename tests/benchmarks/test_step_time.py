@@ -5,8 +5,10 @@ import os
 import random
 import signal
 import time
+from dataclasses import replace
 from io import StringIO
 from itertools import pairwise
+from pathlib import Path
 from types import SimpleNamespace
 
 import psutil
@@ -15,7 +17,7 @@ import torch
 from benchmarks.blocks import ends
 from benchmarks.context import CONTESTANTS, contestants, missing_packages
 from benchmarks.hosts import why_not
-from benchmarks.ours import Prediction
+from benchmarks.ours import Prediction, plan_anew
 from benchmarks.processes import Child, ChildFailed
 from benchmarks.race import Record, spared
 from benchmarks.result import Result, as_json, show
@@ -25,6 +27,9 @@ from benchmarks.throttle import Throttled
 from benchmarks.verdict import Outcome, Sample
 from benchmarks.workloads import FULL, SMALL, Workload
 from rich.console import Console
+from tests.clusters import made_up
+
+from shardwise.cluster.model import Cluster
 
 
 def record(seconds: float, peak: int = 100, failure: str = "") -> Record:
@@ -76,6 +81,44 @@ class TestBetterOfEagerAndCompiled:
             "predicted step time off by +0.0%",
             "predicted peak memory off by +0.0%",
         ]
+
+
+class TestTheMachineChanges:
+    @pytest.mark.parametrize(
+        ("predicted", "afterwards", "outcome"),
+        [
+            (0.8, None, Outcome.FAIL),
+            (0.8, 0.87, Outcome.FAIL),
+            (0.8, 0.9, Outcome.INCONCLUSIVE),
+            (1.2, 1.0, Outcome.INCONCLUSIVE),
+            (0.9, 1.2, Outcome.PASS),
+        ],
+    )
+    def test_a_step_that_is_not_as_predicted_says_nothing_then(self, predicted, afterwards, outcome):
+        found = result(ours=record(1.0), ddp=record(1.0))
+        before = replace(found.prediction, step_time_s=predicted)
+        found = replace(found, prediction=before, afterwards=afterwards and replace(before, step_time_s=afterwards))
+        *_, step_time, memory = found.findings()
+        assert (step_time.outcome, memory.outcome) == (outcome, Outcome.PASS)
+        assert ("the machine changed" in step_time.text) is (outcome is Outcome.INCONCLUSIVE)
+        console = Console(width=200, file=StringIO())
+        show(found, console)
+        assert ("after the race" in console.file.getvalue()) is bool(afterwards)
+
+    def test_the_machine_is_measured_once_more_and_what_is_kept_stays(self, tmp_path, monkeypatch):
+        def parse(spec):
+            if isinstance(spec, Cluster):
+                return spec
+            (tmp_path / "asked").write_text(f"{spec} {os.environ['SHARDWISE_CACHE']}")
+            return made_up(2)
+
+        monkeypatch.setattr(Cluster, "parse", parse)
+        monkeypatch.setenv("SHARDWISE_CACHE", "kept")
+        found = plan_anew(SMALL["gpt2"], 2, "pp=2,microbatches=2,schedule=1f1b")
+        assert found.layout.startswith("dp=1,tp=1,pp=2,microbatches=2,schedule=1f1b") and found.step_time_s > 0
+        spec, folder = (tmp_path / "asked").read_text().split()
+        assert spec == "local:2" and folder != "kept" and not Path(folder).exists()
+        assert os.environ["SHARDWISE_CACHE"] == "kept"
 
 
 class TestWhereTheLayoutMatters:
