@@ -84,8 +84,10 @@ class Contestant:
         return replace(self, ranks=self.ranks or ranks, threads=self.threads or ranks, layout=self.layout.format(n=ranks, h=ranks // 2))
 
     def divides_as(self, layout: str) -> bool:
-        """Whether it divides the model as this layout does."""
-        return set(self.layout.split(",")) == set(layout.split(","))
+        """Whether it divides the model as this layout does, whatever that says of an order which this one's leaves open."""
+        own, given = (dict(pair.split("=", 1) for pair in text.split(",") if "=" in pair) for text in (self.layout, layout))
+        order = {"microbatches", "schedule"} - own.keys()
+        return bool(own) and own == {name: value for name, value in given.items() if name not in order}
 
 
 OURS = "ours"

@@ -258,6 +258,21 @@ class TestPackages:
         assert contestants(FULL["llama"], 2)["deepspeed-pp"].divides_as("pp=2")
         assert contestants(FULL["llama"], 4)["deepspeed-zero3"].divides_as("zero=3,dp=4")
 
+    @pytest.mark.parametrize(
+        ("layout", "expected"),
+        [
+            ("pp=2", {"1f1b", "deepspeed-pp"}),
+            ("pp=2,microbatches=4,schedule=1f1b", {"1f1b", "deepspeed-pp"}),
+            ("schedule=interleaved,pp=2,chunks=2,microbatches=4", {"interleaved"}),
+            ("pp=2,chunks=2", set()),
+            ("zero=3,dp=2", {"fsdp2", "deepspeed-zero3"}),
+            ("microbatches=4", set()),
+        ],
+    )
+    def test_who_divides_alike_whatever_the_order(self, layout, expected):
+        found = contestants(FULL["gpt2"], 2)
+        assert {name for name, each in found.items() if each.is_peer and each.divides_as(layout)} == expected & found.keys()
+
 
 def race(capsys, path, *arguments: str, limit_s: str = "4") -> dict:
     code = main([*arguments, "--ranks", "2", "--small", "--steps", "1", "--time-limit", limit_s, "--json", str(path)])
