@@ -13,6 +13,14 @@ __all__ = ["Problem", "Solution"]
 _INFINITY = highspy.kHighsInf
 
 
+class _Silent(highspy.Highs):
+    """Writes nothing to stdout, where `--json` goes: HiGHS 1.16 prints a banner when `Highs.__init__` enables callbacks, its last step."""
+
+    def enableCallbacks(self) -> None:  # noqa: N802  # highspy's name
+        self.silent()
+        super().enableCallbacks()
+
+
 @dataclass(frozen=True, kw_only=True)
 class Solution:
     """values of the variables; objective; gap: (objective − proven bound) / objective, 0 when proven optimal."""
@@ -43,8 +51,7 @@ class Problem:
 
     def solve(self, time_limit_s: float = 20.0, relative_gap: float = 1e-3) -> Solution | None:
         """The best solution found in the time; None when there is none."""
-        solver = highspy.Highs()
-        solver.silent()
+        solver = _Silent()
         solver.setOptionValue("time_limit", time_limit_s)
         solver.setOptionValue("mip_rel_gap", relative_gap)
         solver.setOptionValue("threads", 1)

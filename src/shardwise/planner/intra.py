@@ -31,6 +31,7 @@ __all__ = ["PREFER_SPLIT", "Costs", "Tensor", "split_tensors", "whole_on_one_ran
 
 PREFER_SPLIT = 100.0
 _MEMORY_S = 1e-3 / 1e9  # seconds that a byte kept on a rank counts for where nothing else decides: a tie-breaker
+_LEFT_WHOLE = 1.01  # how much dearer a message counts that leaves each rank with the whole tensor: a tie goes to what keeps less
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -231,7 +232,7 @@ class _Intra:
         seconds = sum(
             self.costs.collective(kind, whole / self.ranks if kind == "all_to_all" else whole, self.ranks) for kind in moves if kind
         )
-        return seconds + 1e-7
+        return seconds * (1.0 if isinstance(target, Shard) else _LEFT_WHOLE) + 1e-7
 
     def _part(self, value: Value) -> float:
         """What the data, microbatch and context axes leave a rank of the value."""
