@@ -97,6 +97,38 @@ def test_buffers_are_cast_only_where_the_model_needs_it(strict: bool, dtype: tor
     assert capture(Positions(strict), batch, precision="bf16").buffers["table"].dtype is dtype
 
 
+class Widening(nn.Module):
+    """Casts a submodule of its own on each call, as routers of experts do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inside, self.router = nn.Linear(8, 8), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        hidden = self.inside(x)
+        self.router = self.router.to(torch.float32)
+        return nn.functional.mse_loss(self.router(hidden.float()).softmax(-1).to(x.dtype), y)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_parameters_that_forward_casts_are_read_as_it_casts_them(precision: Precision) -> None:
+    model, batch = Widening(), {"x": torch.randn(8, 8), "y": torch.randn(8, 4)}
+    graph = capture(model, batch, precision=precision)
+    low = DTYPES[precision]
+    assert {name: value.dtype for name, value in graph.parameters.items()} == {
+        "inside.weight": low,
+        "inside.bias": low,
+        "router.weight": torch.float32,
+        "router.bias": torch.float32,
+    }
+    assert not graph.kept, "it is followed"
+    for dtype in (torch.float64, low):
+        report = sw.verify(model, batch, cluster=made_up(2), layout="tp=2", processes=False, precision=precision, dtype=dtype)
+        assert isinstance(report, Report)
+        assert report.ok, report.first_difference
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}, "the user's own is left"
+
+
 def test_the_users_model_is_left_as_it_is() -> None:
     model, batch = mlp()
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}

@@ -66,10 +66,17 @@ def _in_precision(
     model: nn.Module, batch: Mapping[str, Any], precision: Precision, captured: Callable[[nn.Module, dict[str, Any]], Graph]
 ) -> Graph:
     """What is captured of the model and batch as they compute in the precision; buffers in 16 bits only where an operator needs that."""
+    kept: set[str] = set()  # parameters that the forward pass casts: they are captured again as it leaves them
     for buffers in (False, True):
-        low, inputs = in_precision(model, batch, precision, buffers=buffers)
         try:
-            graph = captured(low, inputs)
+            while True:
+                low, inputs = in_precision(model, batch, precision, buffers=buffers, kept=kept)
+                given = {name: parameter.dtype for name, parameter in low.named_parameters(remove_duplicate=False)}
+                graph = captured(low, inputs)
+                changed = {name for name, parameter in low.named_parameters(remove_duplicate=False) if parameter.dtype != given.get(name)}
+                if changed <= kept:
+                    break
+                kept |= changed
         except RuntimeError as error:
             if precision == "float32":
                 raise

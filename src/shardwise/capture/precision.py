@@ -3,6 +3,7 @@
     parameters, floating inputs        bf16 or fp16, as `model.bfloat16()(x.bfloat16())`
     normalization over the batch       its parameters and statistics in float32: sums over many steps do not add up in 16 bits
     other buffers                      float32 (tables of positions), or 16 bits where an operator would mix them with the rest
+    parameters that `forward` casts    what it casts them to, from the start (`self.router = self.router.float()`)
     losses, the loss itself            computed in float32, as torch.autocast does
 
 The parameters that an optimizer updates are float32 all the same: operators read copies of them (`ParameterPart.master`).
@@ -11,7 +12,7 @@ The parameters that an optimizer updates are float32 all the same: operators rea
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Final, Literal, get_args
 
@@ -72,13 +73,16 @@ def _widened(value: Any) -> Any:
 
 
 def in_precision(
-    model: nn.Module, batch: Mapping[str, Any], precision: Precision, *, buffers: bool = False
+    model: nn.Module, batch: Mapping[str, Any], precision: Precision, *, buffers: bool = False, kept: Container[str] = ()
 ) -> tuple[nn.Module, dict[str, Any]]:
-    """A copy of the model, and the batch, as they compute in the precision; as they are for "float32". buffers: whether these are cast."""
+    """A copy of the model, and the batch, as they compute in the precision; as they are for "float32".
+
+    buffers: whether these are cast. kept: names of parameters that are not.
+    """
     dtype = dtype_of(precision)
     if dtype is None:
         return model, dict(batch)
-    return _copied(model, dtype, buffers=buffers), map_tensors(lambda name, tensor: _cast(tensor, dtype), batch)
+    return _copied(model, dtype, buffers=buffers, kept=kept), map_tensors(lambda name, tensor: _cast(tensor, dtype), batch)
 
 
 def mixes(op: str, dtypes: Iterable[torch.dtype]) -> bool:
@@ -99,12 +103,13 @@ def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return tensor.to(dtype) if tensor.dtype in _WIDE else tensor
 
 
-def _copied(model: nn.Module, dtype: torch.dtype, *, buffers: bool) -> nn.Module:
-    """With parameters cast, and buffers, if asked."""
-    kept = {id(each) for module in model.modules() if isinstance(module, _BatchNorm) for each in (*module.parameters(), *module.buffers())}
+def _copied(model: nn.Module, dtype: torch.dtype, *, buffers: bool, kept: Container[str]) -> nn.Module:
+    """With parameters cast, but for those kept, and buffers, if asked."""
+    wide = {id(each) for module in model.modules() if isinstance(module, _BatchNorm) for each in (*module.parameters(), *module.buffers())}
+    wide |= {id(each) for name, each in model.named_parameters(remove_duplicate=False) if name in kept}
 
     def cast(tensor: Tensor) -> Tensor:
-        return tensor.detach() if id(tensor) in kept else _cast(tensor.detach(), dtype)
+        return tensor.detach() if id(tensor) in wide else _cast(tensor.detach(), dtype)
 
     memo: dict[int, Any] = {id(each): nn.Parameter(cast(each), requires_grad=each.requires_grad) for each in model.parameters()}
     memo |= {id(each): cast(each) if buffers else each.detach() for each in model.buffers()}

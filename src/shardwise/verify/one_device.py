@@ -106,7 +106,8 @@ def prepare(
     """
     graph = capture(model, batch, loss=loss, batch_dims=batch_dims, precision=precision)
     masters, whole = state_of(model, graph), model
-    model, batch = in_precision(model, batch, precision, buffers=any(value.dtype in LOW for value in graph.buffers.values()))
+    wide = {name for name, value in graph.parameters.items() if value.dtype not in LOW}
+    model, batch = in_precision(model, batch, precision, buffers=any(value.dtype in LOW for value in graph.buffers.values()), kept=wide)
     state = state_of(model, graph)
     eager = _repeatable(model, batch, loss, seed, precision)
     tensors = named_tensors(batch)
