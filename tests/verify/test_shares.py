@@ -72,6 +72,27 @@ def test_statistics_and_means_are_the_whole_batchs() -> None:
     assert report.ok and {"buffer norm.running_mean", "buffer norm.running_var"} <= {each.name for each in report.differences}, str(report)
 
 
+class Tokened(nn.Module):
+    """A token for each sample, whose gradient a rank with one sample need not sum: it comes elsewhere in that rank's backward pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.place, self.token = nn.Parameter(torch.randn(1, 5, 8)), nn.Parameter(torch.randn(1, 1, 8))
+        self.last = nn.Linear(8, 3)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        tokens = torch.cat([self.token.expand(x.shape[0], -1, -1), x], dim=1)
+        tokens = tokens + torch.cat([self.place[:, :1], self.place[:, 1:].permute(0, 2, 1).sigmoid().permute(0, 2, 1)], dim=1)
+        return nn.functional.cross_entropy(self.last(tokens.square().mean(1)), y)
+
+
+@pytest.mark.parametrize("layout", ["shares=3:1,tp=1,pp=1", "shares=1:3,tp=1,pp=1,zero=1", "shares=3:1,tp=1,pp=1,zero=2"])
+def test_messages_are_ordered_alike_where_backward_passes_are_not(layout: str) -> None:
+    torch.manual_seed(0)
+    report = verified((Tokened(), {"x": torch.randn(4, 4, 8), "y": torch.tensor([0, 2, 1, 1])}), layout)
+    assert report.ok, str(report)
+
+
 @pytest.mark.parametrize(
     ("layout", "ranks", "unlike"),
     [

@@ -1,9 +1,8 @@
 """Which gradients a rank sums over which groups once a step, and which updated parameters it gathers, in which order.
 
 Gradients that are summed over the same groups travel together, in flat messages of about BUCKET_BYTES, those that the backward pass
-finishes
-first in the first, so that it can be sent while the pass goes on. The order is that of the groups' names, which is the same on every rank
-that meets in them; data and tensor axes come before tied stages.
+finishes first in the first, so that it can be sent while the pass goes on. The order is that of the groups' names, which is the same on
+every rank that meets in them; data and tensor axes come before tied stages.
 
 Where data ranks divide the optimizer's states (ZeRO-1) a message is reduced to the ranks' parts before what else it is summed over; where
 they divide gradients (ZeRO-2, 3) the backward graph has done so. Parameters of which each rank has updated its part, and which all have
@@ -18,7 +17,7 @@ from math import prod
 
 import torch
 
-from shardwise.program.actions import Action, Kind
+from shardwise.program.actions import Action
 from shardwise.program.program import ParameterPart, Program
 from shardwise.sharding.collectives import group_name
 from shardwise.sharding.division import Division
@@ -160,7 +159,7 @@ def regatherings(program: Program) -> list[Regathering]:
 def _alone(groups: tuple[str, ...], parameters: list[ParameterPart], done: dict[str, tuple[int, int]]) -> list[tuple[ParameterPart, ...]]:
     """Parts of several parameters have to be put together for a message and taken apart again; large ones are spared that."""
     small = [each for each in parameters if prod(each.local) * each.wide.itemsize < ALONE_BYTES]
-    large = sorted((each for each in parameters if each not in small), key=lambda each: (done.get(each.name, (-1, -1)), each.name))
+    large = sorted((each for each in parameters if each not in small), key=lambda each: (done.get(each.name, (-1, 0)), each.name))
     return [*((each,) for each in large), *(_messages((*groups, "divided"), small, done) if small else [])]
 
 
@@ -171,7 +170,7 @@ def _messages(
     if any(name.startswith("tie:") for name in groups) or not any(groups):
         return [tuple(sorted(parameters, key=lambda each: each.name))]
     buckets: list[list[ParameterPart]] = [[]]
-    for parameter in sorted(parameters, key=lambda each: (done.get(each.name, (-1, -1)), each.name)):
+    for parameter in sorted(parameters, key=lambda each: (done.get(each.name, (-1, 0)), each.name)):
         if buckets[-1] and sum(prod(each.local) * each.wide.itemsize for each in buckets[-1]) >= BUCKET_BYTES:
             buckets.append([])
         buckets[-1].append(parameter)
@@ -179,16 +178,18 @@ def _messages(
 
 
 def _completion(program: Program) -> dict[str, tuple[int, int]]:
-    """Where each parameter's gradient is finished: the last action that adds to it, and the place in that one's graph."""
+    """When each parameter's gradient is finished: the last action that adds to it, and there what is read last comes first.
+
+    Not its place in that action's graph: ranks with unlike shares of the batch have unlike graphs, and must order their messages alike.
+    """
     number = {action: index for index, action in enumerate(program.actions)}
-    places: dict[tuple[Kind, int], dict[str, int]] = {}
-    for stage in program.stages.values():
-        for kind, graph in stage.graphs.items():
-            if kind in (Kind.BACKWARD, Kind.WEIGHT):
-                place = {node: index for index, node in enumerate(graph.nodes)}
-                places[kind, stage.stage] = {name: place[node] for name, node in stage.gradients(kind).items()}
     last = {name: actions[-1] for name, actions in program.writers().items()}
-    return {name: (number[action], places[action.kind, action.stage][name]) for name, action in last.items()}
+    return {
+        part.name: (number[last[part.name]], -index)
+        for stage in program.stages.values()
+        for index, part in enumerate(stage.parameters)
+        if part.name in last and last[part.name].stage == stage.stage
+    }
 
 
 def tie_ranks(program: Program, parameter: ParameterPart) -> tuple[int, ...]:

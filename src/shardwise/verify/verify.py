@@ -208,10 +208,13 @@ def _compare(split: list[Part], exact: Step, reference: Step, dtype: torch.dtype
     )
     least = 1e-3 * gradient_norm({name: buffer for name, buffer in exact.buffers.items() if buffer.is_floating_point()})
     for name, buffer in exact.buffers.items():
+        scale = least if buffer.is_floating_point() else 1e-30
+        own_buffer = relative_error(reference.buffers[name], buffer, scale)
         for part in split:
             if name in part.buffers:
-                error = relative_error(part.buffers[name], buffer, least if buffer.is_floating_point() else 1e-30)
-                found.append(Difference(name=f"buffer {name}", error=error, bound=bound(1e-6)))
+                found.append(
+                    Difference(name=f"buffer {name}", error=relative_error(part.buffers[name], buffer, scale), bound=bound(own_buffer))
+                )
     updated = FLOAT64_BOUND if dtype is torch.float64 else FLOAT32_BOUND
     found.append(Difference(name="the optimizer's step", error=max(part.update_error for part in split), bound=updated))
     found.append(Difference(name="loss after the step", error=loss_error(split[0].loss_after, exact.loss_after), bound=bound(own_after)))
