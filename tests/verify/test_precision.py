@@ -14,10 +14,11 @@ from torch import Tensor, nn
 import shardwise as sw
 from shardwise.capture.export import capture, compute_loss
 from shardwise.capture.precision import Precision, in_precision
-from shardwise.errors import CaptureError, LayoutError, PlanError
+from shardwise.errors import CaptureError, LayoutError, PlanError, VerifyError
 from shardwise.planner.layout import Layout
 from shardwise.planner.preflight import preflight
 from shardwise.simulate.memory import memory_use
+from shardwise.verify.one_device import prepare
 from shardwise.verify.verify import Report
 
 MODELS: dict[str, Callable[[], Example]] = {
@@ -245,6 +246,24 @@ def test_a_model_that_does_not_run_in_16_bits_is_refused_with_the_place() -> Non
         CaptureError, match=r"precision='bf16': the model does not run in it \(.*test_precision\.py:\d+\): RuntimeError: .*; cast"
     ):
         capture(Around(), batch, precision="bf16")
+
+
+class Distances(nn.Module):
+    """torch has no kernel of this operator for 16 bits on CPUs, which its description does not say."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        found = self.linear(x)
+        return torch.cdist(found, found + 1).mean()
+
+
+def test_a_model_without_kernels_for_16_bits_is_refused() -> None:
+    model, batch = Distances(), {"x": torch.randn(4, 8)}
+    with pytest.raises(VerifyError, match=r"Distances does not run in bf16 on one device: .*cdist.*; widen what this operator reads"):
+        prepare(model, batch, precision="bf16")
 
 
 def test_a_mixture_that_no_cast_of_buffers_helps_is_refused_with_the_place() -> None:

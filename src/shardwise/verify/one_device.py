@@ -205,8 +205,17 @@ def _eager(model: nn.Module, batch: Mapping[str, Any], loss: Loss | None, seed: 
 
 
 def _repeatable(model: nn.Module, batch: Mapping[str, Any], loss: Loss | None, seed: int, precision: Precision) -> Step:
-    """The model's own step. Raises VerifyError when a second one under the same seed differs, or its gradients are not finite."""
-    first, second = (_watched(model, lambda: _eager(model, batch, loss, seed, precision)) for _ in range(2))
+    """The model's own step. Raises VerifyError when it does not run in 16 bits, when its gradients are not finite, and when a second step
+    under the same seed differs."""
+    try:
+        first, second = (_watched(model, lambda: _eager(model, batch, loss, seed, precision)) for _ in range(2))
+    except RuntimeError as error:
+        if precision == "float32":
+            raise
+        raise VerifyError(
+            f"{type(model).__name__} does not run in {precision} on one device: {error}; widen what this operator reads (`.float()`), or "
+            "take another precision"
+        ) from error
     step, again = first[0], second[0]
     floor = 1e-3 * gradient_norm(step.gradients)
     same_loss = abs(step.loss - again.loss) <= FLOAT32_BOUND * abs(step.loss) or step.loss != step.loss
