@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from examples.models.graphs import set_transformer
 from tests.clusters import made_up
 from tests.models import Example, bert, gpt2, llama, mlp, unet, vit
 from torch import Tensor, nn
@@ -90,6 +91,13 @@ class Tokened(nn.Module):
 def test_messages_are_ordered_alike_where_backward_passes_are_not(layout: str) -> None:
     torch.manual_seed(0)
     report = verified((Tokened(), {"x": torch.randn(4, 4, 8), "y": torch.tensor([0, 2, 1, 1])}), layout)
+    assert report.ok, str(report)
+
+
+@pytest.mark.parametrize("layout", ["shares=3:1,tp=1,pp=1,zero=3", "shares=3:1,tp=1,pp=1,zero=3,recompute=full"])
+def test_what_is_gathered_again_is_ordered_alike(layout: str) -> None:
+    """Queries made of parameters alone are gathered again, and computed again, for the backward pass: of one sample in another order."""
+    report = verified(set_transformer(), layout)
     assert report.ok, str(report)
 
 

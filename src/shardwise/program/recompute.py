@@ -132,40 +132,50 @@ class _Choice:
     # -- where ---------------------------------------------------------------------------------------------------------------------------
 
     def placed(self, backward: Sequence[fx.Node], again: set[fx.Node]) -> list[fx.Node]:
-        """The backward nodes, each block's forward nodes before the first that needs one of them."""
+        """The backward nodes, each block's forward nodes before the first that needs one of them.
+
+        What a node needs is made in the forward pass's order, above all what gathers parameters: ranks with unlike shares of the batch may
+        read them in unlike orders, and must meet in the same messages.
+        """
         members = self._members(backward, again)
         order: list[fx.Node] = []
         done: set[fx.Node] = set()
 
+        def make_inputs(node: fx.Node) -> None:
+            for parent in sorted((each for each in node.all_input_nodes if each in again), key=self.position.__getitem__):
+                if parent not in done:
+                    make(parent)
+
         def make(node: fx.Node) -> None:
-            for each in members[self._segment(node)]:
+            for each in self._needed([node], again) if node in self.gathered else members[self._segment(node)]:
                 if each not in done:
-                    for parent in each.all_input_nodes:
-                        if parent in again and parent not in done:
-                            make(parent)
+                    make_inputs(each)
                     done.add(each)
                     order.append(each)
 
         for node in backward:
-            for parent in node.all_input_nodes:
-                if parent in again and parent not in done:
-                    make(parent)
+            make_inputs(node)
             order.append(node)
         return order
 
     def _members(self, backward: Sequence[fx.Node], again: set[fx.Node]) -> Mapping[Hashable, list[fx.Node]]:
         """Of each block the nodes that are needed again, in order."""
+        found: dict[Hashable, list[fx.Node]] = {}
+        read = [parent for node in backward for parent in node.all_input_nodes if parent in again]
+        for node in self._needed(read, again):
+            found.setdefault(self._segment(node), []).append(node)
+        return found
+
+    def _needed(self, nodes: Iterable[fx.Node], again: set[fx.Node]) -> list[fx.Node]:
+        """These and what they are made of, of what is made again, in order."""
         needed: set[fx.Node] = set()
-        pending = [parent for node in backward for parent in node.all_input_nodes if parent in again]
+        pending = list(nodes)
         while pending:
             node = pending.pop()
             if node not in needed:
                 needed.add(node)
                 pending.extend(parent for parent in node.all_input_nodes if parent in again)
-        found: dict[Hashable, list[fx.Node]] = {}
-        for node in sorted(needed, key=self.position.__getitem__):
-            found.setdefault(self._segment(node), []).append(node)
-        return found
+        return sorted(needed, key=self.position.__getitem__)
 
 
 def _is_item(node: fx.Node) -> bool:
