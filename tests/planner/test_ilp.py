@@ -18,11 +18,12 @@ def test_a_solver_writes_nothing_to_stdout(capfd: pytest.CaptureFixture[str]) ->
     assert capfd.readouterr() == ("", "")
 
 
+@pytest.mark.parametrize("unit", [1.0, 1e-9, 1e6])
 @pytest.mark.parametrize("seed", range(5))
-def test_solutions_are_the_best_of_all(seed: int) -> None:
-    """Six choices of which three at most, and two never together; None where nothing is allowed."""
+def test_solutions_are_the_best_of_all(seed: int, unit: float) -> None:
+    """Six choices of which three at most, and two never together, whatever the costs are counted in; None where nothing is allowed."""
     chance = random.Random(seed)
-    costs = [chance.uniform(-1.0, 1.0) for _ in range(6)]
+    costs = [unit * chance.uniform(-1.0, 1.0) for _ in range(6)]
     problem = Problem()
     chosen = [problem.variable(cost, integer=True) for cost in costs]
     problem.constrain([(x, 1.0) for x in chosen], 1.0, 3.0)

@@ -50,24 +50,26 @@ class Problem:
         self.rows.append((list(variables), list(coefficients), low, high))
 
     def solve(self, time_limit_s: float = 20.0, relative_gap: float = 1e-3) -> Solution | None:
-        """The best solution found in the time; None when there is none."""
+        """The best solution found in the time; None when there is none. HiGHS's tolerances are absolute, so it gets costs of about 1."""
         solver = _Silent()
         solver.setOptionValue("time_limit", time_limit_s)
         solver.setOptionValue("mip_rel_gap", relative_gap)
         solver.setOptionValue("threads", 1)
-        solver.passModel(self._model())
+        unit = float(np.median([abs(cost) for cost in self.costs if cost] or [1.0]))
+        solver.setOptionValue("mip_abs_gap", 0.0)
+        solver.passModel(self._model(unit))
         solver.run()
         info = solver.getInfo()
         if info.primal_solution_status != highspy.SolutionStatus.kSolutionStatusFeasible:
             return None
         values = np.asarray(solver.getSolution().col_value)
-        return Solution(values=values, objective=float(info.objective_function_value), gap=max(0.0, float(info.mip_gap)))
+        return Solution(values=values, objective=unit * float(info.objective_function_value), gap=max(0.0, float(info.mip_gap)))
 
-    def _model(self) -> highspy.HighsLp:
+    def _model(self, unit: float) -> highspy.HighsLp:
         model = highspy.HighsLp()
         columns = len(self.costs)
         model.num_col_, model.num_row_ = columns, len(self.rows)
-        model.col_cost_ = np.asarray(self.costs, dtype=np.double)
+        model.col_cost_ = np.asarray(self.costs, dtype=np.double) / unit
         model.col_lower_, model.col_upper_ = np.zeros(columns), np.ones(columns)
         model.row_lower_ = np.asarray([row[2] for row in self.rows], dtype=np.double)
         model.row_upper_ = np.asarray([row[3] for row in self.rows], dtype=np.double)

@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass, field, replace
+from math import inf
 
 from shardwise.capture.graph import Graph, Op, Value
 from shardwise.planner.candidates import candidates
@@ -215,7 +216,9 @@ class _Intra:
         for w, takers in read.items():
             self.problem.constrain([*((flows[a, w], 1.0) for a in made), *((x, -1.0) for x in takers)], 0.0, 0.0)
         for (a, w), flow in flows.items():
-            if (cost := self._reshard_cost(value, a, w)) > 0:
+            if (cost := self._reshard_cost(value, a, w)) == inf:
+                self.problem.constrain([(flow, 1.0)], high=0.0)
+            elif cost > 0:
                 name = (source, output, a, w)
                 if name not in shared:
                     shared[name] = self.problem.variable(cost * count * self.microbatches)
@@ -226,7 +229,7 @@ class _Intra:
         if source == target or (not value.requires_grad and {source, target} == {R, I}):
             return 0.0
         if target == P and source != P and not value.requires_grad:
-            return float(self.costs.prefer_split + 1) * 1e3  # nothing is gained by making summands of a constant
+            return inf  # nothing is gained by making summands of a constant
         whole = value.nbytes * self._part(value)
         moves = [collective_of(source, target)] + ([collective_of(dual(target), dual(source))] if value.requires_grad else [])
         seconds = sum(
