@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from examples.models.vision import pvt
 from tests.clusters import made_up
 from tests.models import Example, bert, gpt2, llama, mlp, unet, vit
 from torch import Tensor, nn
@@ -128,6 +129,8 @@ CASES: dict[str, tuple[Callable[[], Example], str]] = {
     "experts, zero 1 with tp, full": (moe, "dp=2,tp=2,zero=1,recompute=full"),
     "batch norm on 3, zero 2, full": (lambda: unet(samples=5), "dp=3,zero=2,recompute=full"),
     "batch norm, zero 3 with tp, selective": (unet, "dp=2,tp=2,zero=3,recompute=selective"),
+    "gradients of convolutions with their channels last, zero 2": (pvt, "dp=2,zero=2"),
+    "gradients of convolutions with their channels last, zero 3, full": (pvt, "dp=2,zero=3,recompute=full"),
     "both data axes, zero 1": (lambda: bert(layers=1, sequence=15), "dp=2,cp=2,zero=1"),
     "both data axes, zero 3, dropout, full": (lambda: gpt2(layers=1, sequence=15, dropout=0.1), "dp=2,cp=2,zero=3,recompute=full"),
     "cp alone, zero 2": (lambda: gpt2(layers=1, sequence=15), "cp=2,zero=2"),

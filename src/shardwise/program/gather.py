@@ -76,7 +76,7 @@ class Gathering:
             dim, sizes = divisions[0].dim, divisions[0].lengths(self.parts[0].local)
             return [reduce_scatter(gradients[0], group, dim, sizes, rank, impl)]
         sizes = packed_sizes(divisions, [part.local for part in self.parts])
-        mine = reduce_scatter(packed(divisions, gradients), group, 0, sizes, rank, impl)
+        mine = reduce_scatter(packed(divisions, [_as_described(each) for each in gradients]), group, 0, sizes, rank, impl)
         shapes = [division.shape(part.local) for division, part in zip(divisions, self.parts, strict=True)]
         return [piece.view(shape) for piece, shape in zip(mine.split([prod(shape) for shape in shapes]), shapes, strict=True)]
 
@@ -90,6 +90,11 @@ class _Gathered(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         return (None, *ctx.step.scatter(gradients))
+
+
+def _as_described(gradient: Tensor) -> Tensor:
+    """Contiguous where it runs, too: a convolution's gradients may lie with their channels last, which descriptions do not say."""
+    return gradient.clone(memory_format=torch.contiguous_format) if gradient.dim() > 2 else gradient
 
 
 def packed(divisions: Sequence[Division], wholes: Sequence[Tensor]) -> Tensor:
