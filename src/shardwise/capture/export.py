@@ -71,9 +71,9 @@ def _in_precision(
         try:
             while True:
                 low, inputs = in_precision(model, batch, precision, buffers=buffers, kept=kept)
-                given = {name: parameter.dtype for name, parameter in low.named_parameters(remove_duplicate=False)}
+                given = _dtypes(low)
                 graph = captured(low, inputs)
-                changed = {name for name, parameter in low.named_parameters(remove_duplicate=False) if parameter.dtype != given.get(name)}
+                changed = {name for name, _ in _dtypes(low) - given}
                 if changed <= kept:
                     break
                 kept |= changed
@@ -90,6 +90,11 @@ def _in_precision(
         raise CaptureError(f"precision={precision!r}: the model does not run in it ({refused.place}): {refused}; {_CAST}")
     kinds = " and ".join(sorted({str(v.dtype).removeprefix("torch.") for v in mixing.inputs if v.dtype.is_floating_point}))
     raise CaptureError(f"precision={precision!r}: {mixing.name} in {mixing.module or 'the model'} is given {kinds}; {_CAST}")
+
+
+def _dtypes(model: nn.Module) -> set[tuple[str, torch.dtype]]:
+    """Each parameter's name, as often as it has one, with its dtype."""
+    return {(name, parameter.dtype) for name, parameter in model.named_parameters(remove_duplicate=False)}
 
 
 _CAST = "cast there what is float32 on purpose (`.to(x.dtype)`), or use precision='float32'"

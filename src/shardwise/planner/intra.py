@@ -6,6 +6,7 @@
     such that   Σ_k x[op,k] = 1, Σ_t y[param,t] = 1                                   every operator and parameter has one choice
                 Σ_w f[edge,a,w] = made in type a,  Σ_a f[edge,a,w] = read in type w   f is the joint choice of an edge's two ends
                 z[value,a,w] ≥ f[edge,a,w] for all edges of the value                 one reshard serves all readers of a type
+                f[edge,a,w] = 0 where reshard(value,a→w) is infinite                  it may not be
                 Σ_param Σ_t y[param,t] · bytes(param,t) ≤ limit                       (`_memory`)
 
 x and y are integers; f and z need not be: with the flow form of f the relaxation comes out integral nearly always. Equal blocks share their
@@ -225,7 +226,7 @@ class _Intra:
                 self.problem.constrain([(shared[name], 1.0), (flow, -1.0)], 0.0)
 
     def _reshard_cost(self, value: Value, source: Placement, target: Placement) -> float:
-        """Seconds of one reshard, forward and backward; the whole is what one rank's share of a microbatch holds."""
+        """Seconds of one reshard, forward and backward, inf where it may not be; the whole is what a rank's share of a microbatch holds."""
         if source == target or (not value.requires_grad and {source, target} == {R, I}):
             return 0.0
         if target == P and source != P and not value.requires_grad:
