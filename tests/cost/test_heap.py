@@ -161,6 +161,24 @@ for _ in range(2):
             libc.free(held.pop(who))
 print(libc.mallinfo2().arena - start)
 """
+TENSORS = """
+import torch
+from shardwise.heap import join_freed_memory
+
+keep_freed_memory()
+asked = json.load(sys.stdin)
+info = libc.mallinfo2()
+start = info.arena - info.keepcost
+held = {}
+for _ in range(6):
+    for who, nbytes in asked:
+        if nbytes < 0:
+            held.pop(who)
+            continue
+        join_freed_memory(quickly=True)
+        held[who] = torch.empty(nbytes, dtype=torch.int8)
+print(libc.mallinfo2().arena - start)
+"""
 
 
 def in_a_process(code: str, given: str = "") -> int:
@@ -180,3 +198,16 @@ def test_it_is_glibcs_heap(seed: int) -> None:
         heap.play(asked)
     assert heap.peak_bytes > 1.1 * most_bytes(asked)
     assert real == pytest.approx(heap.peak_bytes, rel=0.05)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's heap")
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_tensors_take_that_heap_where_freed_memory_is_joined(seed: int) -> None:
+    """Within 5 %, after six steps; without it the descriptions of their storages lie in holes, and heaps are up to 37 % larger."""
+    asked = [(who, nbytes // 64 * 64) for who, nbytes in random_requests(random.Random(seed), 600, most=24)]
+    sizes = {who: nbytes for who, nbytes in asked if nbytes > 0}
+    asked = [(who, nbytes if nbytes > 0 else -sizes[who]) for who, nbytes in asked]
+    heap = Heap()
+    for _ in range(6):
+        heap.play(asked)
+    assert in_a_process(TENSORS, json.dumps(asked)) == pytest.approx(heap.peak_bytes, rel=0.05)

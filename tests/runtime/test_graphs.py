@@ -14,6 +14,7 @@ from torch import fx
 from shardwise.capture.experts import expert_mm
 from shardwise.program.program import Binding, Crossing, StageProgram
 from shardwise.program.reuse import reuse_memory
+from shardwise.runtime import graphs
 from shardwise.runtime.graphs import Function, Prelude, accumulating, callable_of
 
 aten = torch.ops.aten
@@ -99,3 +100,36 @@ def test_products_are_computed_straight_into_their_buffers(experts: int, turned:
         accumulating(graph, [Binding(kind="parameter", name="w")], first=first, make=make)([x, gradient, expert, buffer])
         torch.testing.assert_close(buffer, times * wanted)
     assert not any(node.target in (aten.copy_.default, aten.add_.Tensor) for each in made for node in each.nodes)
+
+
+def test_freed_memory_is_joined_before_what_lasts_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    """That is what the graph returns and is large: not what it uses up, not what others keep, not what is small."""
+    done: list[str] = []
+    monkeypatch.setattr(graphs, "small_blocks_are_set_aside", lambda: True)
+    monkeypatch.setattr(graphs, "join_freed_memory", lambda quickly: done.append("joined"))
+
+    def noted(name: str, value: torch.Tensor) -> torch.Tensor:
+        done.append(name)
+        return value
+
+    def made(name: str, *operands: fx.Node) -> fx.Node:
+        node = graph.call_function(aten.add.Tensor, operands)
+        seen = graph.call_function(lambda value, name=name: noted(name, value), (node,))
+        node.meta["val"], seen.meta["val"] = torch.empty(64, 1024 if name != "small" else 1, device="meta"), None
+        return node
+
+    graph = fx.Graph()
+    batch, column = graph.placeholder("batch"), graph.placeholder("column")
+    batch.meta["val"], column.meta["val"] = torch.empty(64, 1024, device="meta"), torch.empty(64, 1, device="meta")
+    used = made("used up", batch, batch)
+    lasting = made("lasting", used, batch)
+    small = made("small", column, column)
+    turned = graph.call_function(aten.t.default, (lasting,))
+    turned.meta["val"] = torch.empty(1024, 64, device="meta")
+    graph.output([batch, small, turned, None])
+    before = str(graph)
+    inputs = [torch.randn(64, 1024), torch.randn(64, 1)]
+    results = callable_of(graph)(list(inputs))
+    assert done == ["used up", "joined", "lasting", "small"] and str(graph) == before
+    torch.testing.assert_close(results[:3], [inputs[0], 2 * inputs[1], (3 * inputs[0]).T])
+    assert results[3] is None

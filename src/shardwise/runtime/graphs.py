@@ -1,4 +1,4 @@
-"""Makes a program's graphs callable: Python code that frees each tensor at its last use."""
+"""Makes a program's graphs callable: Python code that frees each tensor at its last use, and leaves those that stay out of the holes."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, fx
 
 from shardwise._torch import BoxedCodeGen
+from shardwise.cost.memory import bases, made_bytes
+from shardwise.heap import join_freed_memory, small_blocks_are_set_aside
 from shardwise.program.program import Binding, StageProgram
 from shardwise.program.reuse import into_fresh_memory
 from shardwise.program.sinks import into_buffer, product_of
@@ -20,12 +22,28 @@ aten = torch.ops.aten
 
 Function = Callable[[list[Any]], list[Any]]
 
+_LASTING_BYTES = 1 << 18  # of values that are worth 20 microseconds
+
 
 def callable_of(graph: fx.Graph) -> Function:
     """The graph as a function of one list of inputs, which it empties."""
+    if small_blocks_are_set_aside():
+        graph = _joining_freed_memory(graph)
     graph.set_codegen(BoxedCodeGen())
     module = fx.GraphModule(torch.nn.Module(), graph)
     return module.forward
+
+
+def _joining_freed_memory(graph: fx.Graph) -> fx.Graph:
+    """A copy that joins freed memory before each value that it returns is made, so that what goes with the value lies in no hole."""
+    joining, copies = fx.Graph(), dict[fx.Node, fx.Node]()
+    joining.output(joining.graph_copy(graph, copies))
+    base = bases(graph, {})
+    for node in {base[each] for each in graph.output_node().all_input_nodes}:
+        if node.op == "call_function" and made_bytes(node) >= _LASTING_BYTES:
+            with joining.inserting_before(copies[node]):
+                joining.call_function(join_freed_memory, kwargs={"quickly": True})
+    return joining
 
 
 class Prelude:
