@@ -10,7 +10,7 @@ the first step makes to last (oneDNN's kernels) would be put into them and keep 
 But what is made next takes the pieces first: they wait in the thread's cache of freed blocks (tcache). The description of a tensor's
 storage has just the size of the most usual piece, and it lasts as long as its tensor, whose data need not be near. Beside a bucket of
 gradients it is what the bucket's message needs, freed by a thread of the transport, in whose cache it stays: then the next step's bucket
-needs new memory. So blocks that were set aside are put into the cache before a value is made that lasts, and once a bucket is made.
+needs new memory. So blocks that were set aside are put into the cache before a large value is made, and once a bucket is.
 """
 
 from __future__ import annotations

@@ -102,34 +102,38 @@ def test_products_are_computed_straight_into_their_buffers(experts: int, turned:
     assert not any(node.target in (aten.copy_.default, aten.add_.Tensor) for each in made for node in each.nodes)
 
 
-def test_freed_memory_is_joined_before_what_lasts_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
-    """That is what the graph returns and is large: not what it uses up, not what others keep, not what is small."""
+def test_freed_memory_is_joined_before_a_large_value_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 1 MiB or more: not before small ones, nor before views; the graph that was given stays as it is."""
     done: list[str] = []
     monkeypatch.setattr(graphs, "small_blocks_are_set_aside", lambda: True)
     monkeypatch.setattr(graphs, "join_freed_memory", lambda quickly: done.append("joined"))
+    shapes = {"large": (256, 1024), "small": (256, 1)}
 
     def noted(name: str, value: torch.Tensor) -> torch.Tensor:
         done.append(name)
         return value
 
-    def made(name: str, *operands: fx.Node) -> fx.Node:
-        node = graph.call_function(aten.add.Tensor, operands)
-        seen = graph.call_function(lambda value, name=name: noted(name, value), (node,))
-        node.meta["val"], seen.meta["val"] = torch.empty(64, 1024 if name != "small" else 1, device="meta"), None
+    def made(name: str, first: fx.Node, second: fx.Node) -> fx.Node:
+        node = graph.call_function(aten.add.Tensor, (first, second))
+        node.meta["val"] = torch.empty(shapes[name], device="meta")
+        graph.call_function(lambda value: noted(name, value), (node,))
         return node
 
     graph = fx.Graph()
     batch, column = graph.placeholder("batch"), graph.placeholder("column")
-    batch.meta["val"], column.meta["val"] = torch.empty(64, 1024, device="meta"), torch.empty(64, 1, device="meta")
-    used = made("used up", batch, batch)
-    lasting = made("lasting", used, batch)
+    large = made("large", batch, column)
     small = made("small", column, column)
-    turned = graph.call_function(aten.t.default, (lasting,))
-    turned.meta["val"] = torch.empty(1024, 64, device="meta")
-    graph.output([batch, small, turned, None])
+    turned = graph.call_function(aten.t.default, (large,))
+    turned.meta["val"] = torch.empty(1024, 256, device="meta")
+    graph.output([batch, made("large", large, small), turned, None])
     before = str(graph)
-    inputs = [torch.randn(64, 1024), torch.randn(64, 1)]
-    results = callable_of(graph)(list(inputs))
-    assert done == ["used up", "joined", "lasting", "small"] and str(graph) == before
-    torch.testing.assert_close(results[:3], [inputs[0], 2 * inputs[1], (3 * inputs[0]).T])
+    inputs = [torch.randn(256, 1024), torch.randn(256, 1)]
+    results = callable_of(graph, in_heap=True)(list(inputs))
+    assert done == ["joined", "large", "small", "joined", "large"] and str(graph) == before
+    sum_of_both = inputs[0] + inputs[1]
+    torch.testing.assert_close(results[:3], [inputs[0], sum_of_both + 2 * inputs[1], sum_of_both.T])
     assert results[3] is None
+
+    done.clear()
+    callable_of(graph)(list(inputs))
+    assert done == ["large", "small", "large"], "a GPU's memory has no such holes"

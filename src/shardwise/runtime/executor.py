@@ -10,7 +10,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from shardwise.errors import TransferError
 from shardwise.program.actions import Action, Kind, Message
@@ -56,8 +56,9 @@ class Executor:
     ) -> None:
         self.program, self.state, self.gradients, self.transport, self.device = program, state, gradients, transport, device
         self.renew()
-        self.forward = {number: _forward_function(program, number, compiler) for number in program.stages}
-        self.backward = _backward_functions(program, gradients, compiler)
+        as_it_is = partial(callable_of, in_heap=device.type == "cpu")
+        self.forward = {number: _forward_function(program, number, compiler, as_it_is) for number in program.stages}
+        self.backward = _backward_functions(program, gradients, compiler, as_it_is)
         self.buffers = {
             (kind, number): [gradients.of[name] for name in stage.gradients(kind)]
             for number, stage in program.stages.items()
@@ -254,17 +255,22 @@ class Executor:
             ) from error
 
 
-def _forward_function(program: Program, number: int, compiler: Compiler | None) -> Function:
+def _forward_function(program: Program, number: int, compiler: Compiler | None, as_it_is: Callable[[fx.Graph], Function]) -> Function:
     graph = program.stages[number].forward
     if compiler is None:
-        return callable_of(graph)
+        return as_it_is(graph)
     trains = any(action.kind is Kind.BACKWARD for action in program.actions)
     return compiler.function(without_reuse(graph), f"forward of stage {number}" + ("" if trains else " in eval mode"))
 
 
-def _backward_functions(program: Program, gradients: Gradients, compiler: Compiler | None) -> dict[Action, Function]:
+def _backward_functions(
+    program: Program, gradients: Gradients, compiler: Compiler | None, as_it_is: Callable[[fx.Graph], Function]
+) -> dict[Action, Function]:
     """What each BACKWARD and WEIGHT runs: the first in a step to make a parameter's gradient puts it into its buffer, later ones add to it,
-    and the last one that a message of gradients waits for begins to send it. Those alike share a function."""
+    and the last one that a message of gradients waits for begins to send it. Those alike share a function.
+
+    as_it_is: what makes a graph callable that is not compiled.
+    """
     writers = program.writers()
     first = {name: actions[0] for name, actions in writers.items()}
     begins = beginnings(program)
@@ -283,7 +289,7 @@ def _backward_functions(program: Program, gradients: Gradients, compiler: Compil
             begin: dict[Callable[[], None], set[str]] = {partial(gradients.start, message): names for message, names in begun.items()}
             graph = stage.graphs[action.kind]
             if compiler is None:
-                known[key] = accumulating(graph, outputs, first=fresh, wide=wide, begin=begin)
+                known[key] = accumulating(graph, outputs, first=fresh, wide=wide, begin=begin, make=as_it_is)
             else:
                 make = partial(compiler.function, where=f"{action.kind.value} of stage {action.stage}")
                 known[key] = accumulating(without_reuse(graph), outputs, first=fresh, wide=wide, begin=begin, make=make)

@@ -1,4 +1,4 @@
-"""Makes a program's graphs callable: Python code that frees each tensor at its last use, and leaves those that stay out of the holes."""
+"""Makes a program's graphs callable: Python code that frees each tensor at its last use, and keeps the holes of the heap whole."""
 
 from __future__ import annotations
 
@@ -22,12 +22,15 @@ aten = torch.ops.aten
 
 Function = Callable[[list[Any]], list[Any]]
 
-_LASTING_BYTES = 1 << 18  # of values that are worth 20 microseconds
+_LARGE_BYTES = 1 << 20  # of values that are worth 20 microseconds
 
 
-def callable_of(graph: fx.Graph) -> Function:
-    """The graph as a function of one list of inputs, which it empties."""
-    if small_blocks_are_set_aside():
+def callable_of(graph: fx.Graph, *, in_heap: bool = False) -> Function:
+    """The graph as a function of one list of inputs, which it empties.
+
+    in_heap: its values lie in the process' own memory, and are to keep no holes of it apart.
+    """
+    if in_heap and small_blocks_are_set_aside():
         graph = _joining_freed_memory(graph)
     graph.set_codegen(BoxedCodeGen())
     module = fx.GraphModule(torch.nn.Module(), graph)
@@ -35,12 +38,11 @@ def callable_of(graph: fx.Graph) -> Function:
 
 
 def _joining_freed_memory(graph: fx.Graph) -> fx.Graph:
-    """A copy that joins freed memory before each value that it returns is made, so that what goes with the value lies in no hole."""
+    """A copy that joins freed memory before each large value is made, so that what goes with the value lies in no hole."""
     joining, copies = fx.Graph(), dict[fx.Node, fx.Node]()
     joining.output(joining.graph_copy(graph, copies))
-    base = bases(graph, {})
-    for node in {base[each] for each in graph.output_node().all_input_nodes}:
-        if node.op == "call_function" and made_bytes(node) >= _LASTING_BYTES:
+    for node, owner in bases(graph, {}).items():
+        if node is owner and node.op == "call_function" and made_bytes(node) >= _LARGE_BYTES:
             with joining.inserting_before(copies[node]):
                 joining.call_function(join_freed_memory, kwargs={"quickly": True})
     return joining
