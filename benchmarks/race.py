@@ -18,7 +18,7 @@ import psutil
 from benchmarks.processes import ChildFailed
 from benchmarks.quiet import others_share, read_cpu
 from benchmarks.ranks import RankStep, Team
-from benchmarks.verdict import Sample, check_losses, quiet_steps
+from benchmarks.verdict import Sample, WrongNumbers, check_losses, furthest_off, quiet_steps
 
 
 @dataclass(kw_only=True)
@@ -34,7 +34,7 @@ class Record:
 def race(teams: dict[str, Team], records: dict[str, Record], *, steps: int, limit_s: float, report: Callable[[str], None]) -> None:
     """Step all `teams` in turn, adding to `records`, until each has `steps` that count or `limit_s` is over.
 
-    Raises `WrongNumbers` when losses differ, `ChildFailed` when a rank does not answer of a contestant that may not fail; one that may is
+    Raises `WrongNumbers` when a loss differs, `ChildFailed` when a rank does not answer of a contestant that may not fail; one that may is
     ended, and taken out of `teams`.
     """
     deadline = time.monotonic() + limit_s
@@ -48,16 +48,25 @@ def race(teams: dict[str, Team], records: dict[str, Record], *, steps: int, limi
             return
         latest = {name: records[name].samples[-1] for name in teams}
         report(_line(round_, latest))
-        check_losses({name: sample.loss for name, sample in latest.items()}, round_)
+        _agree({name: sample.loss for name, sample in latest.items()}, teams, records, round_)
         round_ += 1
+
+
+def _agree(losses: dict[str, float], teams: dict[str, Team], records: dict[str, Record], round_: int) -> None:
+    """Whoever may fail is ended where its loss is another than the others'."""
+    while True:
+        name = furthest_off(losses)
+        with spared(name, teams, records[name]):
+            return check_losses(losses, round_)
+        del losses[name]
 
 
 @contextmanager
 def spared(name: str, teams: dict[str, Team], record: Record) -> Iterator[None]:
-    """Meanwhile a contestant that may fail does so alone: it is ended, leaves `teams`, and its record says why."""
+    """Meanwhile a contestant that may fail, or compute something else, does so alone: it is ended, leaves `teams`, and its record says why."""
     try:
         yield
-    except ChildFailed as error:
+    except (ChildFailed, WrongNumbers) as error:
         if not teams[name].contestant.may_fail:
             raise
         record.failure = str(error).strip().splitlines()[-1]

@@ -130,7 +130,7 @@ def show(result: Result, console: Console) -> None:
     console.print(_table(result))
     for name, record in result.records.items():
         if record.failure:
-            console.print(f"{result.contestants[name].title} did not run: {record.failure}", markup=False, soft_wrap=True)
+            console.print(f"{result.contestants[name].title} did not run to the end: {record.failure}", markup=False, soft_wrap=True)
     for package in missing_packages():
         console.print(f"{package}: not installed")
     if result.prediction is not None:

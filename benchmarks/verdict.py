@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -95,6 +96,12 @@ def check_losses(losses: Mapping[str, float], round_: int) -> None:
     if not losses[high] - losses[low] <= LOSS_TOLERANCE * abs(middle):
         told = ", ".join(f"{name} {loss:.7g}" for name, loss in losses.items())
         raise WrongNumbers(f"step {round_}: losses differ by more than a relative {LOSS_TOLERANCE:g}: {told}")
+
+
+def furthest_off(losses: Mapping[str, float]) -> str:
+    """Return whose loss is furthest from the median; what is no number is further than any."""
+    middle = statistics.median([loss for loss in losses.values() if not math.isnan(loss)] or [0.0])
+    return max(losses, key=lambda name: math.inf if math.isnan(losses[name]) else abs(losses[name] - middle))
 
 
 def best_peer(timings: Mapping[str, Timing | None], peers: Sequence[str]) -> str | None:

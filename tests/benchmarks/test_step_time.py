@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import signal
 import time
 from dataclasses import replace
@@ -19,12 +20,12 @@ from benchmarks.context import CONTESTANTS, contestants, missing_packages
 from benchmarks.hosts import why_not
 from benchmarks.ours import Prediction, plan_anew
 from benchmarks.processes import Child, ChildFailed
-from benchmarks.race import Record, spared
+from benchmarks.race import Record, _agree, spared
 from benchmarks.result import Result, as_json, show
 from benchmarks.scenarios import FULL as SCENARIOS
 from benchmarks.step_time import main
 from benchmarks.throttle import Throttled
-from benchmarks.verdict import Outcome, Sample
+from benchmarks.verdict import Outcome, Sample, WrongNumbers
 from benchmarks.workloads import FULL, SMALL, Workload
 from rich.console import Console
 from tests.clusters import made_up
@@ -133,7 +134,7 @@ class TestWhereTheLayoutMatters:
         assert told(found) == ["pass: speed 1.500 x torch tensor-parallel (bound: at least 1.25)"]
         console = Console(width=200, file=StringIO())
         show(found, console)
-        assert "torch DDP did not run: can't allocate memory" in console.file.getvalue()
+        assert "torch DDP did not run to the end: can't allocate memory" in console.file.getvalue()
         assert as_json(found)["contestants"]["ddp"]["failure"] == "can't allocate memory"
 
     def test_without_any_peer_nothing_is_proved(self):
@@ -239,6 +240,20 @@ def test_who_may_fail_does_so_alone():
     assert ddp.ended and list(teams) == ["ours"] and records["ddp"].failure == "MemoryError: no more"
     with pytest.raises(ChildFailed), spared("ours", teams, records["ours"]):
         raise ChildFailed("no more")
+
+
+def test_a_compiled_peer_that_computes_something_else_is_ended_alone():
+    found = contestants(SMALL["gpt2"], 2, compiled=["ddp", "tp", "ours"])
+    names = ("ours", "ours+compile", "ddp", "ddp+compile", "tp", "tp+compile")
+    teams, records = {name: Failing(found[name]) for name in names}, {name: Record() for name in names}
+    wrong = teams["ddp+compile"], teams["tp+compile"]
+    _agree({**dict.fromkeys(names, 0.9389), "ddp+compile": 0.9487, "tp+compile": float("nan")}, teams, records, 1)
+    assert list(teams) == ["ours", "ours+compile", "ddp", "tp"] and all(team.ended for team in wrong)
+    assert "step 1: losses differ" in records["ddp+compile"].failure and "ddp+compile 0.9487" in records["ddp+compile"].failure
+    assert "tp+compile nan" in records["tp+compile"].failure and not records["ddp"].failure
+    for name in teams:
+        with pytest.raises(WrongNumbers, match=rf"step 2: .*{re.escape(name)} 0\.9487"):
+            _agree({**dict.fromkeys(teams, 0.9389), name: 0.9487}, dict(teams), records, 2)
 
 
 class TestPackages:
