@@ -63,7 +63,7 @@ def _agree(losses: dict[str, float], teams: dict[str, Team], records: dict[str, 
 
 @contextmanager
 def spared(name: str, teams: dict[str, Team], record: Record) -> Iterator[None]:
-    """Meanwhile a contestant that may fail, or compute something else, does so alone: it is ended, leaves `teams`, and its record says why."""
+    """A contestant that may fail or go wrong does so alone: it is ended, leaves `teams`, and its record says why."""
     try:
         yield
     except (ChildFailed, WrongNumbers) as error:

@@ -5,6 +5,7 @@ import os
 import time
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from itertools import cycle
 from pathlib import Path
 
 import pytest
@@ -142,6 +143,11 @@ def test_ranks_are_merged_by_the_median() -> None:
     assert probe._combined(results, lambda values: sum(values) / len(values)) == {"a": 2.0, "b": [{"c": 20.0, "d": "x"}]}
 
 
+def test_what_is_predicted_is_what_calls_take_on_average() -> None:
+    merged = probe._merged([{**_rates(900.0).model_dump(), "unsteadiness": each} for each in (1.0, 1.5, 3.0)])
+    assert merged.read_bytes_per_s.at(1) == merged.matmul_of("float32").flops_per_s(64, 64, 64) == pytest.approx(600.0)
+
+
 @pytest.mark.parametrize("name", list(KERNELS))
 def test_kernels_run_in_every_dtype(name: str) -> None:
     for dtype in (torch.float32, torch.float64, torch.bfloat16):
@@ -166,3 +172,15 @@ def test_stopwatch_counts_the_cpu_alone() -> None:
     finally:
         torch.set_num_threads(threads)
     assert watch.contention > 2
+
+
+@pytest.mark.parametrize(("threads", "unsteadiness"), [(1, 2.0), (2, 1.0)])
+def test_stopwatch_tells_how_much_longer_than_the_quicker_ones_calls_take_on_average(threads: int, unsteadiness: float) -> None:
+    watch, slow, before = Stopwatch(budget_s=0.5), cycle((False, False, True)), torch.get_num_threads()
+    assert watch.unsteadiness == 1.0
+    torch.set_num_threads(threads)
+    try:
+        assert watch.seconds(lambda: _busy(0.004 if next(slow) else 0.001)) == pytest.approx(0.001, rel=0.2)
+    finally:
+        torch.set_num_threads(before)
+    assert watch.unsteadiness == pytest.approx(unsteadiness, rel=0.15)

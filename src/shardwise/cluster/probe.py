@@ -39,7 +39,7 @@ from shardwise.heap import MAPPED_FROM_BYTES
 
 __all__ = ["Budget", "cache_file", "local_rates", "measure"]
 
-_PROBE_VERSION = 10  # raise it when what is measured changes: figures kept by an older probe are then measured anew
+_PROBE_VERSION = 11  # raise it when what is measured changes: figures kept by an older probe are then measured anew
 _WAIT_S = 60.0
 _LOOK_EVERY_S = 0.1
 _DISTURBED_FOR_S = 900.0  # how long disturbed figures do
@@ -154,6 +154,7 @@ def _compute(watch: Stopwatch) -> dict[str, Any]:
         "view_s": view_s,
         "optimizers": _dumped(probe_compute.optimizer_rates(watch)),
         "contention": watch.contention,
+        "unsteadiness": watch.unsteadiness,
     }
 
 
@@ -166,8 +167,10 @@ def _name(dtype: torch.dtype) -> str:
 
 
 def _merged(results: Sequence[dict[str, Any]]) -> Rates:
-    """The median over the ranks of every figure."""
-    return Rates.model_validate(_combined(results, statistics.median))
+    """The median over the ranks of every figure; computing is as slow as calls are on average."""
+    figures = _combined(results, statistics.median)
+    unsteadiness = figures.pop("unsteadiness")
+    return Rates.model_validate(figures).times_as_fast(1 / unsteadiness)
 
 
 def _combined(values: Sequence[Any], combine: Callable[[list[float]], float]) -> Any:
