@@ -65,6 +65,30 @@ def test_what_is_considered_is_ranked_and_explained() -> None:
     assert plan.layout in {each.layout for each in simulated}
 
 
+def test_of_layouts_that_are_as_fast_the_leanest_is_chosen() -> None:
+    """Here two zero-bubble schedules wait equally long, and one holds another microbatch for it."""
+    plan = sw.plan(*mlp(samples=4096), made_up(2, link_bytes_per_s=1e12), "pp=2")
+    assert isinstance(plan, sw.Plan)
+    simulated = {each.layout: (each.step_time_s, each.memory_bytes or 0.0) for each in plan.considered if each.step_time_s}
+    chosen_s, chosen_bytes = simulated[plan.layout]
+    as_fast = [nbytes for seconds, nbytes in simulated.values() if seconds == chosen_s]
+    assert chosen_s == min(seconds for seconds, _ in simulated.values())
+    assert chosen_bytes == min(as_fast) and max(as_fast) > 1.05 * chosen_bytes
+
+
+def test_a_schedule_that_is_as_fast_as_promised_is_not_the_last_one_tried() -> None:
+    """The first that is tried is faster than the usual way by more than what the next ones promise beside it."""
+    example, cluster = gpt2(layers=8, samples=32, sequence=64), made_up(2)
+    plan = sw.plan(*example, cluster, "pp=2")
+    assert isinstance(plan, sw.Plan)
+    tried = {each.layout for each in plan.considered if each.step_time_s and "schedule=1f1b" not in each.layout}
+    assert len(tried) == 3
+    for name in NAMES:
+        pinned = sw.plan(*example, cluster, f"pp=2,microbatches={plan.microbatches},schedule={name}")
+        assert isinstance(pinned, sw.Plan)
+        assert plan.predicted.step_time_s <= 1.005 * pinned.predicted.step_time_s, name
+
+
 @pytest.mark.parametrize("speed", [1e12, 1e8])
 def test_what_is_searched_is_no_slower_than_what_is_pinned(speed: float) -> None:
     """Over a fast link and over a slow one."""

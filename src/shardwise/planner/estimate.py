@@ -81,5 +81,5 @@ def waiting_share(schedule: str, chunks: int) -> float:
     """Of the p - 1 microbatches' time that the ranks of a pipeline wait with 1F1B, what they are expected to wait with a schedule: an
     interleaved one waits for parts of a microbatch (Narayanan et al. 2021, section 2.2), weights' parts fill what is left (Qi et al. 2023,
     table 2; 2024, table 1) as far as they take as long as the others."""
-    known = {"zb-h1": 0.5, "zb-2p": 0.2, "zb-v": 0.2}
+    known = {"zb-h1": 0.5, "zb-2p": 0.3, "zb-v": 0.2}
     return known.get(schedule, 1 / chunks)

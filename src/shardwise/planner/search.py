@@ -22,7 +22,7 @@ from shardwise.planner.layout import Layout
 from shardwise.planner.op_costs import OpCosts
 from shardwise.planner.plan import Infeasible, Plan, Random
 from shardwise.planner.result import make_plan, no_plan
-from shardwise.planner.trial import Trial, first_of_each
+from shardwise.planner.trial import Trial, best_of, first_of_each
 from shardwise.planner.ways import other_ways
 from shardwise.program.trace import Tracer
 
@@ -66,15 +66,10 @@ def search(
 
 def _search(run: Estimator, model: str, start: float) -> Plan | Infeasible:
     trials = _tried(run, run.trials())
-    if _best(trials) is None:
+    if best_of(trials) is None:
         trials += _tried(run, run.last_trials())
-    best = _best(trials)
+    best = best_of(trials)
     return no_plan(run, trials) if best is None else make_plan(run, best, trials, time.perf_counter() - start, model)
-
-
-def _best(trials: Iterable[Trial]) -> Trial | None:
-    """The fastest that fits."""
-    return min((trial for trial in trials if trial.simulation and not trial.note), key=lambda trial: trial.simulated_s, default=None)
 
 
 def _tried(run: Estimator, trials: list[Trial]) -> list[Trial]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
+from operator import itemgetter
 
 from shardwise.planner.apply import Applied
 from shardwise.planner.layout import Layout
@@ -11,7 +12,9 @@ from shardwise.planner.plan import Candidate
 from shardwise.simulate.profile import Profile
 from shardwise.simulate.simulator import Mesh, Simulation
 
-__all__ = ["Trial", "first_of_each", "gigabytes"]
+__all__ = ["Trial", "best_of", "first_of_each", "gigabytes"]
+
+_ALIKE = 1.005  # times the fastest: the simulator cannot tell steps apart that are closer
 
 
 @dataclass(kw_only=True)
@@ -62,6 +65,14 @@ class Trial:
             memory_bytes=max(simulation.memory_bytes) if simulation else None,
             note=self.note,
         )
+
+
+def best_of(trials: Iterable[Trial]) -> Trial | None:
+    """Of those that fit, the fastest; of those that are as fast, the one whose fullest rank takes least memory."""
+    fitting = [(trial, trial.simulation) for trial in trials if trial.simulation and not trial.note]
+    fastest_s = min((simulation.step_time_s for _, simulation in fitting), default=0.0)
+    alike = [(max(each.memory_bytes), each.step_time_s, trial) for trial, each in fitting if each.step_time_s <= _ALIKE * fastest_s]
+    return min(alike, key=itemgetter(0, 1))[-1] if alike else None
 
 
 def first_of_each(ranked: Iterable[Trial]) -> list[Trial]:
