@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -10,6 +11,8 @@ import pytest
 import torch
 from tests.clusters import made_up
 from tests.models import Example, gpt2, llama, mixtral, mlp, unet, vit
+from torch import nn
+from torch.nn import functional
 
 import shardwise as sw
 from shardwise.capture.export import capture
@@ -74,6 +77,7 @@ def test_of_layouts_that_are_as_fast_the_leanest_is_chosen() -> None:
     as_fast = [nbytes for seconds, nbytes in simulated.values() if seconds == chosen_s]
     assert chosen_s == min(seconds for seconds, _ in simulated.values())
     assert chosen_bytes == min(as_fast) and max(as_fast) > 1.05 * chosen_bytes
+    assert re.search(rf"zb-2p +simulated .* but takes {max(as_fast) / 2**20:.0f} MiB", str(plan))
 
 
 def test_a_schedule_that_is_as_fast_as_promised_is_not_the_last_one_tried() -> None:
@@ -87,6 +91,42 @@ def test_a_schedule_that_is_as_fast_as_promised_is_not_the_last_one_tried() -> N
         pinned = sw.plan(*example, cluster, f"pp=2,microbatches={plan.microbatches},schedule={name}")
         assert isinstance(pinned, sw.Plan)
         assert plan.predicted.step_time_s <= 1.005 * pinned.predicted.step_time_s, name
+
+
+class Words(nn.Module):
+    """An embedding, four blocks, an output that has the embedding's weight or one of its own, and a loss."""
+
+    def __init__(self, vocabulary: int, hidden: int, *, tied: bool) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(vocabulary, hidden)
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(hidden, hidden), nn.Tanh()) for _ in range(4))
+        self.output = nn.Linear(hidden, vocabulary, bias=False)
+        if tied:
+            self.output.weight = self.embedding.weight
+
+    def forward(self, tokens: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        x = self.embedding(tokens)
+        for block in self.blocks:
+            x = block(x)
+        return functional.cross_entropy(self.output(x).flatten(0, 1), labels.flatten())
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_an_estimate_counts_gradients_of_tied_weights(tied: bool) -> None:
+    """Their sum crosses a link of 20 MB/s where the first and the last stage are on two ranks, and need not where one has both (zb-v)."""
+    vocabulary, hidden, samples = 8192, 64, 4
+    model = Words(vocabulary, hidden, tied=tied)
+    batch = {"tokens": torch.arange(samples)[:, None].repeat(1, 4), "labels": torch.ones(samples, 4, dtype=torch.long)}
+    seconds = {}
+    for speed in (2e7, 1e12):
+        for schedule in ("1f1b", "zb-v"):
+            plan = sw.plan(model, batch, made_up(2, link_bytes_per_s=speed, latency_s=0.0), f"pp=2,microbatches=2,schedule={schedule}")
+            assert isinstance(plan, sw.Plan)
+            seconds[schedule, speed] = plan.considered[0].estimate_s or 0.0, plan.predicted.step_time_s
+    summed = vocabulary * hidden * 4 / 2e7
+    for schedule, sent in (("1f1b", tied), ("zb-v", False)):
+        for slow, fast in zip(seconds[schedule, 2e7], seconds[schedule, 1e12], strict=True):
+            assert (slow - fast > 0.95 * summed) == sent, (schedule, slow - fast, summed)
 
 
 @pytest.mark.parametrize("speed", [1e12, 1e8])

@@ -3,7 +3,7 @@ tensor axis, the stages, and a formula for what lies between."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
@@ -334,7 +334,7 @@ class Estimator:
         return 1 / assignment.mesh["tp"] if isinstance(assignment.sources[value]["tp"], Shard) else 1.0
 
     def _estimate(self, assignment: Assignment, layout: Layout, stage_of: dict[Op, int]) -> float:
-        """Slowest rank × (microbatches + what it waits for), the gradients' reduction, the update; cores shared where there are fewer."""
+        """Slowest rank × (microbatches + what it waits for), gradients' reductions, the update; cores shared where there are fewer."""
         assert layout.pp and layout.microbatches and layout.dp and layout.tp
         home = placed(layout.tables)
         rank_s = [0.0] * layout.pp
@@ -355,7 +355,8 @@ class Estimator:
         )
         kept = sum(held) / layout.pp
         updated = kept / (layout.shard or data_ranks(layout)) if layout.zero else kept
-        return work + talk_s * layout.microbatches + self._data_s(layout, kept) + crowd * self._update_s(updated)
+        sums_s = self._data_s(layout, kept) + self._tied_s(assignment, layout, stage_of)
+        return work + talk_s * layout.microbatches + sums_s + crowd * self._update_s(updated)
 
     def _on_nodes_s(self, layout: Layout, rank_s: Sequence[float], node_ranks: int) -> float:
         """Computing of a step where a node's ranks share its cores: its stages take turns, and the nodes are a pipeline.
@@ -377,6 +378,20 @@ class Estimator:
         scatter = collective_cost("reduce_scatter", kept, ranks, self.cluster, stride).seconds * (1 if zero == 1 else count)
         gather = collective_cost("all_gather", kept, ranks, self.cluster, stride).seconds * (2 * count if zero == MOST_ZERO else 1)
         return scatter + gather + collective_cost("all_reduce", kept / ranks, data // ranks, self.cluster, stride * ranks).seconds
+
+    def _tied_s(self, assignment: Assignment, layout: Layout, stage_of: Mapping[Op, int]) -> float:
+        """Summing, at a step's end, the gradients of weights that several ranks of the pipeline have because stages of theirs read them."""
+        home, places = placed(layout.tables), dict[Value, set[int]]()
+        for op, stage in stage_of.items():
+            for value in op.inputs:
+                if value.kind == "parameter" and value.requires_grad:
+                    places.setdefault(value, set()).add(home[stage])
+        apart, total = data_ranks(layout) * (layout.tp or 1), 0.0
+        for value, found in places.items():
+            held = self._master_bytes(value) * self._kept_share(assignment, value)
+            far = (max(found) - min(found)) // max(len(found) - 1, 1)
+            total += collective_cost("all_reduce", held, len(found), self.cluster, apart * far).seconds
+        return total
 
     def _talk_s(self, assignment: Assignment, layout: Layout) -> float:
         """In one microbatch, over the expert, the context and the tensor axis."""

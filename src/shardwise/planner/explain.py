@@ -319,7 +319,9 @@ def _loses(other: Candidate, plan: Plan) -> str:
     if other.note:
         return other.note
     if other.step_time_s is not None:
-        return f"simulated {_time(other.step_time_s)}, {other.step_time_s / plan.predicted.step_time_s - 1:+.0%}"
+        slower = other.step_time_s / plan.predicted.step_time_s - 1
+        why = f"{slower:+.0%}" if slower > 0 else f"but takes {_bytes(other.memory_bytes or 0)}"  # as fast, and this one is leaner
+        return f"simulated {_time(other.step_time_s)}, {why}"
     return f"estimated {_time(other.estimate_s or 0.0)}"
 
 
